@@ -1,0 +1,377 @@
+"""The command line: plan, profile, train, simulate, report, compare.
+
+Tables for people go to standard output, or with ``--json`` one JSON object does; progress and logs go to standard
+error. Exit codes: 0 done, 2 wrong input (one line says what and how to mend it), 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hbp.errors import HbpError, report_to_parent
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from hbp.cost.predict import CostModel
+
+STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        result = args.run(args)
+    except HbpError as error:
+        report_to_parent(error)
+        print(f"hbp: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hbp: interrupted", file=sys.stderr)
+        return 130
+    if result is not None and args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hbp", description="Hierarchical Balance Packing for long-context training")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+    plan = commands.add_parser("plan", parents=[common], help="turn lengths into a plan folder")
+    _add_planning(plan)
+    plan.add_argument("--strategy", default="hbp", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp)")
+    plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
+    plan.set_defaults(run=_plan)
+
+    compare = commands.add_parser("compare", parents=[common], help="plan with every strategy, one table")
+    _add_planning(compare)
+    compare.add_argument(
+        "--strategies", default=",".join(STRATEGY_NAMES), help="comma-separated (default: all of them)"
+    )
+    compare.set_defaults(run=_compare)
+
+    simulate = commands.add_parser("simulate", parents=[common], help="predicted time and utilization of plans")
+    simulate.add_argument("plans", type=Path, nargs="+", metavar="PLAN", help="plan folders; the first is the reference")
+    simulate.set_defaults(run=_simulate)
+
+    report = commands.add_parser("report", parents=[common], help="write the HTML page of a run or a plan")
+    report.add_argument("target", type=Path, metavar="RUN|PLAN", help="folder of a run or of a plan")
+    report.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)")
+    report.set_defaults(run=_report)
+
+    formatter = argparse.RawDescriptionHelpFormatter
+    train = commands.add_parser(
+        "train",
+        parents=[common],
+        help="run the whole job that a YAML file describes",
+        formatter_class=formatter,
+        description="Prepare, profile, plan and train what a YAML file describes. Alone it starts local processes;\n"
+        "under torchrun it is one rank: torchrun --nproc-per-node 8 -m hbp train config.yaml",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
+    train.set_defaults(run=_train)
+
+    profile = commands.add_parser(
+        "profile",
+        parents=[common],
+        help="measure the cost model on this machine's devices",
+        formatter_class=formatter,
+        description="Measure the cost model's constants on this machine, on the engine that trains, and write a\n"
+        "profile file that `--cluster` and `cluster.name` take.",
+    )
+    profile.add_argument("config", type=Path, metavar="CONFIG.yaml", help="as for train: its model, data and cluster")
+    profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
+    profile.add_argument("--out", type=Path, help="file to write (default: profile.json in run_dir)")
+    profile.set_defaults(run=_profile)
+
+    if {"train", "profile"} & set(sys.argv[1:2]):  # the options' list needs pydantic and yaml, plan does not
+        from hbp.config import describe
+
+        train.epilog = profile.epilog = "options of CONFIG.yaml:\n\n" + describe()
+    return parser
+
+
+def _add_planning(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DIR|FILE", help="a token store, or samples to tokenize (needs --tokenizer)")
+    source.add_argument("--lengths", type=Path, metavar="FILE", help=".npy or .parquet with one length a sample, tokens")
+    parser.add_argument("--tokenizer", metavar="NAME|DIR", help="for --data (default: --model)")
+    parser.add_argument("--model", required=True, metavar="NAME|DIR", help="built-in name, or a transformers config folder")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
+    parser.add_argument("--cluster", default="h100-nvlink", metavar="NAME|FILE", help="built-in name or profile file")
+    parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory budget of a device (default: the cluster's)")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="longest packing length (default: the longest sample)")
+    parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
+    parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from hbp.plan import write_plan
+    from hbp.planning.planner import make_plan
+    from hbp.simulate import simulate
+
+    lengths, cost = _lengths(args), _cost(args)
+    plan = make_plan(lengths, cost, strategy=args.strategy, **_options(args))
+    write_plan(plan, args.out)
+    result = {
+        "plan": str(args.out),
+        "strategy": plan.info.strategy,
+        "samples": len(plan.sample_ids),
+        "dropped": len(plan.info.dropped),
+        "groups": [dataclasses.asdict(group) for group in plan.info.groups],
+        "metrics": dict(plan.info.metrics),
+        "simulation": simulate(plan).to_json(),
+    }
+    if not args.json:
+        groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
+        _table("groups", ("packing length", "SP degree", "GC layers"), groups)
+        _metrics_table([(plan.info.strategy, plan.info.metrics, simulate(plan).to_json())])
+        print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}")
+    if plan.info.dropped:
+        sample, reason = plan.info.dropped[0]
+        print(
+            f"hbp: dropped {len(plan.info.dropped):,} samples (listed in plan.json), the first: sample {sample}, {reason}",
+            file=sys.stderr,
+        )
+    return result
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    from hbp.planning.planner import make_plan
+    from hbp.progress import Progress
+    from hbp.simulate import simulate
+
+    lengths, cost = _lengths(args), _cost(args)
+    names = [name.strip() for name in args.strategies.split(",") if name.strip()]
+    rows = []
+    with Progress("compare", len(names)) as progress:
+        for name in names:
+            plan = make_plan(lengths, cost, strategy=name, **_options(args))
+            rows.append((name, plan.info.metrics, simulate(plan).to_json()))
+            progress.advance(name)
+    if not args.json:
+        _metrics_table(rows)
+    slowest = rows[0][1]["predicted_s"]
+    return {
+        "rows": [
+            {"strategy": name, **metrics, **simulated, "speedup": slowest / metrics["predicted_s"]}
+            for name, metrics, simulated in rows
+        ]
+    }
+
+
+def _simulate(args: argparse.Namespace) -> dict[str, Any]:
+    from hbp.plan import read_plan
+    from hbp.simulate import simulate
+
+    plans = [read_plan(folder) for folder in args.plans]
+    rows = [(str(folder), plan.info.metrics, simulate(plan).to_json()) for folder, plan in zip(args.plans, plans, strict=True)]
+    if not args.json:
+        _metrics_table(rows)
+    first = rows[0][2]["tokens_per_s"]
+    return {"plans": [{"plan": name, **row, "speedup": row["tokens_per_s"] / first} for name, _, row in rows]}
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from hbp.report.page import write_report
+
+    report = write_report(args.target, args.out)
+    if not args.json:
+        print(report.html)
+    return {"report": str(report.html), "numbers": report.numbers}
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any] | None:
+    from hbp.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    launch = _torch("hbp.train.launch")
+    run = Path(config.run_dir)
+    if not launch.under_torchrun():
+        _check_before_launch(config)
+        launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
+        summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    else:
+        from hbp.job import run_job
+
+        with launch.process_group() as device:
+            summary = run_job(config, device)
+            if not launch.reports_here():
+                return None
+    from hbp.report.page import write_report
+
+    page = write_report(run).html
+    if not args.json:
+        _run_table(summary)
+        print(f"report: {page}")
+    return {**summary, "report": str(page)}
+
+
+def _check_before_launch(config: Any) -> None:
+    """Find what can be wrong with the input before any process is started."""
+    import numpy as np
+
+    from hbp.job import check_plan, prepare, split_samples
+    from hbp.plan import read_plan
+
+    store = prepare(config)
+    train_ids, _ = split_samples(store.lengths, config)
+    if config.plan.path is not None:
+        check_plan(read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes)
+
+
+def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
+    from hbp.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    launch = _torch("hbp.train.launch")
+    out = args.out or Path(config.run_dir) / "profile.json"
+    if not launch.under_torchrun():
+        _check_before_launch(config)
+        launch.launch_local(["profile", str(args.config), *args.overrides, "--out", str(out)], config.cluster.processes)
+    else:
+        from hbp.job import make_engine, live_profile
+
+        with launch.process_group() as device:
+            live_profile(make_engine(config, device), out)
+            if not launch.reports_here():
+                return None
+    profile: dict[str, Any] = json.loads(out.read_text())
+    if not args.json:
+        rows = [
+            (f"{sum(p['lengths']):,}", f"{len(p['lengths']):,}", str(p["sp_degree"]), str(p["gc_layers"]),
+             f"{p['seconds']:.3f}", f"{p['predicted_s']:.3f}", f"{p['peak_bytes'] / 2**30:.3f}", f"{p['predicted_bytes'] / 2**30:.3f}")
+            for p in profile["points"]
+        ]
+        _table(
+            f"profile of {profile['device']}",
+            ("tokens", "documents", "SP", "GC", "seconds", "predicted", "GiB", "predicted"),
+            rows,
+        )
+        print(f"held-out median error {profile['median_error']:.1%} → {out}")
+    return {"profile": str(out), **profile}
+
+
+def _torch(module: str) -> Any:
+    """Import a module of the training half, or say how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise HbpError(
+            f"training needs {error.name}; install with `pip install 'hierarchical-balance-packing[train]'`"
+        ) from None
+
+
+def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
+    from hbp.data.store import open_store, read_lengths
+
+    if args.lengths is not None:
+        return read_lengths(args.lengths)
+    if (Path(args.data) / "store.json").is_file():
+        return open_store(Path(args.data)).lengths
+    return prepare_store(args.data, args.tokenizer or args.model, _cache_folder(args)).lengths
+
+
+def _cost(args: argparse.Namespace) -> CostModel:
+    from hbp.cost.cluster import GIB, load_cluster
+    from hbp.cost.model_spec import load_model_spec
+    from hbp.cost.predict import CostModel
+
+    if args.gpus < 1:
+        raise HbpError(f"--gpus {args.gpus}: give at least 1")
+    cluster = load_cluster(args.cluster)
+    if args.memory_gib is not None:
+        cluster = dataclasses.replace(cluster, memory_bytes=args.memory_gib * GIB)
+    return CostModel(load_model_spec(args.model), cluster, args.gpus)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    for name in ("max_length", "global_batch_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise HbpError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    return {
+        "seed": args.seed,
+        "max_length": args.max_length,
+        "global_batch_tokens": args.global_batch_tokens,
+        "short_steps": args.short_steps,
+    }
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, Any]]]) -> None:
+    first = rows[0][2]["tokens_per_s"]
+    cells = [
+        (
+            name,
+            f"{m['pr']:.3%}",
+            f"{m['dbr']:.4f}",
+            f"{m['abr']:.4f}",
+            f"{m['cr']:.3f}",
+            f"{m['ave_tokens']:,.0f}",
+            f"{m['efficiency']:.3f}",
+            _duration(s["seconds"]),
+            f"{s['tokens_per_s']:,.0f}",
+            f"{s['tokens_per_s'] / first:.2f}×",
+        )
+        for name, m, s in rows
+    ]
+    header = ("strategy", "PR", "DBR", "ABR", "CR", "Ave-T", "efficiency", "predicted", "tokens/s", "speed-up")
+    _table("predicted", header, cells)
+
+
+def _run_table(summary: Mapping[str, Any]) -> None:
+    rows = []
+    for r in summary["results"]:
+        settings = " ".join(f"{g['capacity']}/SP{g['sp_degree']}/GC{g['gc_layers']}" for g in r["groups"])
+        rows.append(
+            (
+                r["strategy"],
+                settings,
+                f"{r['tokens_per_s']:,.0f}",
+                f"{r['seconds']:.1f}",
+                f"{r['final_train_loss']:.3f}",
+                "–" if r["eval_loss"] is None else f"{r['eval_loss']:.3f}",
+                f"{r['peak_bytes'] / 2**30:.3f}",
+                f"{r['metrics']['abr']:.3f}",
+                f"{r['metrics']['cr']:.2f}",
+            )
+        )
+    header = ("strategy", "groups", "tokens/s", "seconds", "train loss", "eval loss", "peak GiB", "ABR", "CR")
+    _table("measured", header, rows)
+    if "speedup" in summary:
+        ours, theirs = (r["strategy"] for r in summary["results"][:2])
+        print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

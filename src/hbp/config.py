@@ -1,0 +1,162 @@
+"""The one typed configuration of `hbp train`: every option, its default and what it means.
+
+A YAML file has the sections below; a command line may override single values as ``section.key=value``. Unknown keys
+and values of the wrong type are refused by name. :func:`describe` is what `hbp train --help` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hbp.errors import HbpError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    """Where the samples come from."""
+
+    source: str = Field(
+        "stdlib",
+        description="a .jsonl or .parquet file, a folder of them, a saved `datasets` folder, a hub name, or `stdlib`: "
+        "the embedded set made from this Python's own sources",
+    )
+    split: str = Field("train", description="split of a `datasets` source")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    tokenizer: str | None = Field(
+        None, description="Hugging Face tokenizer folder or name; none: the model's (`stdlib` trains its own)"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="longest packing length, tokens; longer samples are dropped by name. none: the longest"
+    )
+    eval_samples: int = Field(64, ge=0, description="samples held out for the evaluation loss")
+    processes: int = Field(1, ge=1, description="processes that tokenize")
+    short_samples: int = Field(3000, ge=1, description="`stdlib` only: function-sized samples")
+    long_samples: int = Field(24, ge=0, description="`stdlib` only: module-sized samples")
+    longest_chars: int = Field(28_000, ge=1000, description="`stdlib` only: longest module used, characters")
+    vocab_size: int = Field(4096, ge=300, description="`stdlib` only: size of the tokenizer trained on it")
+
+
+class ModelConfig(_Section):
+    """What is trained."""
+
+    path: str = Field(
+        description="folder with weights, or a folder or file with a transformers config alone, or a hub name"
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of activations and gathered parameters; states and gradient reduction stay float32"
+    )
+
+
+class ClusterConfig(_Section):
+    """What it is trained on."""
+
+    name: str = Field("cpu-local", description="a built-in cluster, or a profile file written by `hbp profile`")
+    memory_gib: float | None = Field(
+        None, gt=0, description="memory budget of one process or GPU; none: the cluster's own"
+    )
+    processes: int = Field(2, ge=1, description="local processes when not under torchrun")
+    profile: bool = Field(True, description="measure the cost model's constants here before planning")
+
+
+class PlanConfig(_Section):
+    """How the samples are packed."""
+
+    path: str | None = Field(None, description="run this plan folder instead of making one")
+    strategy: str = Field("hbp", description="see `hbp plan --help`")
+    baseline: str | None = Field(
+        None, description="also train this strategy on the same samples and compare, such as `concat`"
+    )
+    global_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens of an optimizer step; none: one pack of the longest group on every SP group"
+    )
+    short_steps: int | None = Field(
+        None, ge=0, description="curriculum: first steps with short groups only; none: 500 or a tenth of the run"
+    )
+
+
+class TrainConfig(_Section):
+    """Optimizer and outputs. AdamW with the paper's recipe."""
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
+    final_lr: float = Field(0.1, ge=0, le=1, description="share of the peak that the cosine ends at")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0)
+    export: bool = Field(True, description="write the trained model as a Hugging Face folder")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    run_dir: str = Field("runs/hbp", description="folder for everything that the run writes")
+    seed: int = Field(0, ge=0, description="of the data split, the plan and a freshly initialised model")
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    cluster: ClusterConfig = ClusterConfig()
+    plan: PlanConfig = PlanConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides.
+
+    Raises:
+        HbpError: no such file, not YAML, an unknown key, or a value that does not fit; names the key.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError:
+        raise HbpError(f"cannot read the configuration {path}; see examples/quickstart.yaml for one") from None
+    except yaml.YAMLError as error:
+        raise HbpError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise HbpError(f"{path} holds no configuration; see examples/quickstart.yaml for one")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        value = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        raise HbpError(f"{path}: {key}: {first['msg']}{value}; see `hbp train --help`") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise HbpError(f"{override!r} is not an override; write section.key=value, such as train.lr=2e-5")
+    *sections, name = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise HbpError(f"{override!r}: {section} is a value, not a section; see `hbp train --help`")
+    data[name] = yaml.safe_load(value)
+
+
+def describe() -> str:
+    """Every option with its type, default and meaning, as text."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            lines.append(f"{name}:  {(section.__doc__ or '').splitlines()[0]}")
+            lines += [_option(f"  {key}", option) for key, option in section.model_fields.items()]
+        else:
+            lines.append(_option(name, field))
+    return "\n".join(lines)
+
+
+def _option(name: str, field: Any) -> str:
+    default = "required" if field.is_required() else f"default {'none' if field.default is None else field.default}"
+    meaning = f"{field.description}  " if field.description else ""
+    return f"{name:<24}{meaning}[{default}]"

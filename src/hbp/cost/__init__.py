@@ -1,0 +1,1 @@
+"""What things cost: seconds and bytes of one micro-batch, from its document lengths."""

@@ -1,0 +1,348 @@
+"""What a model is made of, from its transformers configuration: parameters, FLOPs, activations, messages.
+
+Families: Llama, Mistral (sliding window), Qwen2, Qwen3, Qwen3-MoE, DeepSeek-V2 and V3 (multi-head latent
+attention, MLA, and mixture of experts, MoE). The counts follow the modules of transformers 5; the tests hold
+them against those modules, torch's FLOP counter and its saved tensors. Parameters: exact. FLOPs: forward, two
+a multiply-add, matrix products only (no norms, biases, softmax).
+
+Activation bytes: what autograd keeps of one layer that is not recomputed, with flash attention and eager
+norms, rotary embedding and gated MLP, per token; ``b`` bytes an element, ``h`` hidden size:
+
+- norm of width ``w``: ``4w`` its input in float32, ``bw`` the normalised copy, 4 the reciprocal root;
+- projections: ``bh`` a layer norm, whose output q/k/v (or gate/up) share; the last takes attention's output;
+- rotary embedding: nothing of its own (cosines and sines are shared by all layers);
+- attention: queries, keys, values and output at ``b``, log-sum-exp at 4 a head;
+- gated MLP of width ``i``: ``4bi`` for gate, its activation, up, and their product;
+- each of a token's ``k`` experts (of ``e``): the MLP's ``4bi`` and ``2bh`` (gathered input, unweighted
+  output); router: ``4e`` probabilities, ``32k`` indices, ``bk`` weights, DeepSeek's float32 input copy;
+- MLA: norms of the compressed queries and keys/values; values are a view of the up-projection's output, so
+  its content-key half stays too;
+- Ulysses above degree 1: repeated keys/values, and attention's output once more after the exchange.
+
+What it trades: no fused kernels (Liger, Apex) in the activation count, and MLA as trained (not absorbed).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hbp.cost.known_models import Experts, LatentAttention, load_config, read_dimensions
+from hbp.errors import HbpError
+
+FLOAT32 = 4
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model by part, over all layers; attention and MLP with biases, MoE with its routers."""
+
+    embedding: int
+    lm_head: int  # 0 where it is tied to the embedding
+    attention: int
+    dense_mlp: int
+    moe_mlp: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.lm_head + self.attention + self.dense_mlp + self.moe_mlp + self.norms
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Dimensions of a decoder-only transformer; sizes in elements."""
+
+    name: str
+    model_type: str
+    n_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    """Equal to ``heads`` under MLA, whose keys and values are expanded before attention."""
+    qk_head_dim: int
+    v_head_dim: int
+    intermediate: int  # of a dense MLP
+    vocab: int
+    tied_embeddings: bool
+    qkv_bias: bool = False
+    """Under MLA: on the two compressing projections."""
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    """Sliding window of each layer in tokens, None for full attention; empty if all layers attend in full."""
+    latent: LatentAttention | None = None
+    experts: Experts | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for ``plan.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """The inverse of :meth:`to_json`, also after a trip through a JSON file.
+
+        Raises:
+            HbpError: keys are missing or unknown.
+        """
+        try:
+            values = {**data, "windows": tuple(data["windows"])}
+            if values["latent"] is not None:
+                values["latent"] = LatentAttention(**values["latent"])
+            if values["experts"] is not None:
+                dense = tuple(values["experts"]["dense_layers"])
+                values["experts"] = Experts(**{**values["experts"], "dense_layers": dense})
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise HbpError(
+                f"the model description is damaged ({error}); make the plan or profile again"
+            ) from None
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, itself included; None for all before it."""
+        return self.windows[layer] if self.windows else None
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @cached_property
+    def n_moe_layers(self) -> int:
+        """Layers with experts."""
+        return sum(self.is_moe(layer) for layer in range(self.n_layers))
+
+    # Parameters
+
+    @cached_property
+    def _attention_weights(self) -> int:
+        """Entries of one layer's projection matrices."""
+        h, q, out = self.hidden, self.heads * self.qk_head_dim, self.heads * self.v_head_dim
+        if self.latent is None:
+            return h * (q + self.kv_heads * (self.qk_head_dim + self.v_head_dim) + out)
+        m = self.latent
+        queries = h * q if m.q_lora_rank is None else (h + q) * m.q_lora_rank
+        expand = m.kv_lora_rank * self.heads * (m.qk_nope_head_dim + self.v_head_dim)
+        return queries + h * (m.kv_lora_rank + m.qk_rope_head_dim) + expand + h * out
+
+    @cached_property
+    def _attention_extras(self) -> tuple[int, int]:
+        """Biases and norm weights inside one layer's attention."""
+        if self.latent is not None:
+            norms = (self.latent.q_lora_rank or 0) + self.latent.kv_lora_rank
+            columns = norms + self.latent.qk_rope_head_dim
+        else:
+            norms = self.qk_norm * 2 * self.qk_head_dim
+            columns = (self.heads + self.kv_heads) * self.qk_head_dim + self.kv_heads * self.v_head_dim
+        return self.qkv_bias * columns + self.out_bias * self.hidden, norms
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer: projections, their biases and the norms inside attention."""
+        return self._attention_weights + sum(self._attention_extras)
+
+    def _gated_mlp(self, width: int, count: int) -> int:
+        """Of ``count`` gated MLPs that are one matrix side by side."""
+        wide = width * count
+        return 3 * self.hidden * wide + (self.mlp_bias * (2 * wide + self.hidden) if count else 0)
+
+    def mlp_parameters(self, layer: int) -> int:
+        """MLP of one layer: dense, or router, routed experts and shared experts."""
+        e = self.experts
+        if e is None or not self.is_moe(layer):
+            return self._gated_mlp(self.intermediate, 1)
+        routed = self.hidden * e.n_experts * (1 + 3 * e.intermediate)
+        return routed + self._gated_mlp(e.intermediate, e.n_shared)
+
+    def layer_parameters(self, layer: int) -> int:
+        """All of one layer, its two norms included."""
+        return self.attention_parameters + self.mlp_parameters(layer) + 2 * self.hidden
+
+    @cached_property
+    def parameter_count(self) -> ParameterCount:
+        """All of the model, by part."""
+        biases, norms = self._attention_extras
+        mlp = [(self.is_moe(layer), self.mlp_parameters(layer)) for layer in range(self.n_layers)]
+        return ParameterCount(
+            embedding=self.vocab * self.hidden,
+            lm_head=0 if self.tied_embeddings else self.vocab * self.hidden,
+            attention=self.n_layers * (self._attention_weights + biases),
+            dense_mlp=sum(count for moe, count in mlp if not moe),
+            moe_mlp=sum(count for moe, count in mlp if moe),
+            norms=self.n_layers * (norms + 2 * self.hidden) + self.hidden,
+        )
+
+    def parameters(self) -> int:
+        """All of the model."""
+        return self.parameter_count.total
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Parameters that a token meets: all but experts it is not routed to (embedding counted whole)."""
+        e = self.experts
+        if e is None:
+            return self.parameters()
+        idle = (e.n_experts - e.experts_per_token) * 3 * self.hidden * e.intermediate
+        return self.parameters() - self.n_moe_layers * idle
+
+    # FLOPs, forward
+
+    def linear_flops_per_token(self) -> float:
+        """FLOPs of all layers' projections, MLPs, routers and experts (only those that a token goes to)."""
+        dense = 3 * self.hidden * self.intermediate * (self.n_layers - self.n_moe_layers)
+        total = self.n_layers * self._attention_weights + dense
+        if self.experts is not None:
+            e = self.experts
+            active = 3 * e.intermediate * (e.experts_per_token + e.n_shared) + e.n_experts
+            total += self.n_moe_layers * self.hidden * active
+        return 2.0 * total
+
+    def head_flops_per_token(self) -> float:
+        """FLOPs of the vocabulary projection."""
+        return 2.0 * self.hidden * self.vocab
+
+    def attention_flops_per_pair(self) -> float:
+        """FLOPs of one query-key pair (score and weighted value) summed over all layers.
+
+        Times :meth:`attention_pairs`, which is the mean over the layers, this is a document's attention,
+        whatever windows the layers have.
+        """
+        return 2.0 * self.n_layers * self.heads * (self.qk_head_dim + self.v_head_dim)
+
+    def attention_pairs(self, lengths: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+        """Query-key pairs that the causal mask keeps, per document, mean over the layers.
+
+        With ``m = min(l, w)`` a layer of window ``w`` keeps ``m (m + 1) / 2 + (l - m) w`` of a document of
+        ``l`` tokens: the first ``m`` queries see all before them, the others ``w`` each.
+        """
+        tokens = np.asarray(lengths, np.float64)
+        total = np.zeros_like(tokens)
+        for window, layers in Counter(self.windows or (None,) * self.n_layers).items():
+            inside = tokens if window is None else np.minimum(tokens, window)
+            pairs = inside * (inside + 1) / 2
+            if window is not None:
+                pairs += (tokens - inside) * window
+            total += pairs * (layers / self.n_layers)
+        return total
+
+    # Activation bytes
+
+    def layer_activation_bytes(self, layer: int, dtype_bytes: int, degree: int = 1) -> float:
+        """Bytes per local token that autograd keeps of a layer not recomputed, at a Ulysses degree."""
+        b, h, heads = dtype_bytes, self.hidden, self.heads
+        total = 2 * _norm_bytes(h, b) + 2 * h * b  # both layer norms, and their outputs into the projections
+        total += (
+            heads * (self.qk_head_dim + self.v_head_dim) * b + heads * FLOAT32
+        )  # queries, output, log-sum-exp
+        total += self.kv_heads_at(degree) * (self.qk_head_dim + self.v_head_dim) * b
+        if degree > 1:
+            total += heads * self.v_head_dim * b
+        if self.qk_norm:
+            total += (heads + self.kv_heads) * _norm_bytes(self.qk_head_dim, b)
+        if self.latent is not None:
+            total += self._latent_bytes(self.latent, b, degree)
+        return total + self._mlp_bytes(layer, b)
+
+    def _latent_bytes(self, m: LatentAttention, b: int, degree: int) -> float:
+        total = _norm_bytes(m.kv_lora_rank, b) + m.kv_lora_rank * b
+        if m.q_lora_rank is not None:
+            total += _norm_bytes(m.q_lora_rank, b) + m.q_lora_rank * b
+        if b == FLOAT32:  # no upcast, so the norm keeps the tensor of which its input is a view
+            total += m.qk_rope_head_dim * b
+        if degree == 1:  # values are a view of the up-projection's output; an exchange copies them out of it
+            total += self.heads * m.qk_nope_head_dim * b
+        return total
+
+    def _mlp_bytes(self, layer: int, b: int) -> float:
+        e = self.experts
+        if e is None or not self.is_moe(layer):
+            return 4 * self.intermediate * b
+        routed = e.experts_per_token * (4 * e.intermediate + 2 * self.hidden) * b
+        router = e.n_experts * FLOAT32 + e.experts_per_token * (32 + b)
+        if e.float32_router and b < FLOAT32:
+            router += self.hidden * FLOAT32
+        return routed + router + 4 * e.intermediate * e.n_shared * b
+
+    def activation_bytes_per_token_per_layer(self, dtype_bytes: int, degree: int = 1) -> float:
+        """:meth:`layer_activation_bytes`, mean over the layers."""
+        moe = [self.is_moe(layer) for layer in range(self.n_layers)]
+        kinds = ((moe.index(kind), moe.count(kind)) for kind in set(moe))
+        total = sum(count * self.layer_activation_bytes(layer, dtype_bytes, degree) for layer, count in kinds)
+        return total / self.n_layers
+
+    def checkpoint_bytes_per_token(self, dtype_bytes: int) -> float:
+        """Bytes per token kept by one layer that is recomputed: its input."""
+        return self.hidden * dtype_bytes
+
+    # Communication
+
+    @property
+    def max_ulysses_degree(self) -> int:
+        """The highest Ulysses degree: the number of query heads, which every degree must divide."""
+        return self.heads
+
+    def kv_heads_at(self, degree: int) -> int:
+        """Key/value heads after repeating them for a Ulysses degree: the fewest that it divides.
+
+        For powers of two this is ``max(kv_heads, degree)``.
+
+        Raises:
+            HbpError: the degree does not divide the query heads.
+        """
+        if degree < 1 or self.heads % degree:
+            raise HbpError(
+                f"SP degree {degree} does not divide the {self.heads} attention heads of {self.name}; "
+                "choose a degree that does"
+            )
+        return math.lcm(self.kv_heads, degree)
+
+    def alltoall_bytes_per_token(self, degree: int, dtype_bytes: int) -> float:
+        """Bytes per layer, forward pass and local token that a rank hands to Ulysses' all-to-alls.
+
+        Queries, keys and values on the way in, the output on the way back, all heads; keys and values
+        repeated (:meth:`kv_heads_at`). ``(degree - 1) / degree`` of it leaves the rank: not multiplied in.
+
+        Raises:
+            HbpError: the degree does not divide the query heads.
+        """
+        heads = self.heads + self.kv_heads_at(degree)
+        return float(heads * (self.qk_head_dim + self.v_head_dim) * dtype_bytes)
+
+
+def _norm_bytes(width: int, dtype_bytes: int) -> float:
+    """Kept by an RMSNorm besides its output: input in float32, normalised copy, reciprocal root."""
+    return width * (FLOAT32 + dtype_bytes) + FLOAT32
+
+
+def load_model_spec(name_or_path: str) -> ModelSpec:
+    """A built-in model by name, or the ``config.json`` of a folder (or the file itself).
+
+    Raises:
+        HbpError: no such name or file, not a transformers configuration, or of an unknown family.
+    """
+    config, name = load_config(name_or_path)
+    return spec_from_config(config, name)
+
+
+def spec_from_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
+    """From the contents of a transformers ``config.json``, or ``config.to_dict()``.
+
+    Args:
+        config: the configuration; keys that transformers has a default for may be absent.
+        name: of the model in plans and reports; the family's if empty.
+
+    Raises:
+        HbpError: an unknown family, or a key that is missing or makes no sense.
+    """
+    dimensions = read_dimensions(config)
+    return ModelSpec(name=name or dimensions["model_type"], **dimensions)

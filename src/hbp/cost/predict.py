@@ -1,0 +1,166 @@
+"""Seconds and bytes of one micro-batch, from its documents, its SP degree and its recomputed layers.
+
+Everything that the planner decides, it decides with these two numbers. The model is a roofline with few constants
+(:mod:`hbp.cost.cluster`), affine in three sums over the documents of a pack: how many there are, their tokens, and the
+query-key pairs that causal attention keeps. So costs of samples add up, and costs of millions of packs are three array
+sums.
+
+Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers recomputed:
+
+- linear: ``S/d`` tokens × FLOPs × (1 forward + 2 backward + k/n recomputed); the vocabulary projection counts 4 passes,
+  since the chunked loss recomputes it;
+- attention: pairs/d × FLOPs × (1 + 2.5 + k/n), flash attention's backward being 2.5 forwards;
+- all-to-all, twice a layer and pass: the bytes of queries, keys, values and outputs;
+- FSDP: parameters gathered for forward and for backward, gradients reduced in float32; the part that does not hide
+  behind compute is added.
+
+Bytes: sharded parameters, gradients and AdamW states in float32, gathered layers, and activations (what an ordinary
+layer saves, what a recomputed layer keeps, and one layer being recomputed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hbp.cost.cluster import ClusterSpec
+from hbp.cost.model_spec import ModelSpec
+
+Float = npt.NDArray[np.float64]
+
+ATTENTION_BACKWARD = 2.5
+STATE_BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and AdamW's two moments
+REDUCE_BYTES = 4
+LOSS_CHUNK_TOKENS = 1024
+LOSS_COPIES = 3  # logits, their float32 copy, and their gradient
+
+
+@dataclass(frozen=True)
+class Work:
+    """What packs contain, as sums over their documents; arrays of one shape."""
+
+    documents: Float
+    tokens: Float
+    pairs: Float
+    """Query-key pairs that causal (or windowed) attention keeps, mean over layers."""
+
+    def __getitem__(self, index: npt.NDArray[np.integer] | slice) -> Work:
+        return Work(self.documents[index], self.tokens[index], self.pairs[index])
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """An affine cost: seconds of one pack on each rank of its group."""
+
+    fixed: float
+    per_document: float
+    per_token: float
+    per_pair: float
+    fsdp: float
+    """FSDP traffic of the micro-step, before hiding it behind compute."""
+    overlap: float
+
+    def of(self, work: Work) -> Float:
+        """Seconds of each pack when it runs alone in its micro-step."""
+        busy = self.compute(work)
+        return busy + np.maximum(0.0, self.fsdp - self.overlap * busy)
+
+    def compute(self, work: Work) -> Float:
+        """Seconds without FSDP traffic."""
+        return self.fixed + self.marginal(work)
+
+    def marginal(self, work: Work) -> Float:
+        """The part that the documents themselves cause: what a perfect packing could not avoid."""
+        return self.per_document * work.documents + self.per_token * work.tokens + self.per_pair * work.pairs
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts one model on one cluster at one world size."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    world_size: int
+
+    def work(self, lengths: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer] | None = None) -> Work:
+        """Sums over each segment ``lengths[offsets[i]:offsets[i + 1]]``; over each document alone if None."""
+        tokens = lengths.astype(np.float64)
+        pairs = self.model.attention_pairs(lengths)
+        documents = np.ones(len(lengths))
+        if offsets is None:
+            return Work(documents, tokens, pairs)
+
+        def fold(x: Float) -> Float:
+            total = np.concatenate([[0.0], np.cumsum(x)])
+            return total[offsets[1:]] - total[offsets[:-1]]
+
+        return Work(np.diff(offsets).astype(np.float64), fold(tokens), fold(pairs))
+
+    def seconds(self, sp_degree: int, gc_layers: int) -> Seconds:
+        """The cost of packs at a degree and a number of recomputed layers."""
+        m, c, d = self.model, self.cluster, sp_degree
+        again = gc_layers / m.n_layers
+        linear = m.linear_flops_per_token() * (3 + again) + m.head_flops_per_token() * 4
+        pair = m.attention_flops_per_pair() * (1 + ATTENTION_BACKWARD + again)
+        sent, messages = 0.0, 0.0
+        if d > 1:
+            sent = m.n_layers * m.alltoall_bytes_per_token(d, c.dtype_bytes) * (d - 1) / d / c.link(d) * (2 + again)
+            messages = m.n_layers * 2 * (2 + again) * c.collective_latency_s
+        passes = m.n_layers * (3 + again)
+        return Seconds(
+            fixed=passes * c.layer_overhead_s + messages,
+            per_document=passes * c.document_overhead_s,
+            per_token=(linear / c.linear_flops_per_s + sent) / d,
+            per_pair=pair / c.attention_flops_per_s / d,
+            fsdp=self._fsdp_seconds(),
+            overlap=c.fsdp_overlap,
+        )
+
+    def _fsdp_seconds(self) -> float:
+        if self.world_size == 1:
+            return 0.0
+        c = self.cluster
+        received = self.model.parameters() * (self.world_size - 1) / self.world_size
+        traffic = received * (2 * c.dtype_bytes + REDUCE_BYTES) / c.ring(self.world_size)
+        return traffic + 3 * (self.model.n_layers + 1) * c.collective_latency_s
+
+    def static_bytes(self) -> float:
+        """Memory that does not depend on the pack: states, gathered parameters, logits of a loss chunk."""
+        m, c = self.model, self.cluster
+        total = m.parameters()
+        layers = [m.layer_parameters(i) for i in range(m.n_layers)]
+        root = total - sum(layers)
+        gathered = (2 * max(layers) + root) * c.dtype_bytes + max(max(layers), root) * REDUCE_BYTES
+        logits = LOSS_CHUNK_TOKENS * m.vocab * 4 * LOSS_COPIES
+        return total * STATE_BYTES_PER_PARAMETER / self.world_size + gathered + logits + c.fixed_bytes
+
+    def bytes_per_token(self, gc_layers: int) -> float:
+        """Activation bytes per token of a rank."""
+        m, c = self.model, self.cluster
+        saved = m.activation_bytes_per_token_per_layer(c.dtype_bytes)
+        kept = m.checkpoint_bytes_per_token(c.dtype_bytes)
+        ends = 4 * m.hidden * c.dtype_bytes  # embedding, last hidden state, and their gradients
+        # Backward works in one layer at a time: a recomputed one needs its activations again, any one its gradients.
+        return c.activation_scale * ((m.n_layers - gc_layers) * saved + gc_layers * kept + saved) + ends
+
+    def bytes(self, tokens: int, sp_degree: int, gc_layers: int) -> float:
+        """Peak bytes on a rank that runs a pack of `tokens` tokens."""
+        return self.static_bytes() + tokens / sp_degree * self.bytes_per_token(gc_layers)
+
+    def fewest_gc_layers(self, tokens: int, sp_degree: int) -> int | None:
+        """The fewest recomputed layers with which a pack fits the memory budget; None if even all do not help."""
+        room = (self.cluster.memory_bytes - self.static_bytes()) * sp_degree / tokens
+        none, one = self.bytes_per_token(0), self.bytes_per_token(1)
+        if none <= room:
+            return 0
+        if self.bytes_per_token(self.model.n_layers) > room:
+            return None
+        return min(self.model.n_layers, int(np.ceil((none - room) / (none - one))))
+
+    def degrees(self) -> list[int]:
+        """Powers of two that divide both the world and the model's attention heads."""
+        most = min(self.world_size, self.model.max_ulysses_degree)
+        powers = (2**i for i in range(most.bit_length()))
+        return [d for d in powers if self.world_size % d == 0 and self.model.max_ulysses_degree % d == 0]

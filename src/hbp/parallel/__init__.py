@@ -1,0 +1,1 @@
+"""Sequence parallelism: process groups per degree, document attention, all-to-all."""

@@ -1,0 +1,135 @@
+"""Ulysses sequence parallelism for packed documents, as a transformers attention function.
+
+Outside attention each rank of the SP group holds a slice of the pack's tokens with all heads. For attention one
+all-to-all turns that into all tokens with a slice of the heads, document attention runs as on one device, and a
+second all-to-all turns the result back (DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509). Queries, keys and values
+travel in one message. Communication per rank falls with the degree; the degree is bounded by the number of heads.
+
+Key/value heads fewer than the degree are repeated up to it before the exchange: right, but the bytes are sent, and the
+cost model counts them.
+
+The degree is not a setting of the model. It comes with each pack (:class:`PackLayout`, passed through the model's
+keyword arguments), so one model runs packs of any degree in any order, and recomputation under gradient checkpointing
+sees the layout of its own pack.
+
+Legend: ``T`` tokens of this rank, ``S`` tokens of the pack (``T`` × degree), ``H``/``K`` query and key/value heads,
+``D`` head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+
+from hbp.errors import HbpError
+from hbp.parallel.varlen import Documents, document_attention
+
+ATTENTION_NAME = "hbp"
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """How one pack lies over the ranks that run it."""
+
+    documents: Documents
+    sp_degree: int = 1
+    sp_group: ProcessGroup | None = None
+
+
+def exchange_to_heads(x_TF: Tensor, degree: int, group: ProcessGroup) -> Tensor:
+    """Tokens of this rank, features of all heads → tokens of the pack, features of this rank's heads.
+
+    Args:
+        x_TF: ``[T, degree, F]``, the middle axis being the rank that owns those heads.
+        degree: SP degree.
+        group: SP group.
+
+    Returns:
+        ``[S, F]``.
+    """
+    sent = x_TF.transpose(0, 1).contiguous()  # [degree, T, F]
+    got = wait_tensor(all_to_all_single_autograd(sent, None, None, group))
+    return got.view(degree * x_TF.size(0), x_TF.size(2))
+
+
+def exchange_to_tokens(x_SF: Tensor, degree: int, group: ProcessGroup) -> Tensor:
+    """The way back: ``[S, F]`` with this rank's heads → ``[T, degree, F]`` with all heads of this rank's tokens."""
+    tokens = x_SF.size(0) // degree
+    got = wait_tensor(all_to_all_single_autograd(x_SF.contiguous(), None, None, group))
+    return got.view(degree, tokens, x_SF.size(1)).transpose(0, 1)
+
+
+def ulysses_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackLayout, **options: Any
+) -> Tensor:
+    """Causal document attention of a pack spread over ``layout.sp_group``.
+
+    Args:
+        q_THD: queries of this rank's tokens ``[T, H, D]``.
+        k_TKD: keys ``[T, K, D]``.
+        v_TKD: values ``[T, K, D]`` (``D`` may differ from the keys').
+        layout: the pack.
+        options: scale and sliding window, as in :func:`~hbp.parallel.varlen.document_attention`.
+
+    Returns:
+        ``[T, H, D]`` with the values' ``D``.
+    """
+    degree, group = layout.sp_degree, layout.sp_group
+    if degree == 1 or group is None:
+        return document_attention(q_THD, k_TKD, v_TKD, layout.documents, **options)
+    tokens, heads = q_THD.shape[:2]
+    if heads % degree:
+        raise HbpError(f"SP degree {degree} does not divide the model's {heads} attention heads; lower the degree")
+    k_TKD, v_TKD = _repeat_heads(k_TKD, degree, heads), _repeat_heads(v_TKD, degree, heads)
+    parts = (q_THD, k_TKD, v_TKD)
+    mine = [(x.size(1) // degree, x.size(2)) for x in parts]  # heads and head size on this rank afterwards
+    packed = torch.cat([x.reshape(tokens, degree, -1) for x in parts], dim=2)
+    split = exchange_to_heads(packed, degree, group).split([h * d for h, d in mine], dim=1)
+    q, k, v = (x.unflatten(1, shape) for x, shape in zip(split, mine, strict=True))
+    out = document_attention(q, k, v, layout.documents, **options)
+    return exchange_to_tokens(out.flatten(1), degree, group).reshape(tokens, heads, -1)
+
+
+def _repeat_heads(x_TKD: Tensor, degree: int, heads: int) -> Tensor:
+    """Repeat key/value heads up to the next count that the degree divides and that divides the query heads."""
+    kv_heads = x_TKD.size(1)
+    if kv_heads % degree == 0:
+        return x_TKD
+    times = next(t for t in range(2, heads // kv_heads + 1) if kv_heads * t % degree == 0 and heads % (kv_heads * t) == 0)
+    return x_TKD.repeat_interleave(times, dim=1)
+
+
+def _attention_interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    *,
+    hbp_layout: PackLayout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' AttentionInterface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
+    if hbp_layout is None:
+        raise HbpError("the attention function 'hbp' needs the pack's layout: call the model with hbp_layout=...")
+    if attention_mask is not None or dropout:
+        raise HbpError("packed documents take no attention mask and no attention dropout; set attention_dropout to 0")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = ulysses_attention(q, k, v, hbp_layout, scale=scaling, sliding_window=sliding_window)
+    return out[None], None
+
+
+def register_attention() -> str:
+    """Register document attention with transformers; returns the name to pass as ``attn_implementation``."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention_interface)
+    return ATTENTION_NAME

@@ -1,0 +1,1 @@
+"""How a plan is made: lengths in, packs and steps out. Knows no torch."""

@@ -1,0 +1,196 @@
+"""The way from lengths to a plan: groups → packs → micro-steps → steps → rows.
+
+A strategy is a function from a :class:`~hbp.planning.baselines.Problem` to scheduled packs and their groups; everything
+around it (dropping what cannot fit, ordering steps, predicting, measuring, writing the rows) is common to all, so that
+strategies differ only in what they decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from hbp.cost.predict import CostModel
+from hbp.errors import HbpError
+from hbp.plan import Group, Plan, PlanInfo, hash_lengths
+from hbp.planning import baselines
+from hbp.planning.baselines import Problem
+from hbp.planning.curriculum import default_short_steps, order_steps
+from hbp.planning.groups import choose_groups, longest_capacity, longest_setting
+from hbp.planning.hierarchical import hierarchical_packs
+from hbp.planning.metrics import measure
+from hbp.planning.packs import Lengths, Packs
+from hbp.planning.schedule import PackCost, Schedule, balance_batches
+
+Strategy = Callable[[Problem], tuple[Schedule, tuple[Group, ...]]]
+
+
+def hbp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+    """The paper's method: Algorithm 1's groups, hierarchical packing, GreedyFill, balance batching."""
+    lengths, ids = problem.lengths, problem.sample_ids
+    groups = choose_groups(problem.cost, lengths[ids], problem.static.capacity)
+    packs = hierarchical_packs(lengths, ids, groups, problem.rng)
+    schedule = balance_batches(
+        packs,
+        problem.pack_cost(groups),
+        groups,
+        lengths,
+        problem.world_size,
+        problem.global_batch_tokens,
+        problem.rng,
+    )
+    return schedule, groups
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    "concat": baselines.concat,
+    "ffd": baselines.ffd,
+    "bfd": baselines.bfd,
+    "isf": baselines.isf,
+    "sorted": baselines.sorted_batches,
+    "lb": baselines.lb,
+    "dcp": baselines.dcp,
+    "hbp": hbp,
+}
+
+
+def make_plan(
+    lengths: Lengths,
+    cost: CostModel,
+    *,
+    strategy: str = "hbp",
+    seed: int = 0,
+    max_length: int | None = None,
+    global_batch_tokens: int | None = None,
+    short_steps: int | None = None,
+    static: Group | None = None,
+) -> Plan:
+    """Plan one epoch.
+
+    Args:
+        lengths: of every sample of the data set, tokens ``[N]``.
+        cost: predicts the user's model on the user's cluster at its world size.
+        strategy: a key of :data:`STRATEGIES`.
+        seed: of every random choice; the same input and seed give the same plan.
+        max_length: packing length of the largest group; longer samples are dropped, by name. None: the longest sample.
+        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest group.
+        short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only `hbp` has one.
+        static: setting of the strategies that have only one. None: the predicted fastest that fits.
+
+    Returns:
+        The plan with its metrics; not yet validated (:func:`hbp.plan.write_plan` does).
+
+    Raises:
+        HbpError: no samples, an unknown strategy, or a longest pack that no setting fits into memory.
+    """
+    if strategy not in STRATEGIES:
+        raise HbpError(f"no strategy {strategy!r}: give one of {', '.join(STRATEGIES)}")
+    if not len(lengths):
+        raise HbpError("there are no samples to plan; give data with at least one")
+    if int(lengths.min()) < 1:
+        raise HbpError(f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens; every length must be 1 or more")
+    longest = static.capacity if static else longest_capacity(lengths, max_length)
+    keep = lengths <= longest
+    ids = np.flatnonzero(keep)
+    if not len(ids):
+        raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
+    static = static or longest_setting(cost, lengths[ids], longest).group
+    slots = cost.world_size // static.sp_degree
+    global_batch_tokens = global_batch_tokens or slots * longest
+    rng = np.random.default_rng(seed)
+    problem = Problem(
+        lengths,
+        ids,
+        static,
+        cost,
+        lambda groups: _pack_cost(cost, lengths, groups),
+        cost.world_size,
+        global_batch_tokens,
+        rng,
+    )
+    schedule, groups = STRATEGIES[strategy](problem)
+    if strategy == "hbp":
+        schedule, short_steps = _apply_curriculum(schedule, groups, short_steps, rng)
+    return _to_plan(schedule, groups, problem, strategy, seed, short_steps, np.flatnonzero(~keep))
+
+
+def _pack_cost(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
+    """Predicted seconds of packs of these groups."""
+
+    def seconds(packs: Packs) -> np.ndarray:
+        work = cost.work(lengths[packs.sample_ids], packs.offsets)
+        result = np.empty(len(packs))
+        for index in np.unique(packs.group):
+            here = packs.group == index
+            group = groups[index]
+            result[here] = cost.seconds(group.sp_degree, group.gc_layers).of(work[here])
+        return result
+
+    return seconds
+
+
+def _apply_curriculum(
+    schedule: Schedule, groups: Sequence[Group], short_steps: int | None, rng: np.random.Generator
+) -> tuple[Schedule, int]:
+    n_steps = int(schedule.step.max()) + 1
+    kind = np.empty(n_steps, np.int64)
+    kind[schedule.step] = schedule.packs.group
+    lowest = min(group.sp_degree for group in groups)
+    short = {i for i, group in enumerate(groups) if group.sp_degree == lowest}
+    count = default_short_steps(n_steps) if short_steps is None else short_steps
+    position = order_steps(kind, short, count, rng)
+    return replace(schedule, step=position[schedule.step]), count
+
+
+def _to_plan(
+    schedule: Schedule,
+    groups: tuple[Group, ...],
+    problem: Problem,
+    strategy: str,
+    seed: int,
+    short_steps: int | None,
+    dropped: np.ndarray,
+) -> Plan:
+    order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
+    packs, cost, lengths = schedule.packs.take(order), problem.cost, problem.lengths
+    column = {
+        name: np.array([getattr(group, name) for group in groups])[packs.group]
+        for name in ("capacity", "sp_degree", "gc_layers")
+    }
+    longest = max(group.capacity for group in groups)
+    info = PlanInfo(
+        strategy=strategy,
+        seed=seed,
+        world_size=problem.world_size,
+        groups=groups,
+        n_samples=len(lengths),
+        n_tokens=int(lengths[packs.sample_ids].sum(dtype=np.int64)),
+        lengths_sha256=hash_lengths(lengths),
+        dropped=tuple(
+            (int(i), f"{int(lengths[i])} tokens, longer than the longest group ({longest})") for i in dropped
+        ),
+        model=cost.model.to_json(),
+        cluster=cost.cluster.to_json(),
+        cost_model={"origin": cost.cluster.origin, "device": cost.cluster.device},
+        settings={
+            "global_batch_tokens": problem.global_batch_tokens,
+            "short_steps": short_steps or 0,
+            "max_length": longest,
+        },
+    )
+    plan = Plan(
+        info,
+        step=schedule.step[order].astype(np.int32),
+        micro_step=schedule.micro_step[order].astype(np.int16),
+        rank_start=schedule.rank_start[order].astype(np.int32),
+        sp_degree=column["sp_degree"].astype(np.int16),
+        gc_layers=column["gc_layers"].astype(np.int16),
+        capacity=column["capacity"].astype(np.int32),
+        predicted_s=_pack_cost(cost, lengths, groups)(packs).astype(np.float32),
+        sample_offsets=packs.offsets,
+        sample_ids=packs.sample_ids,
+        lengths=lengths[packs.sample_ids].astype(np.int32),
+    )
+    return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost))))

@@ -1,0 +1,92 @@
+"""Progress for people, on standard error: a bar on a terminal, a line every few seconds elsewhere. Rank 0 only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LINE_EVERY_S = 5.0
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """One line for people."""
+    if _speaks():
+        print(f"hbp: {line}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """``with Progress("training", total) as p: p.advance("step 3 loss 2.1", tokens)``."""
+
+    def __init__(self, name: str, total: float) -> None:
+        self.name, self.total, self.done = name, total, 0.0
+        self.began = self.said = time.monotonic()
+        self.bar: Bar | None = None
+        if _speaks() and sys.stderr.isatty():
+            self.bar = Bar(
+                TextColumn("{task.fields[name]:>8}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:3.0f} %"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(stderr=True),
+            )
+            self.task = self.bar.add_task("", total=total, name=name)
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def advance(self, text: str, by: float = 1.0) -> None:
+        """Say what was done, and how much of the total it was."""
+        self.done += by
+        if self.bar:
+            self.bar.update(self.task, advance=by, description=text)
+            return
+        now = time.monotonic()
+        if now - self.said >= LINE_EVERY_S or self.done >= self.total:
+            left = (now - self.began) / self.done * (self.total - self.done)
+            say(f"{self.name} {self.done / self.total:4.0%}  {text}  {left:.0f} s left")
+            self.said = now
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+class Counter:
+    """Progress when the total is not known: a line every few seconds with the count so far and its rate."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        self.name, self.unit, self.done = name, unit, 0
+        self.began = self.said = time.monotonic()
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def advance(self, by: int = 1) -> None:
+        """Count what was done."""
+        self.done += by
+        now = time.monotonic()
+        if now - self.said >= LINE_EVERY_S:
+            say(f"{self.name}: {self.done:,} {self.unit}, {self.done / (now - self.began):,.0f} a second")
+            self.said = now
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.said = time.monotonic()

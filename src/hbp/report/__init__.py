@@ -1,0 +1,1 @@
+"""What was gained: one self-contained HTML page, and the same numbers as JSON."""

@@ -1,0 +1,132 @@
+"""Processes and devices: under torchrun as torchrun says, alone by starting local processes through torch's launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+
+from hbp.errors import ERROR_FILE, HbpError
+
+# glibc gives large blocks back to the kernel at once and pays for their pages again at the next micro-step. Keeping
+# them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+PREPARE_TIMEOUT = timedelta(days=1)
+"""Ranks wait this long for rank 0 to prepare data and plan, where a collective's usual limit is minutes."""
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one rank of a started job."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch_local(arguments: Sequence[str], processes: int) -> None:
+    """Run ``python -m hbp`` with these arguments in local processes and wait for them.
+
+    Raises:
+        HbpError: a rank ended with wrong input; its message.
+        RuntimeError: a rank failed otherwise; names the rank.
+    """
+    from torch.distributed.elastic.multiprocessing import Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import DefaultLogsSpecs, LaunchConfig, elastic_launch
+
+    if not torch.cuda.is_available():
+        for name, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    with TemporaryDirectory() as scratch:
+        os.environ[ERROR_FILE] = str(Path(scratch) / "error")
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=Std.NONE),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "hbp", *arguments)
+        except ChildFailedError as failed:
+            written = Path(os.environ[ERROR_FILE])
+            if written.exists():
+                raise HbpError(written.read_text()) from None
+            rank, failure = failed.get_first_failure()
+            cause = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            raise RuntimeError(f"rank {rank} failed first ({cause}); its own output is above") from None
+        finally:
+            del os.environ[ERROR_FILE]
+
+
+def reports_here() -> bool:
+    """Whether this rank prints the results: rank 0, unless the `hbp` that started it will."""
+    return dist.get_rank() == 0 and ERROR_FILE not in os.environ
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the job's processes; yields this rank's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        dist.init_process_group("cuda:nccl,cpu:gloo", device_id=device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        dist.init_process_group("gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[bool]:
+    """Rank 0 runs the body while the others wait, however long it takes; yields whether this is rank 0.
+
+    Raises:
+        HbpError: on the other ranks, rank 0's; so that all end with the same message.
+    """
+    group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+    first = dist.get_rank() == 0
+    message: list[str | None] = [None]
+    try:
+        yield first
+    except HbpError as error:
+        message = [str(error)]
+        raise
+    finally:
+        if first:
+            dist.broadcast_object_list(message, src=0, group=group)
+    if not first:
+        dist.broadcast_object_list(message, src=0, group=group)
+        if message[0] is not None:
+            raise HbpError(message[0])
+    dist.destroy_process_group(group)
+
+
+def device_name(device: torch.device) -> str:
+    """For people and for profile files."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = "CPU"
+    return f"{model}, {torch.get_num_threads()} thread a process"

@@ -1,0 +1,136 @@
+"""Measure micro-batches on the engine that trains: same model, same sharding, same attention, same loss.
+
+Each point is a forward and a backward of packs with the given documents, one pack on every SP group at once. Seconds are
+the slowest rank's, the median of the repeats. Bytes are the peak of what the allocator had given out, plus the states
+that stay (parameters and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the profiler's
+allocation events, which sees every tensor including temporaries, in a run of its own so as not to disturb the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from hbp.cost.fit import Point
+from hbp.parallel.mesh import ParallelMesh
+from hbp.plan import Plan
+from hbp.train.batch import MicroBatch, SampleSource, make_micro_batch, micro_batch_of, rows_of_rank
+from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
+
+MOMENTS = 2  # of AdamW, each as large as the parameters
+
+
+def measure_point(
+    model: CausalLMWithLoss,
+    mesh: ParallelMesh,
+    lengths: Sequence[int],
+    sp_degree: int,
+    gc_layers: int,
+    *,
+    device: torch.device,
+    repeats: int = 2,
+) -> Point:
+    """Run one micro-batch of random tokens and return its seconds and peak bytes (the same on every rank)."""
+    rng = np.random.default_rng(0)
+    vocab = model.lm.config.vocab_size
+    documents = [(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, np.uint8)) for n in lengths]
+    rank = dist.get_rank()
+    batch = micro_batch_of(documents, 0, sp_degree, rank % sp_degree, gc_layers, mesh, device)
+
+    def run() -> None:
+        forward_backward(model, batch)
+        model.zero_grad(set_to_none=True)
+
+    peak = _peak_bytes(run, device)  # also warms up kernels, collectives and the allocator
+    seconds = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    states = (1 + MOMENTS) * local_parameter_bytes(model)
+    worst = torch.tensor([float(np.median(seconds or [0.0])), peak + states], dtype=torch.float64, device=device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return Point(tuple(lengths), sp_degree, gc_layers, *worst.tolist())
+
+
+def measure_plan(
+    model: CausalLMWithLoss,
+    plan: Plan,
+    samples: SampleSource,
+    mesh: ParallelMesh,
+    device: torch.device,
+    *,
+    micro_steps: int,
+) -> tuple[float, float]:
+    """Run the first micro-steps of a plan, without optimizer steps: tokens a second, and the peak bytes of any rank.
+
+    Bytes are those of :func:`heaviest_rows`, each run once before the clock starts.
+    """
+    rank = dist.get_rank()
+    peak = max(measure_rows(model, plan, samples, mesh, device).values())
+    rows = [row for step in rows_of_rank(plan, rank) for row in step][:micro_steps]
+    _wait(device)
+    start = time.perf_counter()
+    for row in rows:
+        forward_backward(model, make_micro_batch(plan, row, samples, mesh, rank, device))
+    _wait(device)
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    tokens = int(plan.tokens()[plan.micro_step_index() < len(rows)].sum())
+    return tokens / seconds, peak
+
+
+def measure_rows(
+    model: CausalLMWithLoss, plan: Plan, samples: SampleSource, mesh: ParallelMesh, device: torch.device
+) -> dict[tuple[int, int, int], float]:
+    """Peak bytes of any rank for the fullest pack of each (capacity, SP degree, recomputed layers) of a plan."""
+    peaks = {}
+    for setting, row in sorted(heaviest_rows(plan).items()):
+        _, lengths = plan.samples(row)
+        peaks[setting] = measure_point(
+            model, mesh, lengths.tolist(), setting[1], setting[2], device=device, repeats=0
+        ).peak_bytes
+    return peaks
+
+
+def heaviest_rows(plan: Plan) -> dict[tuple[int, int, int], int]:
+    """The row with the most tokens of each (capacity, SP degree, recomputed layers) that a plan uses."""
+    order = np.argsort(plan.tokens(), kind="stable")
+    settings = zip(plan.capacity[order], plan.sp_degree[order], plan.gc_layers[order], strict=True)
+    return {(int(c), int(d), int(k)): int(row) for (c, d, k), row in zip(settings, order, strict=True)}
+
+
+def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> torch.Tensor:
+    """One micro-step: the summed loss (detached), gradients of `scale` times it left in the parameters."""
+    set_gc_layers(model, batch.gc_layers)
+    loss = model(batch.input_ids, batch.position_ids, batch.labels, batch.layout)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def _peak_bytes(run: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return float(np.cumsum([e.nbytes() for e in events]).max())

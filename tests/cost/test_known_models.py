@@ -1,0 +1,129 @@
+"""Reading configurations: transformers' defaults, windows by family, and refusals in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbp.cost.known_models import KNOWN_MODELS
+from hbp.cost.model_spec import load_model_spec, spec_from_config
+from hbp.errors import HbpError
+
+LLAMA, QWEN2, QWEN3_MOE, DEEPSEEK = (
+    dict(KNOWN_MODELS[name]) for name in ("llama-3.1-8b", "qwen2.5-32b", "qwen3-30b-a3b", "deepseek-v2-236b")
+)
+MISTRAL = {**LLAMA, "model_type": "mistral"}
+OPTIONAL = {
+    "model_type",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "first_k_dense_replace",
+}
+REQUIRED = [(c, key) for c in (LLAMA, QWEN3_MOE, DEEPSEEK) for key in c if key not in OPTIONAL]
+
+
+def refusal(config: dict[str, Any]) -> str:
+    """The message with which a configuration is refused."""
+    with pytest.raises(HbpError) as caught:
+        spec_from_config(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("config", "key"), REQUIRED, ids=[f"{c['model_type']}-{key}" for c, key in REQUIRED])
+def test_a_missing_key_is_named(config: dict[str, Any], key: str) -> None:
+    family = config["model_type"]
+    message = f"the {family} configuration lacks '{key}'; give the model's whole config.json"
+    assert refusal({k: v for k, v in config.items() if k != key}) == message
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+)
+def test_absent_keys_get_transformers_defaults(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    whole = DEEPSEEK if family.startswith("deepseek") else QWEN3_MOE if family == "qwen3_moe" else LLAMA
+    config = {k: v for k, v in whole.items() if k not in OPTIONAL}
+    hf = transformers.AutoConfig.for_model(family, **config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf)
+    spec = spec_from_config({"model_type": family, **config})
+    assert spec.parameters() == model.num_parameters()
+    assert spec.window(0) == getattr(hf, "sliding_window", None)
+    assert spec.kv_heads == hf.num_key_value_heads
+
+
+def test_windows_of_each_layer() -> None:
+    qwen = {**QWEN2, "num_hidden_layers": 3, "sliding_window": 16, "max_window_layers": 1}
+    used = {**qwen, "use_sliding_window": True}
+    assert spec_from_config(qwen).windows == ()
+    assert spec_from_config(used).windows == (None, 16, 16)
+    assert spec_from_config({**used, "max_window_layers": 3}).windows == ()
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    spec = spec_from_config({**used, "layer_types": kinds})
+    assert [spec.window(layer) for layer in range(3)] == [16, None, None]
+    mistral = {**MISTRAL, "num_hidden_layers": 2, "sliding_window": 16}
+    assert spec_from_config(mistral).windows == (16, 16)
+    assert spec_from_config({**mistral, "sliding_window": None}).windows == ()
+    moe = {**QWEN3_MOE, "num_hidden_layers": 2, "sliding_window": 16, "use_sliding_window": True}
+    assert spec_from_config({**moe, "max_window_layers": 1}).windows == (
+        16,
+        16,
+    )  # transformers does not look at it
+
+
+def test_null_experts_are_a_dense_model() -> None:
+    assert spec_from_config({**DEEPSEEK, "n_routed_experts": None}).experts is None
+    assert spec_from_config({**QWEN3_MOE, "num_experts": 0}).experts is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' is not known to the cost model; known are llama, mistral, qwen2,",
+        ),
+        ({"model_type": None}, "model_type None is not known"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not known"),
+        ({"hidden_size": "wide"}, "hidden_size 'wide'; it must be a whole number of at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0; it must be a whole number of at least 1"),
+        ({"vocab_size": None}, "vocab_size None; it must be"),
+        ({"num_key_value_heads": 3}, "32 num_attention_heads, which its 3 num_key_value_heads do not divide"),
+        ({"hidden_size": 16}, "gives no head size"),
+        ({**QWEN3_MOE, "num_experts_per_tok": 129}, "sends a token to 129 of 128 experts"),
+        (
+            {**QWEN3_MOE, "mlp_only_layers": "all"},
+            "mlp_only_layers 'all'; it must be a list of layer numbers",
+        ),
+        (
+            {**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "layer_types do not name each of its 64 layers",
+        ),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    assert message in refusal({**LLAMA, **change})
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(HbpError, match=r"no model 'nowhere': give one of llama-3\.1-8b"):
+        load_model_spec("nowhere")
+    with pytest.raises(HbpError, match="no model"):
+        load_model_spec(str(tmp_path))
+    file = tmp_path / "config.json"
+    for content, message in (
+        (b"{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[]", "holds no JSON object"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(HbpError, match=message) as caught:
+            load_model_spec(str(file))
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,343 @@
+"""Model dimensions against the real thing: transformers' modules, torch's FLOP counter, saved tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hbp.cost.known_models import KNOWN_MODELS
+from hbp.cost.model_spec import ModelSpec, load_model_spec, spec_from_config
+from hbp.errors import HbpError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+BASE = {
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 176,
+    "vocab_size": 256,
+}
+MLA = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+}
+MOE = {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **BASE},
+    "llama-biases-tied": {
+        "model_type": "llama",
+        **BASE,
+        "head_dim": 16,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", **BASE, "sliding_window": 16},
+    "qwen2": {"model_type": "qwen2", **BASE, "sliding_window": None},
+    "qwen2-ignores-biases": {"model_type": "qwen2", **BASE, "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"model_type": "qwen3", **BASE, "head_dim": 16},
+    "qwen3-bias": {"model_type": "qwen3", **BASE, "head_dim": 32, "attention_bias": True},
+    "qwen3_moe": {"model_type": "qwen3_moe", **BASE, **MOE},
+    "qwen3_moe-mixed": {
+        "model_type": "qwen3_moe",
+        **BASE,
+        **MOE,
+        "num_hidden_layers": 6,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+    },
+    "deepseek_v2": {"model_type": "deepseek_v2", **BASE, **MLA},
+    "deepseek_v2-biases": {
+        "model_type": "deepseek_v2",
+        **BASE,
+        **MLA,
+        "q_lora_rank": None,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "deepseek_v3": {"model_type": "deepseek_v3", **BASE, **MLA, "n_group": 2, "topk_group": 1},
+    "deepseek_v3-bias": {"model_type": "deepseek_v3", **BASE, **MLA, "attention_bias": True},
+}
+PLAIN = ("llama", "qwen2", "qwen3")
+MOE_FAMILIES = ("qwen3_moe", "deepseek_v2", "deepseek_v3")
+TOKENS = 128
+
+
+def build(config: dict[str, Any], device: str = "cpu", **options: Any) -> Any:
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    hf = transformers.AutoConfig.for_model(config["model_type"], **values)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(hf, dtype=torch.float32, **options)
+
+
+def part_sizes(model: Any) -> dict[str, int]:
+    """Parameters by part, from the names that transformers gives them."""
+    sizes = dict.fromkeys(("embedding", "lm_head", "attention", "mlp", "norms"), 0)
+    for name, parameter in model.named_parameters():
+        part = (
+            "norms"
+            if "norm" in name
+            else "attention"
+            if "self_attn" in name
+            else "mlp"
+            if ".mlp." in name
+            else "embedding"
+            if "embed_tokens" in name
+            else "lm_head"
+        )
+        sizes[part] += parameter.numel()
+    return sizes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_equal_transformers(name: str) -> None:
+    spec, model = spec_from_config(CONFIGS[name]), build(CONFIGS[name], "meta")
+    count, real = spec.parameter_count, part_sizes(model)
+    assert dataclasses.asdict(count) == {
+        "embedding": real["embedding"],
+        "lm_head": real["lm_head"],
+        "attention": real["attention"],
+        "norms": real["norms"],
+        "dense_mlp": count.dense_mlp,
+        "moe_mlp": real["mlp"] - count.dense_mlp,
+    }
+    assert spec.parameters() == model.num_parameters()
+    for i, layer in enumerate(model.get_decoder().layers):
+        assert spec.layer_parameters(i) == sum(p.numel() for p in layer.parameters())
+        assert spec.is_moe(i) == hasattr(layer.mlp, "experts")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_own_dictionary_and_file_give_the_same_spec(name: str, tmp_path: Path) -> None:
+    """`job.py` reads config.to_dict(); users have folders that save_pretrained wrote."""
+    spec = spec_from_config(CONFIGS[name], tmp_path.name)
+    config = build(CONFIGS[name], "meta").config
+    assert spec_from_config(config.to_dict(), tmp_path.name) == spec
+    config.save_pretrained(tmp_path)
+    assert load_model_spec(str(tmp_path)) == spec
+    assert load_model_spec(str(tmp_path / "config.json")) == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "active"),
+    [
+        ("llama-3.1-8b", 8.03e9, 8.03e9),
+        ("llama-3.1-70b", 70.6e9, 70.6e9),
+        ("qwen2.5-32b", 32.8e9, 32.8e9),
+        ("qwen2.5-72b", 72.7e9, 72.7e9),
+        ("qwen3-30b-a3b", 30.5e9, 3.3e9),
+        ("deepseek-v2-236b", 235.7e9, 21e9),
+    ],
+)
+def test_built_in_models_match_published_figures(name: str, published: float, active: float) -> None:
+    spec = load_model_spec(name)
+    assert spec.parameters() == pytest.approx(published, rel=0.002)
+    assert spec.active_parameters == pytest.approx(active, rel=0.02)
+    assert spec.parameters() == build(dict(KNOWN_MODELS[name]), "meta").num_parameters()
+
+
+# FLOPs
+
+
+def counted_flops(model: Any, tokens: int = TOKENS) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.randint(0, 256, (1, tokens)), use_cache=False)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *MOE_FAMILIES, "qwen3_moe-mixed", "deepseek_v2-biases"])
+def test_flops_equal_torch_counter(name: str) -> None:
+    """The counter takes every pair, masked or not; it sees the products of eager experts."""
+    model = build(CONFIGS[name], attn_implementation="eager", experts_implementation="eager")
+    spec = spec_from_config(CONFIGS[name])
+    per_token = spec.linear_flops_per_token() + spec.head_flops_per_token()
+    predicted = TOKENS * per_token + TOKENS**2 * spec.attention_flops_per_pair()
+    assert counted_flops(model) == predicted
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_window_is_what_transformers_masks(name: str) -> None:
+    """A query's output moves with the tokens that its window holds, and with no other."""
+    config = {**CONFIGS[name], "num_hidden_layers": 1, "sliding_window": 5, "use_sliding_window": True}
+    config["max_window_layers"] = 0
+    model = build(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        mask = model(torch.arange(12)[None], output_attentions=True).attentions[0][0, 0] > 0
+    assert int(mask.sum()) == int(spec_from_config(config).attention_pairs(np.array([12]))[0])
+
+
+# Activation bytes
+
+
+class SavesQkvo(torch.autograd.Function):  # type: ignore[misc]
+    """Keeps for backward what flash attention keeps, whatever the head sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+        heads, tokens = q.size(1), q.size(2)
+        out = v.new_zeros(1, tokens, heads, v.size(3))
+        ctx.save_for_backward(q, k, v, out, q.new_zeros(heads, tokens, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+def saves_qkvo(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> tuple[Any, None]:
+    return SavesQkvo.apply(q, k, v), None
+
+
+def saved_bytes_per_token(layer: Any, hidden: Any, layer_inputs: dict[str, Any], skip: set[int]) -> float:
+    """Bytes of the distinct storages that autograd saves in one layer's forward."""
+    saved: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skip:
+            saved[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        layer(hidden, attention_mask=None, **layer_inputs)
+    return sum(storage.nbytes() for storage in saved.values()) / TOKENS
+
+
+def measured_activations(model: Any, index: int, dtype: Any, **extra: Any) -> float:
+    decoder = model.to(dtype).train().get_decoder()
+    hidden = torch.randn(1, TOKENS, model.config.hidden_size, dtype=dtype, requires_grad=True)
+    position_ids = torch.arange(TOKENS)[None]
+    rotary = decoder.rotary_emb(hidden, position_ids)
+    shared = [*model.parameters(), *model.buffers(), *(rotary if isinstance(rotary, tuple) else (rotary,))]
+    skip = {tensor.untyped_storage().data_ptr() for tensor in shared}
+    inputs = {"position_embeddings": rotary, "position_ids": position_ids, **extra}
+    return saved_bytes_per_token(decoder.layers[index], hidden, inputs, skip)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*PLAIN, "mistral", "llama-biases-tied"])
+def test_activation_bytes_equal_saved_tensors(name: str, dtype: str) -> None:
+    """Through torch's own fused attention, causal, one document."""
+    model = build({**CONFIGS[name], "sliding_window": None}, attn_implementation="sdpa")
+    real = measured_activations(model, 1, getattr(torch, dtype))
+    spec = spec_from_config(CONFIGS[name])
+    assert spec.activation_bytes_per_token_per_layer(4 if dtype == "float32" else 2) == pytest.approx(real)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*MOE_FAMILIES, "deepseek_v2-biases"])
+def test_activation_bytes_of_moe_and_mla(name: str, dtype: str) -> None:
+    """Attention replaced by one that keeps what flash attention does (no CPU kernel for MLA)."""
+    transformers.AttentionInterface.register("saves-qkvo", saves_qkvo)
+    model = build(CONFIGS[name], attn_implementation="saves-qkvo")
+    spec = spec_from_config(CONFIGS[name])
+    for layer in (0, 2):  # DeepSeek's first is dense
+        real = measured_activations(model, layer, getattr(torch, dtype))
+        ours = spec.layer_activation_bytes(layer, 4 if dtype == "float32" else 2)
+        assert ours == pytest.approx(real, rel=0.02)
+
+
+@pytest.fixture
+def fake_group() -> Iterator[Any]:
+    """Eight ranks of which only this one exists: collectives return at once, with the right storages."""
+    if torch.distributed.is_initialized():
+        pytest.skip("another test holds the process group")
+    fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=8)
+    yield torch.distributed.new_group
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v2"])
+def test_activation_bytes_under_ulysses(name: str, fake_group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through our own Ulysses code, with flash attention's footprint in place of the CPU's loop."""
+    from hbp.parallel import ulysses, varlen
+
+    def document_attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        return SavesQkvo.apply(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0]
+
+    monkeypatch.setattr(ulysses, "document_attention", document_attention)
+    model = build(CONFIGS[name], attn_implementation=ulysses.register_attention())
+    spec = spec_from_config(CONFIGS[name])
+    for degree in (1, 2, 4, 8):  # K/V heads are repeated from 4 on, except under MLA
+        documents = varlen.make_documents((TOKENS * degree,), torch.device("cpu"))
+        layout = ulysses.PackLayout(documents, degree, fake_group(list(range(degree))))
+        real = measured_activations(model, 0, torch.bfloat16, hbp_layout=layout)
+        assert spec.layer_activation_bytes(0, 2, degree) == pytest.approx(real)
+
+
+def test_activation_bytes_are_the_mean_over_layers() -> None:
+    spec = spec_from_config(CONFIGS["deepseek_v2"])
+    layers = [spec.layer_activation_bytes(i, 2) for i in range(3)]
+    assert layers[0] != layers[1]
+    assert spec.activation_bytes_per_token_per_layer(2) == pytest.approx(np.mean(layers))
+    assert spec.checkpoint_bytes_per_token(2) == 128
+
+
+# Communication
+
+
+def test_alltoall_bytes() -> None:
+    spec = load_model_spec("llama-3.1-8b")  # 32 query heads, 8 key/value heads, head size 128
+    assert spec.max_ulysses_degree == 32
+    for degree in (1, 2, 4, 8, 16, 32):
+        assert spec.kv_heads_at(degree) == max(8, degree)
+        assert spec.alltoall_bytes_per_token(degree, 2) == 2 * 128 * (2 * 32 + 2 * max(8, degree))
+    deepseek = load_model_spec("deepseek-v2-236b")
+    assert deepseek.alltoall_bytes_per_token(8, 2) == 2 * 128 * (192 + 192 + 128 + 128)
+    assert dataclasses.replace(spec, heads=12, kv_heads=6).kv_heads_at(4) == 12
+
+
+@pytest.mark.parametrize("degree", [0, 3, 64])
+def test_degree_that_does_not_divide_the_heads_is_refused(degree: int) -> None:
+    with pytest.raises(HbpError, match=f"SP degree {degree} does not divide the 32 attention heads"):
+        load_model_spec("llama-3.1-8b").alltoall_bytes_per_token(degree, 2)
+
+
+# As plain data
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *KNOWN_MODELS])
+def test_json_round_trip(name: str) -> None:
+    spec = load_model_spec(name) if name in KNOWN_MODELS else spec_from_config(CONFIGS[name])
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@pytest.mark.parametrize(
+    "change", [{"heads": None}, {"colour": "red"}, {"latent": {"rank": 1}}, {"experts": 3}]
+)
+def test_damaged_json_is_refused_in_one_line(change: dict[str, Any]) -> None:
+    data = {**load_model_spec("llama-3.1-8b").to_json(), **change}
+    if change == {"heads": None}:
+        del data["heads"]
+    with pytest.raises(HbpError, match="damaged") as caught:
+        ModelSpec.from_json(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, hbp.cost.model_spec as m; m.load_model_spec('llama-3.1-8b').parameters()"
+    check = f"{code}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
