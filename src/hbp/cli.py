@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hbp", description="Hierarchical Balance Packing for long-context training")
+    parser = argparse.ArgumentParser(
+        prog="hbp", description="Hierarchical Balance Packing for long-context training"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
@@ -61,13 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
 
-    simulate = commands.add_parser("simulate", parents=[common], help="predicted time and utilization of plans")
-    simulate.add_argument("plans", type=Path, nargs="+", metavar="PLAN", help="plan folders; the first is the reference")
+    simulate = commands.add_parser(
+        "simulate", parents=[common], help="predicted time and utilization of plans"
+    )
+    simulate.add_argument(
+        "plans", type=Path, nargs="+", metavar="PLAN", help="plan folders; the first is the reference"
+    )
     simulate.set_defaults(run=_simulate)
 
     report = commands.add_parser("report", parents=[common], help="write the HTML page of a run or a plan")
     report.add_argument("target", type=Path, metavar="RUN|PLAN", help="folder of a run or of a plan")
-    report.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)"
+    )
     report.set_defaults(run=_report)
 
     formatter = argparse.RawDescriptionHelpFormatter
@@ -91,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure the cost model's constants on this machine, on the engine that trains, and write a\n"
         "profile file that `--cluster` and `cluster.name` take.",
     )
-    profile.add_argument("config", type=Path, metavar="CONFIG.yaml", help="as for train: its model, data and cluster")
+    profile.add_argument(
+        "config", type=Path, metavar="CONFIG.yaml", help="as for train: its model, data and cluster"
+    )
     profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
     profile.add_argument("--out", type=Path, help="file to write (default: profile.json in run_dir)")
     profile.set_defaults(run=_profile)
@@ -105,16 +115,35 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_planning(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="DIR|FILE", help="a token store, or samples to tokenize (needs --tokenizer)")
-    source.add_argument("--lengths", type=Path, metavar="FILE", help=".npy or .parquet with one length a sample, tokens")
+    source.add_argument(
+        "--data", metavar="DIR|FILE", help="a token store, or samples to tokenize (needs --tokenizer)"
+    )
+    source.add_argument(
+        "--lengths", type=Path, metavar="FILE", help=".npy or .parquet with one length a sample, tokens"
+    )
     parser.add_argument("--tokenizer", metavar="NAME|DIR", help="for --data (default: --model)")
-    parser.add_argument("--model", required=True, metavar="NAME|DIR", help="built-in name, or a transformers config folder")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME|DIR", help="built-in name, or a transformers config folder"
+    )
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
-    parser.add_argument("--cluster", default="h100-nvlink", metavar="NAME|FILE", help="built-in name or profile file")
-    parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory budget of a device (default: the cluster's)")
-    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="longest packing length (default: the longest sample)")
-    parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
-    parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")
+    parser.add_argument(
+        "--cluster", default="h100-nvlink", metavar="NAME|FILE", help="built-in name or profile file"
+    )
+    parser.add_argument(
+        "--memory-gib", type=float, metavar="GIB", help="memory budget of a device (default: the cluster's)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help="longest packing length (default: the longest sample)",
+    )
+    parser.add_argument(
+        "--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step"
+    )
+    parser.add_argument(
+        "--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -139,7 +168,9 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
         _table("groups", ("packing length", "SP degree", "GC layers"), groups)
         _metrics_table([(plan.info.strategy, plan.info.metrics, simulate(plan).to_json())])
-        print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}")
+        print(
+            f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}"
+        )
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
         print(
@@ -178,7 +209,10 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.simulate import simulate
 
     plans = [read_plan(folder) for folder in args.plans]
-    rows = [(str(folder), plan.info.metrics, simulate(plan).to_json()) for folder, plan in zip(args.plans, plans, strict=True)]
+    rows = [
+        (str(folder), plan.info.metrics, simulate(plan).to_json())
+        for folder, plan in zip(args.plans, plans, strict=True)
+    ]
     if not args.json:
         _metrics_table(rows)
     first = rows[0][2]["tokens_per_s"]
@@ -230,7 +264,9 @@ def _check_before_launch(config: Any) -> None:
     store = prepare(config)
     train_ids, _ = split_samples(store.lengths, config)
     if config.plan.path is not None:
-        check_plan(read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes)
+        check_plan(
+            read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes
+        )
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -241,9 +277,11 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     out = args.out or Path(config.run_dir) / "profile.json"
     if not launch.under_torchrun():
         _check_before_launch(config)
-        launch.launch_local(["profile", str(args.config), *args.overrides, "--out", str(out)], config.cluster.processes)
+        launch.launch_local(
+            ["profile", str(args.config), *args.overrides, "--out", str(out)], config.cluster.processes
+        )
     else:
-        from hbp.job import make_engine, live_profile
+        from hbp.job import live_profile, make_engine
 
         with launch.process_group() as device:
             live_profile(make_engine(config, device), out)
@@ -252,8 +290,16 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     profile: dict[str, Any] = json.loads(out.read_text())
     if not args.json:
         rows = [
-            (f"{sum(p['lengths']):,}", f"{len(p['lengths']):,}", str(p["sp_degree"]), str(p["gc_layers"]),
-             f"{p['seconds']:.3f}", f"{p['predicted_s']:.3f}", f"{p['peak_bytes'] / 2**30:.3f}", f"{p['predicted_bytes'] / 2**30:.3f}")
+            (
+                f"{sum(p['lengths']):,}",
+                f"{len(p['lengths']):,}",
+                str(p["sp_degree"]),
+                str(p["gc_layers"]),
+                f"{p['seconds']:.3f}",
+                f"{p['predicted_s']:.3f}",
+                f"{p['peak_bytes'] / 2**30:.3f}",
+                f"{p['predicted_bytes'] / 2**30:.3f}",
+            )
             for p in profile["points"]
         ]
         _table(
@@ -342,7 +388,18 @@ def _metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, A
         )
         for name, m, s in rows
     ]
-    header = ("strategy", "PR", "DBR", "ABR", "CR", "Ave-T", "efficiency", "predicted", "tokens/s", "speed-up")
+    header = (
+        "strategy",
+        "PR",
+        "DBR",
+        "ABR",
+        "CR",
+        "Ave-T",
+        "efficiency",
+        "predicted",
+        "tokens/s",
+        "speed-up",
+    )
     _table("predicted", header, cells)
 
 

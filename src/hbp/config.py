@@ -34,7 +34,9 @@ class DataConfig(_Section):
         None, description="Hugging Face tokenizer folder or name; none: the model's (`stdlib` trains its own)"
     )
     max_length: int | None = Field(
-        None, ge=1, description="longest packing length, tokens; longer samples are dropped by name. none: the longest"
+        None,
+        ge=1,
+        description="longest packing length, tokens; longer samples are dropped by name. none: the longest",
     )
     eval_samples: int = Field(64, ge=0, description="samples held out for the evaluation loss")
     processes: int = Field(1, ge=1, description="processes that tokenize")
@@ -51,14 +53,17 @@ class ModelConfig(_Section):
         description="folder with weights, or a folder or file with a transformers config alone, or a hub name"
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of activations and gathered parameters; states and gradient reduction stay float32"
+        "float32",
+        description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
 
 
 class ClusterConfig(_Section):
     """What it is trained on."""
 
-    name: str = Field("cpu-local", description="a built-in cluster, or a profile file written by `hbp profile`")
+    name: str = Field(
+        "cpu-local", description="a built-in cluster, or a profile file written by `hbp profile`"
+    )
     memory_gib: float | None = Field(
         None, gt=0, description="memory budget of one process or GPU; none: the cluster's own"
     )
@@ -75,10 +80,14 @@ class PlanConfig(_Section):
         None, description="also train this strategy on the same samples and compare, such as `concat`"
     )
     global_batch_tokens: int | None = Field(
-        None, ge=1, description="tokens of an optimizer step; none: one pack of the longest group on every SP group"
+        None,
+        ge=1,
+        description="tokens of an optimizer step; none: one pack of the longest group on every SP group",
     )
     short_steps: int | None = Field(
-        None, ge=0, description="curriculum: first steps with short groups only; none: 500 or a tenth of the run"
+        None,
+        ge=0,
+        description="curriculum: first steps with short groups only; none: 500 or a tenth of the run",
     )
 
 
@@ -115,7 +124,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         data = yaml.safe_load(path.read_text())
     except OSError:
-        raise HbpError(f"cannot read the configuration {path}; see examples/quickstart.yaml for one") from None
+        raise HbpError(
+            f"cannot read the configuration {path}; see examples/quickstart.yaml for one"
+        ) from None
     except yaml.YAMLError as error:
         raise HbpError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -157,6 +168,8 @@ def describe() -> str:
 
 
 def _option(name: str, field: Any) -> str:
-    default = "required" if field.is_required() else f"default {'none' if field.default is None else field.default}"
+    default = (
+        "required" if field.is_required() else f"default {'none' if field.default is None else field.default}"
+    )
     meaning = f"{field.description}  " if field.description else ""
     return f"{name:<24}{meaning}[{default}]"

@@ -192,7 +192,9 @@ def live_profile(engine: Engine, out: Path | None, *, repeats: int = 2) -> tuple
     with Progress("profile", len(wanted)) as progress:
         for pack, degree, gc_layers in wanted:
             points.append(
-                measure_point(model, engine.mesh, pack, degree, gc_layers, device=engine.device, repeats=repeats)
+                measure_point(
+                    model, engine.mesh, pack, degree, gc_layers, device=engine.device, repeats=repeats
+                )
             )
             last = points[-1]
             progress.advance(f"{sum(pack)} tokens SP{degree} GC{gc_layers}: {last.seconds:.2f} s")
@@ -234,7 +236,9 @@ def _plan(engine: Engine, run: Path) -> tuple[Plan, Engine]:
         worst = max(peaks.values())
         if worst <= budget:
             return plan, engine
-        say(f"a pack took {worst / GIB:.3f} GiB, over the budget of {budget / GIB:.3f}: planning again with that known")
+        say(
+            f"a pack took {worst / GIB:.3f} GiB, over the budget of {budget / GIB:.3f}: planning again with that known"
+        )
         cluster = engine.cost.cluster
         cluster = dataclasses.replace(cluster, fixed_bytes=cluster.fixed_bytes + worst - budget)
         engine = dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster))
@@ -288,9 +292,7 @@ def _eval_plan(engine: Engine) -> Plan | None:
     )
 
 
-def _best_baseline(
-    engine: Engine, strategy: str, ours: Plan, run: Path
-) -> tuple[Plan, list[dict[str, Any]]]:
+def _best_baseline(engine: Engine, strategy: str, ours: Plan, run: Path) -> tuple[Plan, list[dict[str, Any]]]:
     """Try every degree with the fewest recomputed layers that fit, on the baseline's own packs; keep the fastest."""
     budget = engine.cost.cluster.memory_bytes
     longest = max(group.capacity for group in ours.info.groups)
@@ -302,7 +304,12 @@ def _best_baseline(
         for k in range(first, engine.cost.model.n_layers + 1):
             plan = _write_and_read(engine, strategy, run, Group(longest, degree, k))
             speed, peak = measure_plan(
-                model, plan, engine.samples, engine.mesh, engine.device, micro_steps=BASELINE_TRIAL_MICRO_STEPS
+                model,
+                plan,
+                engine.samples,
+                engine.mesh,
+                engine.device,
+                micro_steps=BASELINE_TRIAL_MICRO_STEPS,
             )
             fits = peak <= budget
             trials.append(
@@ -316,7 +323,9 @@ def _best_baseline(
                 break
     fitting = [trial for trial in trials if trial["fits"]]
     if not fitting:
-        raise HbpError(f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib")
+        raise HbpError(
+            f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib"
+        )
     best = max(fitting, key=lambda trial: trial["tokens_per_s"])
     static = Group(longest, best["sp_degree"], best["gc_layers"])
     return _write_and_read(engine, strategy, run, static), trials
@@ -330,9 +339,10 @@ def _train_one(engine: Engine, plan: Plan, eval_plan: Plan | None, run: Path) ->
     peaks = measure_rows(model, plan, engine.samples, engine.mesh, engine.device)
     total = plan.info.n_tokens
     rank = dist.get_rank()
-    with (folder / "steps.jsonl").open("w") if rank == 0 else open(os.devnull, "w") as log, Progress(
-        plan.info.strategy, total
-    ) as progress:
+    with (
+        (folder / "steps.jsonl").open("w") if rank == 0 else open(os.devnull, "w") as log,
+        Progress(plan.info.strategy, total) as progress,
+    ):
 
         def on_step(record: StepRecord) -> None:
             log.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -344,7 +354,14 @@ def _train_one(engine: Engine, plan: Plan, eval_plan: Plan | None, run: Path) ->
             )
 
         records = train(
-            model, plan, engine.samples, engine.samples.loss_tokens, engine.mesh, engine.config.train, engine.device, on_step
+            model,
+            plan,
+            engine.samples,
+            engine.samples.loss_tokens,
+            engine.mesh,
+            engine.config.train,
+            engine.device,
+            on_step,
         )
     eval_loss = None
     if eval_plan is not None:
@@ -379,5 +396,3 @@ def _result(
         "groups": groups,
         "metrics": dict(plan.info.metrics),
     }
-
-

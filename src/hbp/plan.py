@@ -111,7 +111,9 @@ class Plan:
     gc_layers: IntArray  # [P] int16
     capacity: IntArray  # [P] int32
     predicted_s: FloatArray  # [P] float32
-    sample_offsets: IntArray  # [P + 1] int64: pack p holds sample_ids[sample_offsets[p]:sample_offsets[p + 1]]
+    sample_offsets: (
+        IntArray  # [P + 1] int64: pack p holds sample_ids[sample_offsets[p]:sample_offsets[p + 1]]
+    )
     sample_ids: IntArray  # [N] int64
     lengths: IntArray  # [N] int32
 
@@ -187,7 +189,9 @@ def validate(plan: Plan) -> None:
     over = np.flatnonzero(tokens > plan.capacity)
     if len(over):
         row = int(over[0])
-        raise HbpError(f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}")
+        raise HbpError(
+            f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}"
+        )
     if info.n_tokens != int(tokens.sum()):
         raise HbpError(f"plan.json counts {info.n_tokens} tokens but the rows hold {int(tokens.sum())}")
     _check_tiling(plan)

@@ -46,7 +46,10 @@ def step_seconds(plan: Plan) -> npt.NDArray[np.float64]:
     index = plan.micro_step_index()
     first_row = np.unique(index, return_index=True)[1]
     overhead = float(plan.info.cluster.get("step_overhead_s", 0.0))
-    return np.bincount(plan.step[first_row], weights=plan.micro_step_seconds(), minlength=plan.n_steps) + overhead
+    return (
+        np.bincount(plan.step[first_row], weights=plan.micro_step_seconds(), minlength=plan.n_steps)
+        + overhead
+    )
 
 
 def simulate(plan: Plan) -> Simulation:

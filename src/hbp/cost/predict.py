@@ -106,7 +106,14 @@ class CostModel:
         pair = m.attention_flops_per_pair() * (1 + ATTENTION_BACKWARD + again)
         sent, messages = 0.0, 0.0
         if d > 1:
-            sent = m.n_layers * m.alltoall_bytes_per_token(d, c.dtype_bytes) * (d - 1) / d / c.link(d) * (2 + again)
+            sent = (
+                m.n_layers
+                * m.alltoall_bytes_per_token(d, c.dtype_bytes)
+                * (d - 1)
+                / d
+                / c.link(d)
+                * (2 + again)
+            )
             messages = m.n_layers * 2 * (2 + again) * c.collective_latency_s
         passes = m.n_layers * (3 + again)
         return Seconds(

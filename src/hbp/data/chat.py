@@ -40,7 +40,9 @@ def load_tokenizer(name_or_folder: str) -> Any:
         return AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise HbpError(f"cannot load a tokenizer from {name_or_folder!r} ({reason}); give its folder or hub name") from None
+        raise HbpError(
+            f"cannot load a tokenizer from {name_or_folder!r} ({reason}); give its folder or hub name"
+        ) from None
 
 
 def encode(tokenizer: Any, conversation: Conversation) -> Encoded:
@@ -62,7 +64,9 @@ def encode(tokenizer: Any, conversation: Conversation) -> Encoded:
         raise
     except Exception as error:  # templates raise whatever their authors chose
         reason = " ".join(str(error).split())[:160]
-        raise HbpError(f"the chat template refuses a conversation ({reason}); roles: {_roles(conversation)}") from None
+        raise HbpError(
+            f"the chat template refuses a conversation ({reason}); roles: {_roles(conversation)}"
+        ) from None
 
 
 def _template(tokenizer: Any) -> str:
@@ -81,7 +85,11 @@ def _turn_by_turn(tokenizer: Any, conversation: Conversation) -> Encoded:
     for turn, message in enumerate(conversation):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(conversation[:turn], tokenize=False, add_generation_prompt=True) if turn else ""
+        before = (
+            tokenizer.apply_chat_template(conversation[:turn], tokenize=False, add_generation_prompt=True)
+            if turn
+            else ""
+        )
         after = tokenizer.apply_chat_template(conversation[: turn + 1], tokenize=False)
         if not (whole.startswith(before) and whole.startswith(after)):
             raise HbpError(
@@ -104,7 +112,9 @@ def _without_template(tokenizer: Any, conversation: Conversation) -> Encoded:
             f"the tokenizer has no chat template, so a conversation of {_roles(conversation)} cannot be laid out; "
             "give a tokenizer with one (data.tokenizer)"
         )
-    prompt, completion = (tokenizer(m["content"], add_special_tokens=False)["input_ids"] for m in conversation)
+    prompt, completion = (
+        tokenizer(m["content"], add_special_tokens=False)["input_ids"] for m in conversation
+    )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     learnt = [*completion, *end]
     return _encoded([*prompt, *learnt], [0] * len(prompt) + [1] * len(learnt))

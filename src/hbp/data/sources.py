@@ -19,7 +19,13 @@ import pyarrow.parquet as pq
 from hbp.errors import HbpError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 class Message(TypedDict):
@@ -32,7 +38,9 @@ class Message(TypedDict):
 Conversation = list[Message]
 
 
-def read_conversations(source: str, *, split: str = "train", subset: str | None = None) -> Iterator[Conversation]:
+def read_conversations(
+    source: str, *, split: str = "train", subset: str | None = None
+) -> Iterator[Conversation]:
     """Stream the conversations of a file, a folder of files, a saved `datasets` folder, or a hub data set.
 
     Raises:
@@ -50,7 +58,13 @@ def source_fingerprint(source: str, split: str = "train", subset: str | None = N
     """Changes when the source does: names, sizes and times of local files, or the name of a hub set."""
     parts = [source, split, str(subset)]
     path = Path(source)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.rglob("*") if p.is_file())
+        if path.is_dir()
+        else []
+    )
     for file in files:
         stat = file.stat()
         parts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
@@ -70,7 +84,9 @@ def _records(source: str, split: str, subset: str | None) -> Iterator[tuple[str,
     elif path.is_file():
         yield from _file(path)
     elif source.endswith(SUFFIXES) or source.startswith(("/", ".")):
-        raise HbpError(f"no file or folder {source}; give JSONL, Parquet, a saved `datasets` folder or a hub name")
+        raise HbpError(
+            f"no file or folder {source}; give JSONL, Parquet, a saved `datasets` folder or a hub name"
+        )
     else:
         yield from _hub(source, split, subset)
 
@@ -91,11 +107,13 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
     with opened as lines:
         number = 0
         try:
-            for number, line in enumerate(lines, 1):  # noqa: B007 (the errors below name it)
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path} line {number}", json.loads(line)
         except json.JSONDecodeError as error:
-            raise HbpError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); mend or remove it") from None
+            raise HbpError(
+                f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); mend or remove it"
+            ) from None
         except (UnicodeDecodeError, OSError) as error:
             raise HbpError(f"{path} after line {number} cannot be read ({error}); mend the file") from None
 
@@ -110,7 +128,9 @@ def _saved_dataset(path: Path, split: str) -> Iterator[tuple[str, Any]]:
                 raise HbpError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
             loaded = loaded[split]
     except (OSError, ValueError) as error:
-        raise HbpError(f"cannot load the saved data set {path}: {' '.join(str(error).split())[:200]}") from None
+        raise HbpError(
+            f"cannot load the saved data set {path}: {' '.join(str(error).split())[:200]}"
+        ) from None
     for number, record in enumerate(loaded):
         yield f"{path} row {number}", record
 
@@ -122,7 +142,9 @@ def _hub(name: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]
         loaded = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the hub's client raises many kinds; all mean that there is no data
         reason = " ".join(str(error).split())[:200]
-        raise HbpError(f"no file or folder {name!r}, and no hub data set by that name could be loaded: {reason}") from None
+        raise HbpError(
+            f"no file or folder {name!r}, and no hub data set by that name could be loaded: {reason}"
+        ) from None
     for number, record in enumerate(loaded):
         yield f"{name} row {number}", record
 

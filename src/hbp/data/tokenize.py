@@ -19,7 +19,13 @@ CHUNK = 256
 
 
 def prepare_store(
-    source: str, tokenizer: str, folder: Path, *, split: str = "train", subset: str | None = None, processes: int = 1
+    source: str,
+    tokenizer: str,
+    folder: Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    processes: int = 1,
 ) -> TokenStore:
     """The token store of a source, made if its folder does not hold it already.
 
@@ -55,7 +61,9 @@ def prepare_store(
     return store
 
 
-def _encode_all(loaded: Any, name: str, conversations: Iterator[Conversation], processes: int) -> Iterator[Encoded]:
+def _encode_all(
+    loaded: Any, name: str, conversations: Iterator[Conversation], processes: int
+) -> Iterator[Encoded]:
     with Counter("tokenize", "samples") as counter:
         if processes == 1:
             for conversation in conversations:

@@ -70,7 +70,16 @@ def _varlen_cuda(
     cu, longest = documents.cu_seqlens, documents.longest
     reach = -1 if window is None else window - 1
     out = varlen_attn(
-        q, k, v, cu, cu, longest, longest, scale=scale, window_size=(reach, 0), enable_gqa=q.size(1) != k.size(1)
+        q,
+        k,
+        v,
+        cu,
+        cu,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(reach, 0),
+        enable_gqa=q.size(1) != k.size(1),
     )
     assert isinstance(out, Tensor)
     return out

@@ -155,7 +155,10 @@ def _random_batches(ids: Int, lengths: Lengths, tokens: int) -> list[Int]:
 def karmarkar_karp(seconds: np.ndarray, k: int) -> Int:
     """Partition samples into `k` parts of like sum by the largest differencing method; the part of each sample."""
     # A node is (−spread, tie, sums falling, members by part); merging pairs the largest part with the smallest.
-    heap = [(-float(s), i, [float(s)] + [0.0] * (k - 1), [[i]] + [[] for _ in range(k - 1)]) for i, s in enumerate(seconds)]
+    heap = [
+        (-float(s), i, [float(s)] + [0.0] * (k - 1), [[i]] + [[] for _ in range(k - 1)])
+        for i, s in enumerate(seconds)
+    ]
     heapq.heapify(heap)
     while len(heap) > 1:
         _, tie, sums_a, parts_a = heapq.heappop(heap)
@@ -190,4 +193,6 @@ def dcp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
             bins = best_fit_decreasing(lengths[own], groups[index].capacity, problem.rng)
             parts.append(packs_of(bins, own, int(index)))
             steps.append(np.full(len(parts[-1]), step))
-    return tile_mixed(join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size), groups
+    return tile_mixed(
+        join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size
+    ), groups

@@ -90,12 +90,16 @@ def make_plan(
     if not len(lengths):
         raise HbpError("there are no samples to plan; give data with at least one")
     if int(lengths.min()) < 1:
-        raise HbpError(f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens; every length must be 1 or more")
+        raise HbpError(
+            f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens; every length must be 1 or more"
+        )
     longest = static.capacity if static else longest_capacity(lengths, max_length)
     keep = lengths <= longest
     ids = np.flatnonzero(keep)
     if not len(ids):
-        raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
+        raise HbpError(
+            f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}"
+        )
     static = static or longest_setting(cost, lengths[ids], longest).group
     slots = cost.world_size // static.sp_degree
     global_batch_tokens = global_batch_tokens or slots * longest

@@ -119,9 +119,7 @@ def _deal_tail(packs: Packs, cost: PackCost, capacity: int, lengths: Lengths, sl
     return packs_of(slot_of, ids, int(packs.group[0]))
 
 
-def tile_mixed(
-    packs: Packs, step: Int, groups: Sequence[Group], cost: PackCost, world_size: int
-) -> Schedule:
+def tile_mixed(packs: Packs, step: Int, groups: Sequence[Group], cost: PackCost, world_size: int) -> Schedule:
     """Lay the packs of each step out in micro-steps that mix degrees: highest degree first, then by falling cost.
 
     Degrees are powers of two, so laying them out in falling order keeps every group aligned and leaves no hole but at

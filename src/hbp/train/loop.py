@@ -198,4 +198,3 @@ def _gather(values: Sequence[float], device: torch.device) -> npt.NDArray[np.flo
     out = mine.new_empty(dist.get_world_size() * len(values))
     dist.all_gather_into_tensor(out, mine)
     return out.view(dist.get_world_size(), len(values)).cpu().numpy()
-

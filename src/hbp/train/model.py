@@ -68,7 +68,9 @@ def load_model(
                 torch.manual_seed(seed)
                 lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation=attention, dtype=dtype)
+            lm = AutoModelForCausalLM.from_pretrained(
+                name_or_folder, attn_implementation=attention, dtype=dtype
+            )
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
         raise HbpError(f"cannot load a model from {name_or_folder!r}: {reason}") from None
@@ -95,7 +97,9 @@ def shard(model: CausalLMWithLoss, mesh: DeviceMesh, *, compute_dtype: torch.dty
 def set_gc_layers(model: CausalLMWithLoss, count: int) -> None:
     """Recompute the activations of the first ``count`` layers, keep those of the others."""
     if not 0 <= count <= len(model.layers):
-        raise HbpError(f"the plan recomputes {count} layers but the model has {len(model.layers)}; make it again")
+        raise HbpError(
+            f"the plan recomputes {count} layers but the model has {len(model.layers)}; make it again"
+        )
     for index, layer in enumerate(model.layers):
         layer.gradient_checkpointing = index < count
 

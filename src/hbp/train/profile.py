@@ -55,7 +55,9 @@ def measure_point(
         _wait(device)
         seconds.append(time.perf_counter() - start)
     states = (1 + MOMENTS) * local_parameter_bytes(model)
-    worst = torch.tensor([float(np.median(seconds or [0.0])), peak + states], dtype=torch.float64, device=device)
+    worst = torch.tensor(
+        [float(np.median(seconds or [0.0])), peak + states], dtype=torch.float64, device=device
+    )
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return Point(tuple(lengths), sp_degree, gc_layers, *worst.tolist())
 
