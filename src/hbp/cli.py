@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hbp", description="Hierarchical Balance Packing for long-context training"
-    )
+    parser = argparse.ArgumentParser(prog="hbp", description="Hierarchical Balance Packing for long-context training")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
@@ -63,9 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
 
-    simulate = commands.add_parser(
-        "simulate", parents=[common], help="predicted time and utilization of plans"
-    )
+    simulate = commands.add_parser("simulate", parents=[common], help="predicted time and utilization of plans")
     simulate.add_argument(
         "plans", type=Path, nargs="+", metavar="PLAN", help="plan folders; the first is the reference"
     )
@@ -73,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", parents=[common], help="write the HTML page of a run or a plan")
     report.add_argument("target", type=Path, metavar="RUN|PLAN", help="folder of a run or of a plan")
-    report.add_argument(
-        "--out", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)"
-    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)")
     report.set_defaults(run=_report)
 
     formatter = argparse.RawDescriptionHelpFormatter
@@ -99,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure the cost model's constants on this machine, on the engine that trains, and write a\n"
         "profile file that `--cluster` and `cluster.name` take.",
     )
-    profile.add_argument(
-        "config", type=Path, metavar="CONFIG.yaml", help="as for train: its model, data and cluster"
-    )
+    profile.add_argument("config", type=Path, metavar="CONFIG.yaml", help="as for train: its model, data and cluster")
     profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
     profile.add_argument("--out", type=Path, help="file to write (default: profile.json in run_dir)")
     profile.set_defaults(run=_profile)
@@ -115,9 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_planning(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--data", metavar="DIR|FILE", help="a token store, or samples to tokenize (needs --tokenizer)"
-    )
+    source.add_argument("--data", metavar="DIR|FILE", help="a token store, or samples to tokenize (needs --tokenizer)")
     source.add_argument(
         "--lengths", type=Path, metavar="FILE", help=".npy or .parquet with one length a sample, tokens"
     )
@@ -126,9 +117,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="NAME|DIR", help="built-in name, or a transformers config folder"
     )
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
-    parser.add_argument(
-        "--cluster", default="h100-nvlink", metavar="NAME|FILE", help="built-in name or profile file"
-    )
+    parser.add_argument("--cluster", default="h100-nvlink", metavar="NAME|FILE", help="built-in name or profile file")
     parser.add_argument(
         "--memory-gib", type=float, metavar="GIB", help="memory budget of a device (default: the cluster's)"
     )
@@ -138,12 +127,8 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="longest packing length (default: the longest sample)",
     )
-    parser.add_argument(
-        "--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step"
-    )
-    parser.add_argument(
-        "--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only"
-    )
+    parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
+    parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -168,15 +153,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
         _table("groups", ("packing length", "SP degree", "GC layers"), groups)
         _metrics_table([(plan.info.strategy, plan.info.metrics, simulate(plan).to_json())])
-        print(
-            f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}"
-        )
+        print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}")
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
-        print(
-            f"hbp: dropped {len(plan.info.dropped):,} samples (listed in plan.json), the first: sample {sample}, {reason}",
-            file=sys.stderr,
-        )
+        count = f"{len(plan.info.dropped):,} samples (listed in plan.json)"
+        print(f"hbp: dropped {count}, the first: sample {sample}, {reason}", file=sys.stderr)
     return result
 
 
@@ -264,9 +245,7 @@ def _check_before_launch(config: Any) -> None:
     store = prepare(config)
     train_ids, _ = split_samples(store.lengths, config)
     if config.plan.path is not None:
-        check_plan(
-            read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes
-        )
+        check_plan(read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes)
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -277,9 +256,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     out = args.out or Path(config.run_dir) / "profile.json"
     if not launch.under_torchrun():
         _check_before_launch(config)
-        launch.launch_local(
-            ["profile", str(args.config), *args.overrides, "--out", str(out)], config.cluster.processes
-        )
+        launch.launch_local(["profile", str(args.config), *args.overrides, "--out", str(out)], config.cluster.processes)
     else:
         from hbp.job import live_profile, make_engine
 
@@ -324,13 +301,20 @@ def _torch(module: str) -> Any:
 
 
 def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
+    import numpy as np
+
     from hbp.data.store import open_store, read_lengths
 
     if args.lengths is not None:
         return read_lengths(args.lengths)
     if (Path(args.data) / "store.json").is_file():
-        return open_store(Path(args.data)).lengths
-    return prepare_store(args.data, args.tokenizer or args.model, _cache_folder(args)).lengths
+        return np.asarray(open_store(Path(args.data)).lengths)
+    from hbp.data.sources import source_fingerprint
+
+    prepare_store = _torch("hbp.data.tokenize").prepare_store
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hbp"
+    folder = cache / source_fingerprint(args.data, tokenizer := args.tokenizer or args.model)[:16]
+    return np.asarray(prepare_store(args.data, tokenizer, folder).lengths)
 
 
 def _cost(args: argparse.Namespace) -> CostModel:

@@ -61,9 +61,7 @@ class ModelConfig(_Section):
 class ClusterConfig(_Section):
     """What it is trained on."""
 
-    name: str = Field(
-        "cpu-local", description="a built-in cluster, or a profile file written by `hbp profile`"
-    )
+    name: str = Field("cpu-local", description="a built-in cluster, or a profile file written by `hbp profile`")
     memory_gib: float | None = Field(
         None, gt=0, description="memory budget of one process or GPU; none: the cluster's own"
     )
@@ -124,9 +122,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         data = yaml.safe_load(path.read_text())
     except OSError:
-        raise HbpError(
-            f"cannot read the configuration {path}; see examples/quickstart.yaml for one"
-        ) from None
+        raise HbpError(f"cannot read the configuration {path}; see examples/quickstart.yaml for one") from None
     except yaml.YAMLError as error:
         raise HbpError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -168,8 +164,6 @@ def describe() -> str:
 
 
 def _option(name: str, field: Any) -> str:
-    default = (
-        "required" if field.is_required() else f"default {'none' if field.default is None else field.default}"
-    )
+    default = "required" if field.is_required() else f"default {'none' if field.default is None else field.default}"
     meaning = f"{field.description}  " if field.description else ""
     return f"{name:<24}{meaning}[{default}]"

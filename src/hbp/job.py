@@ -1,7 +1,7 @@
 """A whole run: data → store → live profile → plan → training → baseline → report. What `hbp train` does.
 
 Every rank runs this from top to bottom; rank 0 prepares what is shared on disk while the others wait. The training half
-is handed a plan and knows nothing of how it was made; the planning half runs on rank 0 alone and knows nothing of torch.
+is handed a plan and knows nothing of how it was made; the planning half runs on rank 0 alone, without torch.
 
 The baseline is given every chance: on the same samples, model seed, memory budget, attention and loss, its one static
 setting is the fastest of all that fit, tried by measurement on its own packs.
@@ -80,9 +80,7 @@ class Engine:
 
     def fresh_model(self) -> CausalLMWithLoss:
         """The model at its starting point, sharded; the same bits every time."""
-        model = load_model(
-            self.config.model.path, vocab_size=self.samples.store.vocab_size, seed=self.config.seed
-        )
+        model = load_model(self.config.model.path, vocab_size=self.samples.store.vocab_size, seed=self.config.seed)
         model.to(self.device)
         shard(model, self.mesh.world, compute_dtype=getattr(torch, self.config.model.compute_dtype))
         return model
@@ -137,12 +135,17 @@ def make_engine(config: Config, device: torch.device) -> Engine:
     spec = spec_from_config(model.lm.config.to_dict())
     del model
     cost = CostModel(spec, cluster, world_size)
-    mesh = make_mesh(world_size, cost.degrees(), device.type)
+    degrees = set(cost.degrees())
+    if config.plan.path is not None:
+        degrees |= set(read_plan(Path(config.plan.path)).sp_degree.tolist())
+    mesh = make_mesh(world_size, degrees, device.type)
     return Engine(config, device, mesh, samples, held_out, cost)
 
 
 def run_job(config: Config, device: torch.device) -> dict[str, Any]:
     """Run everything on this rank; returns the summary (the same on every rank)."""
+    if config.plan.baseline == config.plan.strategy:
+        raise HbpError(f"plan.baseline and plan.strategy are both {config.plan.strategy}; name another baseline")
     run, engine = Path(config.run_dir), make_engine(config, device)
     if dist.get_rank() == 0:
         np.save(run / "lengths.npy", engine.samples.lengths)
@@ -192,9 +195,7 @@ def live_profile(engine: Engine, out: Path | None, *, repeats: int = 2) -> tuple
     with Progress("profile", len(wanted)) as progress:
         for pack, degree, gc_layers in wanted:
             points.append(
-                measure_point(
-                    model, engine.mesh, pack, degree, gc_layers, device=engine.device, repeats=repeats
-                )
+                measure_point(model, engine.mesh, pack, degree, gc_layers, device=engine.device, repeats=repeats)
             )
             last = points[-1]
             progress.advance(f"{sum(pack)} tokens SP{degree} GC{gc_layers}: {last.seconds:.2f} s")
@@ -236,9 +237,7 @@ def _plan(engine: Engine, run: Path) -> tuple[Plan, Engine]:
         worst = max(peaks.values())
         if worst <= budget:
             return plan, engine
-        say(
-            f"a pack took {worst / GIB:.3f} GiB, over the budget of {budget / GIB:.3f}: planning again with that known"
-        )
+        say(f"a pack took {worst / GIB:.3f} GiB, over the budget of {budget / GIB:.3f}: planning again with that known")
         cluster = engine.cost.cluster
         cluster = dataclasses.replace(cluster, fixed_bytes=cluster.fixed_bytes + worst - budget)
         engine = dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster))
@@ -287,9 +286,7 @@ def _eval_plan(engine: Engine) -> Plan | None:
     if not len(engine.held_out.ids):
         return None
     with_room = dataclasses.replace(engine.cost.cluster, memory_bytes=1e18)
-    return make_plan(
-        engine.held_out.lengths, dataclasses.replace(engine.cost, cluster=with_room), strategy="bfd"
-    )
+    return make_plan(engine.held_out.lengths, dataclasses.replace(engine.cost, cluster=with_room), strategy="bfd")
 
 
 def _best_baseline(engine: Engine, strategy: str, ours: Plan, run: Path) -> tuple[Plan, list[dict[str, Any]]]:
@@ -323,9 +320,7 @@ def _best_baseline(engine: Engine, strategy: str, ours: Plan, run: Path) -> tupl
                 break
     fitting = [trial for trial in trials if trial["fits"]]
     if not fitting:
-        raise HbpError(
-            f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib"
-        )
+        raise HbpError(f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib")
     best = max(fitting, key=lambda trial: trial["tokens_per_s"])
     static = Group(longest, best["sp_degree"], best["gc_layers"])
     return _write_and_read(engine, strategy, run, static), trials
@@ -340,7 +335,7 @@ def _train_one(engine: Engine, plan: Plan, eval_plan: Plan | None, run: Path) ->
     total = plan.info.n_tokens
     rank = dist.get_rank()
     with (
-        (folder / "steps.jsonl").open("w") if rank == 0 else open(os.devnull, "w") as log,
+        (folder / "steps.jsonl").open("w") if rank == 0 else Path(os.devnull).open("w") as log,
         Progress(plan.info.strategy, total) as progress,
     ):
 
@@ -365,9 +360,7 @@ def _train_one(engine: Engine, plan: Plan, eval_plan: Plan | None, run: Path) ->
         )
     eval_loss = None
     if eval_plan is not None:
-        eval_loss = evaluate(
-            model, eval_plan, engine.held_out, engine.held_out.loss_tokens, engine.mesh, engine.device
-        )
+        eval_loss = evaluate(model, eval_plan, engine.held_out, engine.held_out.loss_tokens, engine.mesh, engine.device)
     if engine.config.train.export:
         export_model(model, folder / "model", engine.samples.store.tokenizer)
     return _result(engine, plan, records, eval_loss, max(peaks.values()))

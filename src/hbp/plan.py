@@ -111,9 +111,7 @@ class Plan:
     gc_layers: IntArray  # [P] int16
     capacity: IntArray  # [P] int32
     predicted_s: FloatArray  # [P] float32
-    sample_offsets: (
-        IntArray  # [P + 1] int64: pack p holds sample_ids[sample_offsets[p]:sample_offsets[p + 1]]
-    )
+    sample_offsets: IntArray  # [P + 1] int64: pack p holds sample_ids[sample_offsets[p]:sample_offsets[p + 1]]
     sample_ids: IntArray  # [N] int64
     lengths: IntArray  # [N] int32
 
@@ -164,7 +162,7 @@ def _segment_sum(values: npt.NDArray[Any], offsets: IntArray) -> npt.NDArray[Any
 
 def hash_lengths(lengths: IntArray) -> str:
     """SHA-256 of the data set's lengths as little-endian int32: ties a plan to its data."""
-    return hashlib.sha256(np.ascontiguousarray(lengths, dtype="<i4")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(lengths, dtype="<i4").data).hexdigest()
 
 
 def validate(plan: Plan) -> None:
@@ -189,9 +187,7 @@ def validate(plan: Plan) -> None:
     over = np.flatnonzero(tokens > plan.capacity)
     if len(over):
         row = int(over[0])
-        raise HbpError(
-            f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}"
-        )
+        raise HbpError(f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}")
     if info.n_tokens != int(tokens.sum()):
         raise HbpError(f"plan.json counts {info.n_tokens} tokens but the rows hold {int(tokens.sum())}")
     _check_tiling(plan)
@@ -217,9 +213,7 @@ def _check_samples(plan: Plan) -> None:
 def _check_tiling(plan: Plan) -> None:
     world = plan.info.world_size
     start, degree = plan.rank_start.astype(np.int64), plan.sp_degree.astype(np.int64)
-    bad = np.flatnonzero(
-        (degree < 1) | (start < 0) | (start + degree > world) | (start % np.maximum(degree, 1) != 0)
-    )
+    bad = np.flatnonzero((degree < 1) | (start < 0) | (start + degree > world) | (start % np.maximum(degree, 1) != 0))
     if len(bad):
         row = int(bad[0])
         raise HbpError(
@@ -312,9 +306,7 @@ def read_info(folder: Path) -> PlanInfo:
         raise HbpError(f"cannot read {path} ({_one_line(error)}); make the plan again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise HbpError(
-            f"{path} has schema version {version}, this hbp reads {SCHEMA_VERSION}; make the plan again"
-        )
+        raise HbpError(f"{path} has schema version {version}, this hbp reads {SCHEMA_VERSION}; make the plan again")
     try:
         return _info_from_json(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -137,9 +137,7 @@ def load_cluster(name_or_file: str) -> ClusterSpec:
         data = json.loads(path.read_text())
         return cluster_from_json(data.get("cluster", data))
     except (ValueError, TypeError, AttributeError) as error:
-        raise HbpError(
-            f"{path} does not describe a cluster ({error}); write one with `hbp profile`"
-        ) from None
+        raise HbpError(f"{path} does not describe a cluster ({error}); write one with `hbp profile`") from None
 
 
 def cluster_from_json(data: Mapping[str, Any]) -> ClusterSpec:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,9 +54,7 @@ class Fit:
     """Median relative error of each point's seconds, predicted from a fit to the others."""
 
 
-def fit_cluster(
-    base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point], device: str
-) -> Fit:
+def fit_cluster(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point], device: str) -> Fit:
     """Replace a cluster's rates, overheads and memory constants by those that explain the points.
 
     Args:
@@ -118,10 +117,8 @@ def predict_point(cost: CostModel, point: Point) -> float:
     return float(cost.seconds(point.sp_degree, point.gc_layers).of(work)[0])
 
 
-def _features(
-    base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]
-) -> npt.NDArray[np.float64]:
-    nothing: dict[str, float] = {
+def _features(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> npt.NDArray[np.float64]:
+    nothing: dict[str, Any] = {
         **dict.fromkeys(RATES, NEVER),
         **dict.fromkeys(OVERHEADS, 0.0),
         "node_bytes_per_s": NEVER,
@@ -145,10 +142,8 @@ def _solve(features: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64]) 
     return np.asarray(solution / scale)
 
 
-def _named(
-    base: ClusterSpec, constants: npt.NDArray[np.float64], used: npt.NDArray[np.bool_]
-) -> dict[str, float]:
-    values: dict[str, float] = {}
+def _named(base: ClusterSpec, constants: npt.NDArray[np.float64], used: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for name, value, seen in zip((*RATES, *OVERHEADS), constants, used, strict=True):
         if not seen:
             values[name] = getattr(base, name)
@@ -160,15 +155,13 @@ def _named(
     return values
 
 
-def _with_memory(
-    base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]
-) -> ClusterSpec:
+def _with_memory(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> ClusterSpec:
     plain = dataclasses.replace(base, activation_scale=1.0, fixed_bytes=0.0)
     cost = CostModel(model, plain, world_size)
     tokens = np.array([sum(p.lengths) / p.sp_degree for p in points])
     unscaled = CostModel(model, dataclasses.replace(plain, activation_scale=0.0), world_size)
-    ends = np.array([unscaled.bytes_per_token(p.gc_layers) for p in points]) * tokens
-    acts = np.array([cost.bytes_per_token(p.gc_layers) for p in points]) * tokens - ends
+    ends = np.array([unscaled.bytes_per_token(p.sp_degree, p.gc_layers) for p in points]) * tokens
+    acts = np.array([cost.bytes_per_token(p.sp_degree, p.gc_layers) for p in points]) * tokens - ends
     rest = np.array([p.peak_bytes for p in points]) - cost.static_bytes() - ends
     solution, _ = nnls(np.stack([acts, np.ones(len(points))], axis=1) / acts.max(), rest / acts.max())
     scale, fixed = float(solution[0]), float(solution[1])

@@ -131,9 +131,7 @@ def read_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise HbpError(
-            f"model_type {family!r} is not known to the cost model; known are {', '.join(FAMILIES)}"
-        )
+        raise HbpError(f"model_type {family!r} is not known to the cost model; known are {', '.join(FAMILIES)}")
     deepseek = family.startswith("deepseek")
     layers, hidden = _int(config, "num_hidden_layers"), _int(config, "hidden_size")
     heads = _int(config, "num_attention_heads")
@@ -146,9 +144,7 @@ def read_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
         kv_heads = _int(config, "num_key_value_heads", DEFAULT_KV_HEADS.get(family, heads), null=heads)
         head_dim = hidden // heads
         if not head_dim and not config.get("head_dim"):
-            raise HbpError(
-                f"{heads} heads of a hidden_size of {hidden} gives no head size; mend the config.json"
-            )
+            raise HbpError(f"{heads} heads of a hidden_size of {hidden} gives no head size; mend the config.json")
         qk_dim = v_dim = _int(config, "head_dim", DEFAULT_HEAD_DIM.get(family, head_dim), null=head_dim)
     if heads % kv_heads:
         raise HbpError(
@@ -180,9 +176,7 @@ def read_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
 _REQUIRED = object()
 
 
-def _int(
-    config: Mapping[str, Any], key: str, default: Any = _REQUIRED, null: Any = _REQUIRED, least: int = 1
-) -> Any:
+def _int(config: Mapping[str, Any], key: str, default: Any = _REQUIRED, null: Any = _REQUIRED, least: int = 1) -> Any:
     """A whole number, at least ``least``; ``default`` if absent, ``null`` if null (errors if not given)."""
     family = config.get("model_type")
     if key not in config:
@@ -193,9 +187,7 @@ def _int(
     if value is None and null is not _REQUIRED:
         return null
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise HbpError(
-            f"the {family} configuration has {key} {value!r}; it must be a whole number of at least {least}"
-        )
+        raise HbpError(f"the {family} configuration has {key} {value!r}; it must be a whole number of at least {least}")
     return value
 
 
@@ -221,9 +213,7 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int |
         first = _int(config, "max_window_layers", DEFAULT_MAX_WINDOW_LAYERS, least=0)
         kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(0, layers - first)
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise HbpError(
-            f"the {family} configuration's layer_types do not name each of its {layers} layers; mend it"
-        )
+        raise HbpError(f"the {family} configuration's layer_types do not name each of its {layers} layers; mend it")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()
 
@@ -235,16 +225,12 @@ def _experts(config: Mapping[str, Any], family: str, layers: int) -> Experts | N
         step = _int(config, "decoder_sparse_step", 1)
         named = config.get("mlp_only_layers") or []
         if not isinstance(named, (list, tuple)) or not all(isinstance(i, int) for i in named):
-            raise HbpError(
-                f"the configuration has mlp_only_layers {named!r}; it must be a list of layer numbers"
-            )
+            raise HbpError(f"the configuration has mlp_only_layers {named!r}; it must be a list of layer numbers")
         dense = {i for i in range(layers) if (i + 1) % step} | set(named)
         shared = 0
     elif family.startswith("deepseek"):
         count = _int(config, "n_routed_experts", null=0, least=0)
-        dense = set(
-            range(_int(config, "first_k_dense_replace", DEFAULT_DENSE_LAYERS[family], null=0, least=0))
-        )
+        dense = set(range(_int(config, "first_k_dense_replace", DEFAULT_DENSE_LAYERS[family], null=0, least=0)))
         shared = _int(config, "n_shared_experts", null=0, least=0) if count else 0
     else:
         return None
@@ -252,9 +238,7 @@ def _experts(config: Mapping[str, Any], family: str, layers: int) -> Experts | N
         return None
     chosen = _int(config, "num_experts_per_tok")
     if chosen > count:
-        raise HbpError(
-            f"the {family} configuration sends a token to {chosen} of {count} experts; mend its config.json"
-        )
+        raise HbpError(f"the {family} configuration sends a token to {chosen} of {count} experts; mend its config.json")
     return Experts(
         n_experts=count,
         experts_per_token=chosen,

@@ -105,9 +105,7 @@ class ModelSpec:
                 values["experts"] = Experts(**{**values["experts"], "dense_layers": dense})
             return cls(**values)
         except (KeyError, TypeError) as error:
-            raise HbpError(
-                f"the model description is damaged ({error}); make the plan or profile again"
-            ) from None
+            raise HbpError(f"the model description is damaged ({error}); make the plan or profile again") from None
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, itself included; None for all before it."""
@@ -241,9 +239,7 @@ class ModelSpec:
         """Bytes per local token that autograd keeps of a layer not recomputed, at a Ulysses degree."""
         b, h, heads = dtype_bytes, self.hidden, self.heads
         total = 2 * _norm_bytes(h, b) + 2 * h * b  # both layer norms, and their outputs into the projections
-        total += (
-            heads * (self.qk_head_dim + self.v_head_dim) * b + heads * FLOAT32
-        )  # queries, output, log-sum-exp
+        total += heads * (self.qk_head_dim + self.v_head_dim) * b + heads * FLOAT32  # queries, output, log-sum-exp
         total += self.kv_heads_at(degree) * (self.qk_head_dim + self.v_head_dim) * b
         if degree > 1:
             total += heads * self.v_head_dim * b

@@ -93,8 +93,8 @@ class CostModel:
             return Work(documents, tokens, pairs)
 
         def fold(x: Float) -> Float:
-            total = np.concatenate([[0.0], np.cumsum(x)])
-            return total[offsets[1:]] - total[offsets[:-1]]
+            total: Float = np.concatenate([[0.0], np.cumsum(x)])
+            return np.asarray(total[offsets[1:]] - total[offsets[:-1]])
 
         return Work(np.diff(offsets).astype(np.float64), fold(tokens), fold(pairs))
 
@@ -106,14 +106,7 @@ class CostModel:
         pair = m.attention_flops_per_pair() * (1 + ATTENTION_BACKWARD + again)
         sent, messages = 0.0, 0.0
         if d > 1:
-            sent = (
-                m.n_layers
-                * m.alltoall_bytes_per_token(d, c.dtype_bytes)
-                * (d - 1)
-                / d
-                / c.link(d)
-                * (2 + again)
-            )
+            sent = m.n_layers * m.alltoall_bytes_per_token(d, c.dtype_bytes) * (d - 1) / d / c.link(d) * (2 + again)
             messages = m.n_layers * 2 * (2 + again) * c.collective_latency_s
         passes = m.n_layers * (3 + again)
         return Seconds(
@@ -143,10 +136,10 @@ class CostModel:
         logits = LOSS_CHUNK_TOKENS * m.vocab * 4 * LOSS_COPIES
         return total * STATE_BYTES_PER_PARAMETER / self.world_size + gathered + logits + c.fixed_bytes
 
-    def bytes_per_token(self, gc_layers: int) -> float:
+    def bytes_per_token(self, sp_degree: int, gc_layers: int) -> float:
         """Activation bytes per token of a rank."""
         m, c = self.model, self.cluster
-        saved = m.activation_bytes_per_token_per_layer(c.dtype_bytes)
+        saved = m.activation_bytes_per_token_per_layer(c.dtype_bytes, sp_degree)
         kept = m.checkpoint_bytes_per_token(c.dtype_bytes)
         ends = 4 * m.hidden * c.dtype_bytes  # embedding, last hidden state, and their gradients
         # Backward works in one layer at a time: a recomputed one needs its activations again, any one its gradients.
@@ -154,17 +147,18 @@ class CostModel:
 
     def bytes(self, tokens: int, sp_degree: int, gc_layers: int) -> float:
         """Peak bytes on a rank that runs a pack of `tokens` tokens."""
-        return self.static_bytes() + tokens / sp_degree * self.bytes_per_token(gc_layers)
+        return self.static_bytes() + tokens / sp_degree * self.bytes_per_token(sp_degree, gc_layers)
+
+    def longest_packs(self, sp_degree: int) -> Float:
+        """Most tokens of a pack within the memory budget with 0, 1, … n layers recomputed, float64 ``[n + 1]``."""
+        room = max(0.0, self.cluster.memory_bytes - self.static_bytes()) * sp_degree
+        per_token = [self.bytes_per_token(sp_degree, k) for k in range(self.model.n_layers + 1)]
+        return np.maximum.accumulate(room / np.array(per_token))
 
     def fewest_gc_layers(self, tokens: int, sp_degree: int) -> int | None:
         """The fewest recomputed layers with which a pack fits the memory budget; None if even all do not help."""
-        room = (self.cluster.memory_bytes - self.static_bytes()) * sp_degree / tokens
-        none, one = self.bytes_per_token(0), self.bytes_per_token(1)
-        if none <= room:
-            return 0
-        if self.bytes_per_token(self.model.n_layers) > room:
-            return None
-        return min(self.model.n_layers, int(np.ceil((none - room) / (none - one))))
+        fewest = int(np.searchsorted(self.longest_packs(sp_degree), tokens))
+        return fewest if fewest <= self.model.n_layers else None
 
     def degrees(self) -> list[int]:
         """Powers of two that divide both the world and the model's attention heads."""

@@ -64,9 +64,7 @@ def encode(tokenizer: Any, conversation: Conversation) -> Encoded:
         raise
     except Exception as error:  # templates raise whatever their authors chose
         reason = " ".join(str(error).split())[:160]
-        raise HbpError(
-            f"the chat template refuses a conversation ({reason}); roles: {_roles(conversation)}"
-        ) from None
+        raise HbpError(f"the chat template refuses a conversation ({reason}); roles: {_roles(conversation)}") from None
 
 
 def _template(tokenizer: Any) -> str:
@@ -112,9 +110,7 @@ def _without_template(tokenizer: Any, conversation: Conversation) -> Encoded:
             f"the tokenizer has no chat template, so a conversation of {_roles(conversation)} cannot be laid out; "
             "give a tokenizer with one (data.tokenizer)"
         )
-    prompt, completion = (
-        tokenizer(m["content"], add_special_tokens=False)["input_ids"] for m in conversation
-    )
+    prompt, completion = (tokenizer(m["content"], add_special_tokens=False)["input_ids"] for m in conversation)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     learnt = [*completion, *end]
     return _encoded([*prompt, *learnt], [0] * len(prompt) + [1] * len(learnt))

@@ -2,9 +2,10 @@
 
 - ``short-*`` and ``mix-*``: lognormal with median 500 and sigma 1.0, clipped to 16..8192; ``mix`` replaces 5 % of the
   samples by uniform 8192..131072; both clipped to the capacity in their name.
-- ``tulu3-longcite``: Tulu3 as lognormal with median 400 and sigma 1.1, clipped to 16..32768 (mean about 730, a thin tail
-  to 32K), and 0.2 % of LongCite as uniform 2048..131072 (about 2,000 of a million, as in the paper).
-- ``openhermes-longcite``: OpenHermes as lognormal with median 300 and sigma 0.8, clipped to 16..4096, and 0.2 % LongCite.
+- ``tulu3-longcite``: Tulu3 as lognormal with median 400 and sigma 1.1, clipped to 16..32768 (mean about 730, thin tail to
+  32K), and 0.2 % of LongCite as uniform 2048..131072 (about 2,000 of a million, as in the paper).
+- ``openhermes-longcite``: OpenHermes as lognormal with median 300 and sigma 0.8, clipped to 16..4096, and 0.2 %
+  LongCite.
 - ``tulu3-longwriter``: Tulu3, and 0.6 % of LongWriter as lognormal with median 6000 and sigma 0.7, clipped to 131072.
 - ``mix-1m``: the short set with 2 % log-uniform 8192..1048576.
 """

@@ -38,9 +38,7 @@ class Message(TypedDict):
 Conversation = list[Message]
 
 
-def read_conversations(
-    source: str, *, split: str = "train", subset: str | None = None
-) -> Iterator[Conversation]:
+def read_conversations(source: str, *, split: str = "train", subset: str | None = None) -> Iterator[Conversation]:
     """Stream the conversations of a file, a folder of files, a saved `datasets` folder, or a hub data set.
 
     Raises:
@@ -58,13 +56,7 @@ def source_fingerprint(source: str, split: str = "train", subset: str | None = N
     """Changes when the source does: names, sizes and times of local files, or the name of a hub set."""
     parts = [source, split, str(subset)]
     path = Path(source)
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.rglob("*") if p.is_file())
-        if path.is_dir()
-        else []
-    )
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     for file in files:
         stat = file.stat()
         parts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
@@ -84,9 +76,7 @@ def _records(source: str, split: str, subset: str | None) -> Iterator[tuple[str,
     elif path.is_file():
         yield from _file(path)
     elif source.endswith(SUFFIXES) or source.startswith(("/", ".")):
-        raise HbpError(
-            f"no file or folder {source}; give JSONL, Parquet, a saved `datasets` folder or a hub name"
-        )
+        raise HbpError(f"no file or folder {source}; give JSONL, Parquet, a saved `datasets` folder or a hub name")
     else:
         yield from _hub(source, split, subset)
 
@@ -103,8 +93,7 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
         except (OSError, pa.ArrowException) as error:
             raise HbpError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from None
         return
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         number = 0
         try:
             for number, line in enumerate(lines, 1):
@@ -128,9 +117,7 @@ def _saved_dataset(path: Path, split: str) -> Iterator[tuple[str, Any]]:
                 raise HbpError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
             loaded = loaded[split]
     except (OSError, ValueError) as error:
-        raise HbpError(
-            f"cannot load the saved data set {path}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise HbpError(f"cannot load the saved data set {path}: {' '.join(str(error).split())[:200]}") from None
     for number, record in enumerate(loaded):
         yield f"{path} row {number}", record
 
@@ -161,7 +148,7 @@ def to_conversation(record: Any, place: str) -> Conversation:
         turns = record["messages"]
     elif isinstance(record.get("conversations"), list):
         turns = [
-            {"role": SHAREGPT_ROLES.get(t.get("from"), t.get("from")), "content": t.get("value")}
+            {"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t.get("value")}
             if isinstance(t, Mapping) and "from" in t
             else t
             for t in record["conversations"]
@@ -170,7 +157,8 @@ def to_conversation(record: Any, place: str) -> Conversation:
         turns = [*_side(record["prompt"], "user"), *_side(record["completion"], "assistant")]
     else:
         raise HbpError(
-            f"{place} has fields {', '.join(map(str, record)) or 'none'}; it needs `messages`, or `prompt` and `completion`"
+            f"{place} has fields {', '.join(map(str, record)) or 'none'}; it needs `messages`, or `prompt` "
+            "and `completion`"
         )
     messages: Conversation = []
     for turn in turns:

@@ -6,7 +6,7 @@ Nothing is shipped and nothing downloaded, yet the text is real and its lengths 
 - long samples, a module each: "source → what it is for", or "first part → the rest", drawn evenly over the logarithm of
   the length so that the few very long modules are not lost among the many small ones.
 
-Written as chat-format JSONL, which :mod:`hbp.data.sources` then reads like any user's file. The same seed and Python give
+Written as chat-format JSONL, which :mod:`hbp.data.sources` then reads like any user's file. Same seed and Python give
 the same bytes. Tests and idle modules of the library are left out. Licence of the text: PSF.
 """
 
@@ -145,7 +145,7 @@ def _module_pair(module: _Module, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def train_tokenizer(jsonl: Path, folder: Path, *, vocab_size: int) -> None:
-    """Train a byte-level BPE with a chat template on a data set's text and save it as a Hugging Face tokenizer folder."""
+    """Train a byte-level BPE on a data set's text; save it with a chat template as a Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,7 @@
 """The token store: tokenized samples in one memory-mapped Arrow file, with their lengths beside it.
 
-Folder: ``tokens.arrow`` (Arrow IPC, uncompressed: columns ``input_ids`` and ``loss_mask``), ``index.parquet`` (``length``
+Folder: ``tokens.arrow`` (Arrow IPC, uncompressed:
+columns ``input_ids`` and ``loss_mask``), ``index.parquet`` (``length``
 and ``loss_tokens`` of each sample), ``store.json`` (counts, fingerprint, tokenizer). A sample is a view into the memory
 map, found by binary search over the record batches: no rank ever loads the data set, and the ranks of a node share one
 copy in the page cache. Planning reads the index alone.
@@ -78,17 +79,13 @@ def write_store(
         for batch in _batched(encoded):
             for sample in batch:
                 if not len(sample.input_ids):
-                    raise HbpError(
-                        f"sample {len(lengths)} has no tokens; remove it or check the chat template"
-                    )
+                    raise HbpError(f"sample {len(lengths)} has no tokens; remove it or check the chat template")
                 lengths.append(len(sample.input_ids))
                 loss_tokens.append(int(sample.loss_mask[1:].sum()))
             writer.write_batch(_record_batch(batch))
     if not lengths:
         raise HbpError("the data holds no samples; give a source with at least one")
-    index = pa.table(
-        {"length": pa.array(lengths, pa.int32()), "loss_tokens": pa.array(loss_tokens, pa.int32())}
-    )
+    index = pa.table({"length": pa.array(lengths, pa.int32()), "loss_tokens": pa.array(loss_tokens, pa.int32())})
     pq.write_table(index, partial / "index.parquet")
     meta = {
         "format": FORMAT,
@@ -169,16 +166,12 @@ def read_lengths(path: Path) -> npt.NDArray[np.int32]:
             lengths = np.load(path, allow_pickle=False)
         elif path.suffix == ".parquet":
             table = pq.read_table(path)
-            named = [
-                name for name in ("length", "lengths") if name in table.column_names
-            ] or table.column_names
+            named = [name for name in ("length", "lengths") if name in table.column_names] or table.column_names
             if len(named) != 1:
                 raise HbpError(f"{path} has columns {table.column_names}; name the one with lengths `length`")
             lengths = table.column(named[0]).to_numpy()
         else:
-            raise HbpError(
-                f"{path} is neither .npy nor .parquet; give lengths in one of them, or samples as --data"
-            )
+            raise HbpError(f"{path} is neither .npy nor .parquet; give lengths in one of them, or samples as --data")
     except FileNotFoundError:
         raise HbpError(f"no file {path}; give --lengths an .npy or .parquet file") from None
     except (OSError, ValueError, EOFError, pa.ArrowException) as error:
@@ -189,7 +182,5 @@ def read_lengths(path: Path) -> npt.NDArray[np.int32]:
         raise HbpError(f"{path} is empty; give at least one length")
     if lengths.min() < 1 or lengths.max() >= 2**31:
         bad = int(np.flatnonzero((lengths < 1) | (lengths >= 2**31))[0])
-        raise HbpError(
-            f"{path}: sample {bad} has length {int(lengths[bad])}; lengths run from 1 to {2**31 - 1}"
-        )
+        raise HbpError(f"{path}: sample {bad} has length {int(lengths[bad])}; lengths run from 1 to {2**31 - 1}")
     return lengths.astype(np.int32)

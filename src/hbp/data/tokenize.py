@@ -61,9 +61,7 @@ def prepare_store(
     return store
 
 
-def _encode_all(
-    loaded: Any, name: str, conversations: Iterator[Conversation], processes: int
-) -> Iterator[Encoded]:
+def _encode_all(loaded: Any, name: str, conversations: Iterator[Conversation], processes: int) -> Iterator[Encoded]:
     with Counter("tokenize", "samples") as counter:
         if processes == 1:
             for conversation in conversations:

@@ -64,9 +64,7 @@ def exchange_to_tokens(x_SF: Tensor, degree: int, group: ProcessGroup) -> Tensor
     return got.view(degree, tokens, x_SF.size(1)).transpose(0, 1)
 
 
-def ulysses_attention(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackLayout, **options: Any
-) -> Tensor:
+def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackLayout, **options: Any) -> Tensor:
     """Causal document attention of a pack spread over ``layout.sp_group``.
 
     Args:
@@ -84,9 +82,7 @@ def ulysses_attention(
         return document_attention(q_THD, k_TKD, v_TKD, layout.documents, **options)
     tokens, heads = q_THD.shape[:2]
     if heads % degree:
-        raise HbpError(
-            f"SP degree {degree} does not divide the model's {heads} attention heads; lower the degree"
-        )
+        raise HbpError(f"SP degree {degree} does not divide the model's {heads} attention heads; lower the degree")
     k_TKD, v_TKD = _repeat_heads(k_TKD, degree, heads), _repeat_heads(v_TKD, degree, heads)
     parts = (q_THD, k_TKD, v_TKD)
     mine = [(x.size(1) // degree, x.size(2)) for x in parts]  # heads and head size on this rank afterwards
@@ -103,9 +99,7 @@ def _repeat_heads(x_TKD: Tensor, degree: int, heads: int) -> Tensor:
     if kv_heads % degree == 0:
         return x_TKD
     times = next(
-        t
-        for t in range(2, heads // kv_heads + 1)
-        if kv_heads * t % degree == 0 and heads % (kv_heads * t) == 0
+        t for t in range(2, heads // kv_heads + 1) if kv_heads * t % degree == 0 and heads % (kv_heads * t) == 0
     )
     return x_TKD.repeat_interleave(times, dim=1)
 
@@ -125,13 +119,9 @@ def _attention_interface(
 ) -> tuple[Tensor, None]:
     """Transformers' AttentionInterface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
     if hbp_layout is None:
-        raise HbpError(
-            "the attention function 'hbp' needs the pack's layout: call the model with hbp_layout=..."
-        )
+        raise HbpError("the attention function 'hbp' needs the pack's layout: call the model with hbp_layout=...")
     if attention_mask is not None or dropout:
-        raise HbpError(
-            "packed documents take no attention mask and no attention dropout; set attention_dropout to 0"
-        )
+        raise HbpError("packed documents take no attention mask and no attention dropout; set attention_dropout to 0")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = ulysses_attention(q, k, v, hbp_layout, scale=scaling, sliding_window=sliding_window)
     return out[None], None

@@ -1,7 +1,7 @@
 """What users have today, each from its published description, over the same plan file and the same cost model.
 
 All but `dcp` have one packing length, one static SP degree and one number of recomputed layers for the whole run, the
-fastest that fits memory for the longest length. So they differ from each other, and from HBP, only in packing and order.
+fastest that fits memory for the longest length. So they differ from each other only in packing and order.
 
 - `concat`: random order, greedy concatenation (next fit): naive packing.
 - `ffd`, `bfd`: first/best fit decreasing over the whole set (TRL, NeMo, LLaMA-Factory), packs in random order.
@@ -156,8 +156,7 @@ def karmarkar_karp(seconds: np.ndarray, k: int) -> Int:
     """Partition samples into `k` parts of like sum by the largest differencing method; the part of each sample."""
     # A node is (−spread, tie, sums falling, members by part); merging pairs the largest part with the smallest.
     heap = [
-        (-float(s), i, [float(s)] + [0.0] * (k - 1), [[i]] + [[] for _ in range(k - 1)])
-        for i, s in enumerate(seconds)
+        (-float(s), i, [float(s)] + [0.0] * (k - 1), [[i]] + [[] for _ in range(k - 1)]) for i, s in enumerate(seconds)
     ]
     heapq.heapify(heap)
     while len(heap) > 1:
@@ -178,9 +177,7 @@ def dcp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
     """Dynamic context parallelism: degree from length alone, degrees mixed within a micro-step."""
     static, cost, lengths = problem.static, problem.cost, problem.lengths
     per_rank = static.capacity / static.sp_degree
-    groups = tuple(
-        Group(int(per_rank * d), d, static.gc_layers) for d in cost.degrees() if d <= static.sp_degree
-    )
+    groups = tuple(Group(int(per_rank * d), d, static.gc_layers) for d in cost.degrees() if d <= static.sp_degree)
     limits = np.array([group.capacity for group in groups])
     ids = problem.rng.permutation(problem.sample_ids)
     tokens = micro_steps_per_step(static, problem.world_size, problem.global_batch_tokens)
@@ -193,6 +190,4 @@ def dcp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
             bins = best_fit_decreasing(lengths[own], groups[index].capacity, problem.rng)
             parts.append(packs_of(bins, own, int(index)))
             steps.append(np.full(len(parts[-1]), step))
-    return tile_mixed(
-        join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size
-    ), groups
+    return tile_mixed(join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size), groups

@@ -89,9 +89,7 @@ def longest_setting(cost: CostModel, lengths: Lengths, capacity: int) -> Choice:
 def choose_groups(cost: CostModel, lengths: Lengths, longest: int) -> tuple[Group, ...]:
     """The groups of Algorithm 1 in order of rising capacity; the last has capacity `longest`."""
     top = longest_setting(cost, lengths, longest)
-    candidates = [
-        math.ceil(longest / 2**i) for i in range(1, N_CANDIDATES) if longest / 2**i >= SHORTEST_CANDIDATE
-    ]
+    candidates = [math.ceil(longest / 2**i) for i in range(1, N_CANDIDATES) if longest / 2**i >= SHORTEST_CANDIDATE]
     settings = [c for c in (best_setting(cost, lengths, length) for length in candidates) if c is not None]
     best = min([top, *settings], key=lambda c: c.seconds_per_token)
     wanted = {best.group.capacity, longest}

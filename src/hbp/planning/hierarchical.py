@@ -22,9 +22,7 @@ from hbp.planning.fill import best_fit_decreasing, greedy_fill
 from hbp.planning.packs import Int, Lengths, Packs, join, packs_of
 
 
-def hierarchical_packs(
-    lengths: Lengths, sample_ids: Int, groups: Sequence[Group], rng: np.random.Generator
-) -> Packs:
+def hierarchical_packs(lengths: Lengths, sample_ids: Int, groups: Sequence[Group], rng: np.random.Generator) -> Packs:
     """Pack samples into groups.
 
     Args:
@@ -61,6 +59,4 @@ def hierarchical_packs(
 def _add(packs: Packs, into: Int, ids: Int, group: int) -> Packs:
     """Packs with further samples, each put into the pack that `into` names."""
     pack_of = np.repeat(np.arange(len(packs)), np.diff(packs.offsets))
-    return packs_of(
-        np.concatenate([pack_of, into]), np.concatenate([packs.sample_ids, ids]), group, n_packs=len(packs)
-    )
+    return packs_of(np.concatenate([pack_of, into]), np.concatenate([packs.sample_ids, ids]), group, n_packs=len(packs))

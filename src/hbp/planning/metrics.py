@@ -60,11 +60,8 @@ def lower_bound_seconds(cost: CostModel, lengths: Lengths) -> float:
     work = cost.work(values)
     best = np.full(len(values), np.inf)
     for degree in cost.degrees():
-        # Longer samples need more recomputed layers, so each count covers a range of the sorted lengths.
-        gc_layers = np.array(
-            [-1 if (k := cost.fewest_gc_layers(int(v), degree)) is None else k for v in values]
-        )
-        for k in np.unique(gc_layers[gc_layers >= 0]):
+        gc_layers = np.searchsorted(cost.longest_packs(degree), values)
+        for k in np.unique(gc_layers[gc_layers <= cost.model.n_layers]):
             here = gc_layers == k
             seconds = degree * cost.seconds(degree, int(k)).marginal(work[here])
             best[here] = np.minimum(best[here], seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +31,13 @@ class Packs:
         source = np.repeat(self.offsets[:-1][order] - offsets[:-1], counts) + np.arange(offsets[-1])
         return Packs(offsets, self.sample_ids[source], self.group[order])
 
-    def sum(self, per_sample: npt.NDArray[np.number]) -> npt.NDArray[np.number]:
+    def sum(self, per_sample: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Sum of a per-sample quantity over each pack, ``[P]``."""
-        total = np.concatenate([np.zeros(1, per_sample.dtype), np.cumsum(per_sample[self.sample_ids])])
-        return total[self.offsets[1:]] - total[self.offsets[:-1]]
+        total: npt.NDArray[Any] = np.concatenate(
+            [np.zeros(1, per_sample.dtype), np.cumsum(per_sample[self.sample_ids])]
+        )
+        sums: npt.NDArray[Any] = total[self.offsets[1:]] - total[self.offsets[:-1]]
+        return sums
 
 
 def packs_of(pack_of_sample: Int, sample_ids: Int, group: int = 0, n_packs: int | None = None) -> Packs:

@@ -97,9 +97,7 @@ def make_plan(
     keep = lengths <= longest
     ids = np.flatnonzero(keep)
     if not len(ids):
-        raise HbpError(
-            f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}"
-        )
+        raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
     static = static or longest_setting(cost, lengths[ids], longest).group
     slots = cost.world_size // static.sp_degree
     global_batch_tokens = global_batch_tokens or slots * longest

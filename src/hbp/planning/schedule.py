@@ -93,7 +93,7 @@ def balance_batches(
         starts.append(np.arange(len(own)) % slots * group.sp_degree)
         first_step += (n_batches - 1) // per_step + 1
     empty = [np.zeros(0, np.int64)]
-    return Schedule(*(join(parts), *(np.concatenate(empty + x) for x in (steps, micros, starts))))
+    return Schedule(join(parts), *(np.concatenate(empty + x) for x in (steps, micros, starts)))
 
 
 def _deal_tail(packs: Packs, cost: PackCost, capacity: int, lengths: Lengths, slots: int) -> Packs:

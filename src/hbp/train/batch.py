@@ -10,6 +10,7 @@ rows is done once for the whole plan.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,7 +59,7 @@ def rows_of_rank(plan: Plan, rank: int) -> list[list[int]]:
     step_of_micro = np.zeros(n_micro, np.int64)
     step_of_micro[micro] = plan.step
     bounds = np.searchsorted(step_of_micro, np.arange(plan.n_steps + 1))
-    return [rows[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [rows[a:b].tolist() for a, b in itertools.pairwise(bounds)]
 
 
 def make_micro_batch(

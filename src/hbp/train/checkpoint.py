@@ -22,13 +22,14 @@ def export_model(model: CausalLMWithLoss, folder: Path, tokenizer_folder: str | 
     state = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
         partial = folder.with_name(folder.name + ".partial")
+        import transformers
+
         shutil.rmtree(partial, ignore_errors=True)
         state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+        transformers.utils.logging.disable_progress_bar()
         model.lm.save_pretrained(partial, state_dict=state)
         if tokenizer_folder:
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(partial)
+            transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Processes and devices: under torchrun as torchrun says, alone by starting local processes through torch's launcher."""
+"""Processes and devices: under torchrun as it says, alone by local processes through torch's launcher."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hbp.errors import ERROR_FILE, HbpError
 # them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
+    "KINETO_LOG_LEVEL": "5",  # the memory profiler's own chatter
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -40,9 +41,9 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
         HbpError: a rank ended with wrong input; its message.
         RuntimeError: a rank failed otherwise; names the rank.
     """
-    from torch.distributed.elastic.multiprocessing import Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import DefaultLogsSpecs, LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not torch.cuda.is_available():
         for name, value in CPU_ENVIRONMENT.items():

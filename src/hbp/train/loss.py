@@ -20,9 +20,7 @@ IGNORE = -100
 CHUNK = 1024
 
 
-def summed_cross_entropy(
-    hidden_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, chunk: int = CHUNK
-) -> Tensor:
+def summed_cross_entropy(hidden_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, chunk: int = CHUNK) -> Tensor:
     """Cross entropy in float32, summed over the tokens that have a label.
 
     Args:

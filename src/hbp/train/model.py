@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from hbp.train.loss import summed_cross_entropy
 class CausalLMWithLoss(nn.Module):
     """A transformers causal language model that returns the summed cross entropy of a pack's slice."""
 
+    lm: Any
+    """The transformers model."""
+
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         self.lm = lm
@@ -32,12 +36,13 @@ class CausalLMWithLoss(nn.Module):
         """Args: ids and positions ``[1, T]``, shifted labels ``[T]``. Returns the sum, float32 scalar."""
         decoder = self.lm.get_decoder()
         out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=layout)
-        return summed_cross_entropy(out.last_hidden_state[0], self.lm.get_output_embeddings().weight, labels)
+        weight = self.lm.get_output_embeddings().weight
+        return summed_cross_entropy(out.last_hidden_state[0], weight, labels)
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> Sequence[Any]:
         """The decoder layers, first to last."""
-        layers: Sequence[nn.Module] = self.lm.get_decoder().layers
+        layers: Sequence[Any] = self.lm.get_decoder().layers
         return layers
 
 
@@ -68,9 +73,7 @@ def load_model(
                 torch.manual_seed(seed)
                 lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(
-                name_or_folder, attn_implementation=attention, dtype=dtype
-            )
+            lm = AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation=attention, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
         raise HbpError(f"cannot load a model from {name_or_folder!r}: {reason}") from None
@@ -97,9 +100,7 @@ def shard(model: CausalLMWithLoss, mesh: DeviceMesh, *, compute_dtype: torch.dty
 def set_gc_layers(model: CausalLMWithLoss, count: int) -> None:
     """Recompute the activations of the first ``count`` layers, keep those of the others."""
     if not 0 <= count <= len(model.layers):
-        raise HbpError(
-            f"the plan recomputes {count} layers but the model has {len(model.layers)}; make it again"
-        )
+        raise HbpError(f"the plan recomputes {count} layers but the model has {len(model.layers)}; make it again")
     for index, layer in enumerate(model.layers):
         layer.gradient_checkpointing = index < count
 

@@ -1,7 +1,7 @@
 """Measure micro-batches on the engine that trains: same model, same sharding, same attention, same loss.
 
-Each point is a forward and a backward of packs with the given documents, one pack on every SP group at once. Seconds are
-the slowest rank's, the median of the repeats. Bytes are the peak of what the allocator had given out, plus the states
+Each point is a forward and a backward of packs with the given documents, one pack on every SP group at once.
+Seconds are the slowest rank's, the median of the repeats. Bytes are the peak of what the allocator had given out, plus the states
 that stay (parameters and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the profiler's
 allocation events, which sees every tensor including temporaries, in a run of its own so as not to disturb the clock.
 """
@@ -55,9 +55,7 @@ def measure_point(
         _wait(device)
         seconds.append(time.perf_counter() - start)
     states = (1 + MOMENTS) * local_parameter_bytes(model)
-    worst = torch.tensor(
-        [float(np.median(seconds or [0.0])), peak + states], dtype=torch.float64, device=device
-    )
+    worst = torch.tensor([float(np.median(seconds or [0.0])), peak + states], dtype=torch.float64, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return Point(tuple(lengths), sp_degree, gc_layers, *worst.tolist())
 
