@@ -123,7 +123,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         data = yaml.safe_load(path.read_text())
     except OSError:
         raise HbpError(f"cannot read the configuration {path}; see examples/quickstart.yaml for one") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise HbpError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise HbpError(f"{path} holds no configuration; see examples/quickstart.yaml for one")
@@ -147,7 +147,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise HbpError(f"{override!r}: {section} is a value, not a section; see `hbp train --help`")
-    data[name] = yaml.safe_load(value)
+    try:
+        data[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise HbpError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
 def describe() -> str:

@@ -47,8 +47,7 @@ def step_seconds(plan: Plan) -> npt.NDArray[np.float64]:
     first_row = np.unique(index, return_index=True)[1]
     overhead = float(plan.info.cluster.get("step_overhead_s", 0.0))
     weights = plan.micro_step_seconds().astype(np.float64)
-    seconds: npt.NDArray[np.float64] = np.bincount(plan.step[first_row], weights, plan.n_steps)
-    return seconds + overhead
+    return np.bincount(plan.step[first_row], weights, plan.n_steps).astype(np.float64) + overhead
 
 
 def simulate(plan: Plan) -> Simulation:

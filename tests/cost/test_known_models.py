@@ -42,9 +42,7 @@ def test_a_missing_key_is_named(config: dict[str, Any], key: str) -> None:
     assert refusal({k: v for k, v in config.items() if k != key}) == message
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
-)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
 def test_absent_keys_get_transformers_defaults(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

@@ -325,9 +325,7 @@ def test_json_round_trip(name: str) -> None:
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-@pytest.mark.parametrize(
-    "change", [{"heads": None}, {"colour": "red"}, {"latent": {"rank": 1}}, {"experts": 3}]
-)
+@pytest.mark.parametrize("change", [{"heads": None}, {"colour": "red"}, {"latent": {"rank": 1}}, {"experts": 3}])
 def test_damaged_json_is_refused_in_one_line(change: dict[str, Any]) -> None:
     data = {**load_model_spec("llama-3.1-8b").to_json(), **change}
     if change == {"heads": None}:

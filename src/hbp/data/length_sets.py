@@ -2,7 +2,7 @@
 
 - ``short-*`` and ``mix-*``: lognormal with median 500 and sigma 1.0, clipped to 16..8192; ``mix`` replaces 5 % of the
   samples by uniform 8192..131072; both clipped to the capacity in their name.
-- ``tulu3-longcite``: Tulu3 as lognormal with median 400 and sigma 1.1, clipped to 16..32768 (mean about 730, thin tail to
+- ``tulu3-longcite``: Tulu3 as lognormal with median 400 and sigma 1.1, clipped to 16..32768 (mean about 730, tail to
   32K), and 0.2 % of LongCite as uniform 2048..131072 (about 2,000 of a million, as in the paper).
 - ``openhermes-longcite``: OpenHermes as lognormal with median 300 and sigma 0.8, clipped to 16..4096, and 0.2 %
   LongCite.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -68,7 +69,7 @@ def _records(source: str, split: str, subset: str | None) -> Iterator[tuple[str,
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         yield from _saved_dataset(path, split)
     elif path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
         if not files:
             raise HbpError(f"{source} has no {', '.join(SUFFIXES)} files; give a folder of them")
         for file in files:
@@ -103,7 +104,7 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
             raise HbpError(
                 f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); mend or remove it"
             ) from None
-        except (UnicodeDecodeError, OSError) as error:
+        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise HbpError(f"{path} after line {number} cannot be read ({error}); mend the file") from None
 
 
@@ -116,7 +117,7 @@ def _saved_dataset(path: Path, split: str) -> Iterator[tuple[str, Any]]:
             if split not in loaded:
                 raise HbpError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
             loaded = loaded[split]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise HbpError(f"cannot load the saved data set {path}: {' '.join(str(error).split())[:200]}") from None
     for number, record in enumerate(loaded):
         yield f"{path} row {number}", record

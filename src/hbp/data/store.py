@@ -128,6 +128,9 @@ def open_store(folder: Path) -> TokenStore:
     Raises:
         HbpError: missing, half-written or damaged.
     """
+    for name in ("store.json", "index.parquet", "tokens.arrow"):
+        if not (folder / name).is_file():
+            raise HbpError(f"{folder} is not a token store ({name} is missing)")
     try:
         meta = json.loads((folder / "store.json").read_text())
         if meta["format"] != FORMAT:
@@ -145,8 +148,6 @@ def open_store(folder: Path) -> TokenStore:
             batches,
             np.cumsum([0, *(batch.num_rows for batch in batches)])[:-1],
         )
-    except FileNotFoundError as error:
-        raise HbpError(f"{folder} is not a token store ({Path(error.filename).name} is missing)") from None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HbpError(f"the token store {folder} is damaged ({reason}); delete it and run again") from None

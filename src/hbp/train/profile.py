@@ -1,9 +1,10 @@
 """Measure micro-batches on the engine that trains: same model, same sharding, same attention, same loss.
 
 Each point is a forward and a backward of packs with the given documents, one pack on every SP group at once.
-Seconds are the slowest rank's, the median of the repeats. Bytes are the peak of what the allocator had given out, plus the states
-that stay (parameters and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the profiler's
-allocation events, which sees every tensor including temporaries, in a run of its own so as not to disturb the clock.
+Seconds are the slowest rank's, the median of the repeats. Bytes are the peak of what the allocator had given out, plus
+the states that stay (parameters and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the
+profiler's allocation events, which sees every tensor including temporaries, in a run of its own so as not to disturb
+the clock.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+# Two commands set everything up: `make quickstart` runs the main job, `make test` the tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: install quickstart test lint format typecheck browser clean
+
+install: $(STAMP)
+
+# torch first and pinned: without the pin pip would pull gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r constraints-cpu.txt
+	$(BIN)/pip install --quiet -e '.[train,dev]' -c constraints-cpu.txt
+	touch $@
+
+quickstart: install
+	$(BIN)/hbp train examples/quickstart.yaml
+
+test: install browser
+	$(BIN)/pytest
+
+# The report's test looks at the page in a browser; where there is none and we may, install one.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	  echo "no chromium here and no right to install it: the report's browser test will be skipped"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: install
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info
