@@ -137,9 +137,10 @@ def _module_pairs(
 
 def _module_pair(module: _Module, rng: np.random.Generator) -> tuple[str, str]:
     docstring = ast.get_docstring(module.tree)
-    if docstring and rng.random() < 0.3:
-        return f"What is this module for?\n{module.source.replace(docstring, '', 1)}", docstring
     lines = module.source.splitlines(keepends=True)
+    if docstring and rng.random() < 0.3:
+        said = module.tree.body[0]
+        return f"What is this module for?\n{''.join(lines[: said.lineno - 1] + lines[said.end_lineno :])}", docstring
     cut = int(len(lines) * rng.uniform(0.1, 0.4)) + 1
     return f"Continue the module {module.name}:\n{''.join(lines[:cut])}", "".join(lines[cut:])
 

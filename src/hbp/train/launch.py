@@ -20,7 +20,7 @@ from hbp.errors import ERROR_FILE, HbpError
 # them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "KINETO_LOG_LEVEL": "5",  # the memory profiler's own chatter
+    "KINETO_LOG_LEVEL": "99",  # the memory profiler's own chatter
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

@@ -83,7 +83,9 @@ def load_model(
             "use the model's own tokenizer"
         )
     # Non-reentrant: a layer's keyword arguments (the pack's layout) are kept for the recomputation.
-    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    name = "activation_checkpointing_enable"  # since transformers 5.2x; before that:
+    enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     lm.train()
     return CausalLMWithLoss(lm)
 

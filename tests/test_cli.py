@@ -1,0 +1,140 @@
+"""The command line as programs and people meet it: output, exit codes, one-line errors, no torch for planning."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hbp.cli import STRATEGY_NAMES, main
+from hbp.planning.planner import STRATEGIES
+
+LENGTHS = np.random.default_rng(0).integers(20, 4000, 400).astype(np.int32)
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "datasets"):
+            raise ImportError(f"the planning half imported {name}")
+sys.meta_path.insert(0, Refuse())
+from hbp.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> Path:
+    np.save(tmp_path / "lengths.npy", LENGTHS)
+    return tmp_path / "lengths.npy"
+
+
+def planning(lengths: Path, *more: str) -> list[str]:
+    return ["--lengths", str(lengths), "--model", "llama-3.1-8b", "--gpus", "8", *more]
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:  # type: ignore[type-arg]
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)  # exactly one JSON object
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Exit code 2 and one line on standard error, which is returned."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_names_in_help_are_the_strategies() -> None:
+    assert set(STRATEGY_NAMES) == set(STRATEGIES)
+
+
+def test_plan_simulate_report(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan"
+    made = output(capsys, "plan", *planning(lengths, "--max-length", "3500", "--out", str(out), "--json"))
+    assert made["dropped"] == int((LENGTHS > 3500).sum()) > 0
+    assert made["samples"] + made["dropped"] == len(LENGTHS)
+    assert set(made["metrics"]) == {"pr", "dbr", "abr", "cr", "ave_tokens", "efficiency", "predicted_s"}
+    other = tmp_path / "other"
+    naive = planning(lengths, "--max-length", "3500", "--out", str(other), "--strategy", "concat", "--json")
+    output(capsys, "plan", *naive)
+    played = output(capsys, "simulate", str(out), str(other), "--json")["plans"]
+    assert played[0]["seconds"] == pytest.approx(made["metrics"]["predicted_s"])
+    assert played[1]["speedup"] < 1
+    report = output(capsys, "report", str(out), "--json")
+    assert Path(report["report"]).read_text().startswith("<!doctype html>")
+
+
+def test_tables_for_people(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *planning(lengths, "--max-length", "3500", "--out", str(tmp_path / "p"))]) == 0
+    captured = capsys.readouterr()
+    assert "efficiency" in captured.out
+    assert "dropped" in captured.err
+    assert "sample" in captured.err
+
+
+def test_compare_has_a_row_for_every_strategy(lengths: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = output(capsys, "compare", *planning(lengths, "--json"))["rows"]
+    assert {row["strategy"] for row in rows} == set(STRATEGIES)
+    ours = next(row for row in rows if row["strategy"] == "hbp")
+    assert ours["efficiency"] == max(row["efficiency"] for row in rows)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare", "simulate", "report"])
+def test_planning_half_runs_without_torch(command: str, lengths: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> None:
+        done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    out = str(tmp_path / "plan")
+    run("plan", *planning(lengths, "--out", out))
+    if command == "compare":
+        run("compare", *planning(lengths, "--strategies", "hbp,bfd"))
+    elif command != "plan":
+        run(command, out)
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(
+    lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "plan")]
+    nowhere = tmp_path / "nowhere.npy"
+    assert "nowhere.npy" in refused(capsys, "plan", *planning(nowhere, *out))
+    np.save(tmp_path / "empty.npy", np.zeros(0, np.int32))
+    assert "empty" in refused(capsys, "plan", *planning(tmp_path / "empty.npy", *out))
+    assert "memory" in refused(capsys, "plan", *planning(lengths, *out, "--memory-gib", "1"))
+    assert "no strategy" in refused(capsys, "plan", *planning(lengths, *out, "--strategy", "magic"))
+    assert "no cluster" in refused(capsys, "plan", *planning(lengths, *out, "--cluster", "abacus"))
+    assert "--gpus 0" in refused(capsys, "plan", *planning(lengths, *out, "--gpus", "0"))
+    assert "--max-length 0" in refused(capsys, "plan", *planning(lengths, *out, "--max-length", "0"))
+    assert "longer than 10" in refused(capsys, "plan", *planning(lengths, *out, "--max-length", "10"))
+    assert "no plan" in refused(capsys, "simulate", str(tmp_path))
+    assert "neither" in refused(capsys, "report", str(tmp_path))
+    assert "configuration" in refused(capsys, "train", str(tmp_path / "no.yaml"))
+    assert not (tmp_path / "plan").exists(), "nothing half-made is left behind"
+
+
+def test_data_for_planning_is_tokenized_and_bad_lines_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hbp.data.stdlib_sft import train_tokenizer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data, tokenizer = tmp_path / "data.jsonl", tmp_path / "tokenizer"
+    turns = [("user", "Add two and two, please."), ("assistant", "Two and two is four. " * 5)]
+    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    data.write_text("".join(json.dumps(record) + "\n" for _ in range(20)))
+    train_tokenizer(data, tokenizer, vocab_size=300)
+    arguments = ["--data", str(data), "--tokenizer", str(tokenizer), "--model", "llama-3.1-8b", "--gpus", "2"]
+    made = output(capsys, "plan", *arguments, "--out", str(tmp_path / "plan"), "--json")
+    assert made["samples"] == 20
+    with data.open("a") as lines:
+        lines.write('{"messages": "broken"\n')
+    assert "line 21 is not JSON" in refused(capsys, "plan", *arguments, "--out", str(tmp_path / "plan"))
+    data.write_text("")
+    assert "no records" in refused(capsys, "plan", *arguments, "--out", str(tmp_path / "plan"))
