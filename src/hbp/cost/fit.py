@@ -5,8 +5,8 @@ so a fit is one non-negative least squares problem, weighted to count relative e
 model itself: the seconds it predicts when one constant is 1 and the others are nothing. So there is no second copy of
 the formulas to keep in step.
 
-Memory has one scale (measured over modelled activation bytes) and one constant; the scale is taken so that no measured
-point is predicted too small, because a budget is a promise.
+Memory has one scale (measured over modelled activation bytes) and one constant, taken so that no measured point is
+predicted too small, because a budget is a promise.
 
 Complexity: points × constants, nothing.
 """
@@ -28,6 +28,8 @@ from hbp.cost.predict import CostModel
 
 RATES = ("linear_flops_per_s", "attention_flops_per_s", "link_bytes_per_s")
 OVERHEADS = ("layer_overhead_s", "document_overhead_s", "collective_latency_s")
+SCALES = np.linspace(0.2, 3.0, 561)
+"""Candidates for measured over modelled activation bytes."""
 NEVER = 1e30
 """A rate so high that it costs nothing."""
 
@@ -156,16 +158,17 @@ def _named(base: ClusterSpec, constants: npt.NDArray[np.float64], used: npt.NDAr
 
 
 def _with_memory(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> ClusterSpec:
-    plain = dataclasses.replace(base, activation_scale=1.0, fixed_bytes=0.0)
-    cost = CostModel(model, plain, world_size)
-    tokens = np.array([sum(p.lengths) / p.sp_degree for p in points])
-    unscaled = CostModel(model, dataclasses.replace(plain, activation_scale=0.0), world_size)
-    ends = np.array([unscaled.bytes_per_token(p.sp_degree, p.gc_layers) for p in points]) * tokens
-    acts = np.array([cost.bytes_per_token(p.sp_degree, p.gc_layers) for p in points]) * tokens - ends
-    rest = np.array([p.peak_bytes for p in points]) - cost.static_bytes() - ends
-    solution, _ = nnls(np.stack([acts, np.ones(len(points))], axis=1) / acts.max(), rest / acts.max())
-    scale, fixed = float(solution[0]), float(solution[1])
-    if scale == 0:
-        return base
-    fixed += max(0.0, float((rest - scale * acts - fixed).max()))
-    return dataclasses.replace(base, activation_scale=scale, fixed_bytes=fixed)
+    """The scale and constant that predict no point too small and, of those that do not, the least too large."""
+    measured = np.array([p.peak_bytes for p in points])
+
+    def predicted(scale: float) -> npt.NDArray[np.float64]:
+        cluster = dataclasses.replace(base, activation_scale=scale, fixed_bytes=0.0)
+        cost = CostModel(model, cluster, world_size)
+        return np.array([cost.bytes(sum(p.lengths), p.sp_degree, p.gc_layers) for p in points])
+
+    none, one = predicted(0.0), predicted(1.0)
+    sizes = none + SCALES[:, None] * (one - none)  # [scales, points]
+    fixed = np.maximum(0.0, (measured - sizes).max(axis=1))
+    excess = ((sizes + fixed[:, None]) / measured).mean(axis=1)
+    best = int(excess.argmin())
+    return dataclasses.replace(base, activation_scale=float(SCALES[best]), fixed_bytes=float(fixed[best]))

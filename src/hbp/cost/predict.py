@@ -14,8 +14,8 @@ Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers 
 - FSDP: parameters gathered for forward and for backward, gradients reduced in float32; the part that does not hide
   behind compute is added.
 
-Bytes: sharded parameters, gradients and AdamW states in float32, gathered layers, and activations (what an ordinary
-layer saves, what a recomputed layer keeps, and one layer being recomputed).
+Bytes: sharded parameters, gradients and AdamW states in float32, gathered layers, activations (what an ordinary layer
+saves and a recomputed layer keeps, at least one whole layer), and a chunk of logits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ATTENTION_BACKWARD = 2.5
 STATE_BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and AdamW's two moments
 REDUCE_BYTES = 4
 LOSS_CHUNK_TOKENS = 1024
-LOSS_COPIES = 3  # logits, their float32 copy, and their gradient
+LOSS_COPIES = 2  # logits and their gradient
 
 
 @dataclass(frozen=True)
@@ -127,33 +127,43 @@ class CostModel:
         return traffic + 3 * (self.model.n_layers + 1) * c.collective_latency_s
 
     def static_bytes(self) -> float:
-        """Memory that does not depend on the pack: states, gathered parameters, logits of a loss chunk."""
+        """Memory that does not depend on the pack: sharded states and gathered parameters."""
         m, c = self.model, self.cluster
         total = m.parameters()
         layers = [m.layer_parameters(i) for i in range(m.n_layers)]
         root = total - sum(layers)
         gathered = (2 * max(layers) + root) * c.dtype_bytes + max(max(layers), root) * REDUCE_BYTES
-        logits = LOSS_CHUNK_TOKENS * m.vocab * 4 * LOSS_COPIES
-        return total * STATE_BYTES_PER_PARAMETER / self.world_size + gathered + logits + c.fixed_bytes
+        return total * STATE_BYTES_PER_PARAMETER / self.world_size + gathered + c.fixed_bytes
 
     def bytes_per_token(self, sp_degree: int, gc_layers: int) -> float:
-        """Activation bytes per token of a rank."""
+        """Activation bytes per token of a rank, those of the loss apart."""
         m, c = self.model, self.cluster
         saved = m.activation_bytes_per_token_per_layer(c.dtype_bytes, sp_degree)
         kept = m.checkpoint_bytes_per_token(c.dtype_bytes)
         ends = 4 * m.hidden * c.dtype_bytes  # embedding, last hidden state, and their gradients
-        # Backward works in one layer at a time: a recomputed one needs its activations again, any one its gradients.
-        return c.activation_scale * ((m.n_layers - gc_layers) * saved + gc_layers * kept + saved) + ends
+        # Recomputation runs one layer at a time, after the backward of the ordinary layers has freed theirs.
+        whole_layers = max(m.n_layers - gc_layers, 1)
+        return c.activation_scale * (whole_layers * saved + gc_layers * kept) + ends
+
+    def loss_bytes_per_token(self) -> float:
+        """Bytes per token of a chunk of the loss, which holds at most :data:`LOSS_CHUNK_TOKENS`."""
+        return self.model.vocab * 4.0 * LOSS_COPIES
 
     def bytes(self, tokens: int, sp_degree: int, gc_layers: int) -> float:
         """Peak bytes on a rank that runs a pack of `tokens` tokens."""
-        return self.static_bytes() + tokens / sp_degree * self.bytes_per_token(sp_degree, gc_layers)
+        mine = tokens / sp_degree
+        loss = min(mine, LOSS_CHUNK_TOKENS) * self.loss_bytes_per_token()
+        return self.static_bytes() + mine * self.bytes_per_token(sp_degree, gc_layers) + loss
 
     def longest_packs(self, sp_degree: int) -> Float:
         """Most tokens of a pack within the memory budget with 0, 1, … n layers recomputed, float64 ``[n + 1]``."""
-        room = max(0.0, self.cluster.memory_bytes - self.static_bytes()) * sp_degree
-        per_token = [self.bytes_per_token(sp_degree, k) for k in range(self.model.n_layers + 1)]
-        return np.maximum.accumulate(room / np.array(per_token))
+        room = max(0.0, self.cluster.memory_bytes - self.static_bytes())
+        per_token = np.array([self.bytes_per_token(sp_degree, k) for k in range(self.model.n_layers + 1)])
+        loss = self.loss_bytes_per_token()
+        within_chunk = room / (per_token + loss)
+        beyond = (room - LOSS_CHUNK_TOKENS * loss) / per_token
+        mine = np.where(within_chunk <= LOSS_CHUNK_TOKENS, within_chunk, beyond)
+        return np.maximum.accumulate(mine * sp_degree)
 
     def fewest_gc_layers(self, tokens: int, sp_degree: int) -> int | None:
         """The fewest recomputed layers with which a pack fits the memory budget; None if even all do not help."""

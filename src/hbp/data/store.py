@@ -135,6 +135,7 @@ def open_store(folder: Path) -> TokenStore:
         meta = json.loads((folder / "store.json").read_text())
         if meta["format"] != FORMAT:
             raise HbpError(f"{folder} has store format {meta['format']}, this hbp reads {FORMAT}; delete it")
+        n_samples = int(meta["n_samples"])
         index = pq.read_table(folder / "index.parquet")
         reader = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow")))
         batches = tuple(reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -151,7 +152,7 @@ def open_store(folder: Path) -> TokenStore:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HbpError(f"the token store {folder} is damaged ({reason}); delete it and run again") from None
-    if sum(batch.num_rows for batch in batches) != len(store) or int(meta["n_samples"]) != len(store):
+    if sum(batch.num_rows for batch in batches) != len(store) or n_samples != len(store):
         raise HbpError(f"the token store {folder} is damaged (its files disagree); delete it and run again")
     return store
 
