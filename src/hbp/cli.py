@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = args.run(args)
     except HbpError as error:
-        report_to_parent(error)
-        print(f"hbp: error: {error}", file=sys.stderr)
+        if not report_to_parent(error):
+            print(f"hbp: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hbp: interrupted", file=sys.stderr)

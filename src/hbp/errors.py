@@ -15,7 +15,9 @@ class HbpError(Exception):
     """
 
 
-def report_to_parent(error: HbpError) -> None:
-    """Leave the message for the `hbp` that started this rank, if one did."""
-    if ERROR_FILE in os.environ:
-        Path(os.environ[ERROR_FILE]).write_text(str(error))
+def report_to_parent(error: HbpError) -> bool:
+    """Leave the message for the `hbp` that started this rank, which then prints it once; False if none did."""
+    if ERROR_FILE not in os.environ:
+        return False
+    Path(os.environ[ERROR_FILE]).write_text(str(error))
+    return True

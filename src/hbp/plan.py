@@ -172,15 +172,16 @@ def validate(plan: Plan) -> None:
         HbpError: the first invariant that does not hold, with the row and the values that break it.
     """
     p, info = plan.n_packs, plan.info
-    if len(plan.sample_offsets) != p + 1 or (p and int(plan.sample_offsets[-1]) != len(plan.sample_ids)):
+    offsets = plan.sample_offsets
+    if len(offsets) != p + 1 or int(offsets[0]) != 0 or int(offsets[-1]) != len(plan.sample_ids):
         raise HbpError("plan is damaged: its list columns do not line up; make it again with `hbp plan`")
+    if (np.diff(offsets) < 1).any():
+        raise HbpError("plan is damaged: a row holds no samples; make it again with `hbp plan`")
     if len(plan.sample_ids) != len(plan.lengths):
         raise HbpError(
             f"plan is damaged: {len(plan.sample_ids)} sample ids but {len(plan.lengths)} lengths; make it again"
         )
     _check_samples(plan)
-    if not p:
-        return
     if (plan.lengths < 1).any():
         raise HbpError("plan is damaged: a sample has no tokens; make it again with `hbp plan`")
     tokens = plan.tokens()
@@ -190,7 +191,13 @@ def validate(plan: Plan) -> None:
         raise HbpError(f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}")
     if info.n_tokens != int(tokens.sum()):
         raise HbpError(f"plan.json counts {info.n_tokens} tokens but the rows hold {int(tokens.sum())}")
-    _check_tiling(plan)
+    if not info.dropped:  # else the whole data set's lengths are not known here
+        by_sample = np.empty(info.n_samples, np.int32)
+        by_sample[plan.sample_ids] = plan.lengths
+        if hash_lengths(by_sample) != info.lengths_sha256:
+            raise HbpError("plan is damaged: its rows' lengths are not those of its data set; make it again")
+    if p:
+        _check_tiling(plan)
 
 
 def _check_samples(plan: Plan) -> None:
@@ -200,7 +207,8 @@ def _check_samples(plan: Plan) -> None:
     if len(seen) and (seen.min() < 0 or seen.max() >= info.n_samples):
         bad = int(seen[(seen < 0) | (seen >= info.n_samples)][0])
         raise HbpError(f"plan names sample {bad}, but its data set has {info.n_samples} samples (ids from 0)")
-    times = np.bincount(seen, minlength=info.n_samples)
+    first = min(info.n_samples, len(seen) + 1)  # more samples than these leave a gap among these already
+    times = np.bincount(seen[seen < first], minlength=first)
     wrong = np.flatnonzero(times != 1)
     if len(wrong):
         sample = int(wrong[0])
@@ -226,7 +234,7 @@ def _check_tiling(plan: Plan) -> None:
     step_jump = np.diff(step, prepend=-1)
     new_step = step_jump > 0
     micro_jump = np.diff(micro, prepend=0)
-    if (step_jump > 1).any() or (micro[new_step] != 0).any() or (micro_jump[~new_step] > 1).any():
+    if step[0] != 0 or (step_jump > 1).any() or (micro[new_step] != 0).any() or (micro_jump[~new_step] > 1).any():
         raise HbpError("plan skips a step or a micro-step: both must run from 0 without a gap")
     same = np.diff(plan.micro_step_index()) == 0
     overlap = np.flatnonzero(same & (start[1:] < start[:-1] + degree[:-1]))
@@ -248,7 +256,8 @@ def write_plan(plan: Plan, folder: Path) -> None:
         values = pa.array(getattr(plan, name), SCHEMA.field(name).type.value_type)
         columns[name] = pa.ListArray.from_arrays(offsets, values).cast(SCHEMA.field(name).type)
     table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
-    pq.write_table(table, folder / PARQUET_NAME, compression="zstd", row_group_size=1 << 17)
+    options = {"compression": "zstd", "row_group_size": 1 << 17, "write_page_checksum": True}
+    pq.write_table(table, folder / PARQUET_NAME, **options)
     (folder / JSON_NAME).write_text(json.dumps(_info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
 
 
@@ -261,14 +270,14 @@ def read_plan(folder: Path) -> Plan:
     info = read_info(folder)
     path = folder / PARQUET_NAME
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
+        missing = set(SCHEMA.names).difference(table.column_names)
     except FileNotFoundError:
         raise HbpError(f"no {PARQUET_NAME} in {folder}; make a plan with `hbp plan --out {folder}`") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name is not UTF-8
         raise HbpError(f"cannot read {path} ({_one_line(error)}); make the plan again") from None
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
-        raise HbpError(f"{path} lacks the columns {', '.join(missing)}; make the plan again with `hbp plan`")
+        raise HbpError(f"{path} lacks the columns {', '.join(sorted(missing))}; make the plan again with `hbp plan`")
     try:
         table = table.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
         scalars = {name: table.column(name).to_numpy() for name in SCALAR_COLUMNS}
@@ -309,7 +318,7 @@ def read_info(folder: Path) -> PlanInfo:
         raise HbpError(f"{path} has schema version {version}, this hbp reads {SCHEMA_VERSION}; make the plan again")
     try:
         return _info_from_json(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise HbpError(f"{path} is damaged ({_one_line(error)}); make the plan again") from None
 
 
@@ -324,12 +333,15 @@ def _info_to_json(info: PlanInfo) -> dict[str, Any]:
 def _info_from_json(data: Mapping[str, Any]) -> PlanInfo:
     values = {f.name: data[f.name] for f in dataclasses.fields(PlanInfo)}
     for name in ("seed", "world_size", "n_samples", "n_tokens"):
-        if not isinstance(values[name], int):
-            raise ValueError(f"{name} is not a whole number")
+        if type(values[name]) is not int or values[name] < 0:
+            raise ValueError(f"{name} is not a whole number from 0 up")
+    for name in ("model", "cluster", "cost_model", "metrics", "settings"):
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{name} is not an object")
     values["groups"] = tuple(
         Group(int(g["capacity"]), int(g["sp_degree"]), int(g["gc_layers"])) for g in data["groups"]
     )
-    values["dropped"] = tuple((int(d["sample_id"]), str(d["reason"])) for d in data["dropped"])
+    values["dropped"] = tuple((int(np.int64(d["sample_id"])), str(d["reason"])) for d in data["dropped"])
     return PlanInfo(**values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
@@ -48,6 +49,8 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
     if not torch.cuda.is_available():
         for name, value in CPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+    # What the launcher logs of a failed rank, we say in one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with TemporaryDirectory() as scratch:
         os.environ[ERROR_FILE] = str(Path(scratch) / "error")
         config = LaunchConfig(
