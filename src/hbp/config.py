@@ -95,9 +95,9 @@ class TrainConfig(_Section):
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
     final_lr: float = Field(0.1, ge=0, le=1, description="share of the peak that the cosine ends at")
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     export: bool = Field(True, description="write the trained model as a Hugging Face folder")
 
 

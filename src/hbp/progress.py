@@ -56,7 +56,7 @@ class Progress:
             self.bar.update(self.task, advance=by, description=text)
             return
         now = time.monotonic()
-        if now - self.said >= LINE_EVERY_S or self.done >= self.total:
+        if self.done and (now - self.said >= LINE_EVERY_S or self.done >= self.total):
             left = (now - self.began) / self.done * (self.total - self.done)
             say(f"{self.name} {self.done / self.total:4.0%}  {text}  {left:.0f} s left")
             self.said = now

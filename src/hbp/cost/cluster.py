@@ -149,10 +149,18 @@ def cluster_from_json(data: Mapping[str, Any]) -> ClusterSpec:
     values = dict(data)
     base = values.pop("base", None)
     if base is not None:
-        values = {**load_cluster(base).to_json(), **values}
+        if base not in CLUSTERS:
+            raise ValueError(f"base {base!r} is not one of {', '.join(CLUSTERS)}")
+        values = {**CLUSTERS[base].to_json(), **values}
     cluster = ClusterSpec(**values)
     for field in dataclasses.fields(cluster):
         value = getattr(cluster, field.name)
-        if field.type != "str" and not (isinstance(value, int | float) and value >= 0):
+        if field.type == "str":
+            if not isinstance(value, str):
+                raise ValueError(f"{field.name} is {value!r}, not a text")
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise ValueError(f"{field.name} is {value!r}, not a number from 0 up")
+        if value == 0 and field.name.endswith(("_per_s", "_per_node", "memory_bytes", "dtype_bytes")):
+            raise ValueError(f"{field.name} is 0; give more")
     return cluster

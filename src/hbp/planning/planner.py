@@ -24,6 +24,9 @@ from hbp.planning.metrics import measure
 from hbp.planning.packs import Lengths, Packs
 from hbp.planning.schedule import PackCost, Schedule, balance_batches
 
+MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
+"""Of one step, as the plan file counts them in int16."""
+
 Strategy = Callable[[Problem], tuple[Schedule, tuple[Group, ...]]]
 
 
@@ -155,6 +158,12 @@ def _to_plan(
     short_steps: int | None,
     dropped: np.ndarray,
 ) -> Plan:
+    most = int(schedule.micro_step.max()) + 1
+    if most > MOST_MICRO_STEPS:
+        raise HbpError(
+            f"a step of {problem.global_batch_tokens} tokens takes {most} micro-steps, over the limit of "
+            f"{MOST_MICRO_STEPS}; lower global_batch_tokens"
+        )
     order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
     packs, cost, lengths = schedule.packs.take(order), problem.cost, problem.lengths
     column = {

@@ -1,0 +1,169 @@
+"""A fit to points of a known cluster predicts what that cluster would take, and never too little memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbp.cost.cluster import CLUSTERS, ClusterSpec
+from hbp.cost.fit import OVERHEADS, RATES, Point, fit_cluster, grid, predict_point
+from hbp.cost.model_spec import load_model_spec
+from hbp.cost.predict import CostModel
+
+MODEL = dataclasses.replace(
+    load_model_spec("llama-3.1-8b"),
+    name="small",
+    n_layers=4,
+    hidden=256,
+    heads=8,
+    kv_heads=4,
+    qk_head_dim=32,
+    v_head_dim=32,
+    intermediate=700,
+    vocab=4096,
+)
+BASE = CLUSTERS["cpu-local"]
+LONGEST = 4096
+TRUTHS = {
+    "slow links": {"linear_flops_per_s": 20e9, "attention_flops_per_s": 9e9, "link_bytes_per_s": 2e8},
+    "overheads": {"layer_overhead_s": 8e-3, "document_overhead_s": 2e-3, "collective_latency_s": 4e-3},
+    "memory": {"activation_scale": 1.7, "fixed_bytes": 3e8},
+}
+Noise = Callable[[], float]
+
+
+def exact() -> float:
+    return 1.0
+
+
+def noisy(percent: float, seed: int = 0) -> Noise:
+    rng = np.random.default_rng(seed)
+    return lambda: float(rng.uniform(1 - percent / 100, 1 + percent / 100))
+
+
+def true_cluster(**changes: float) -> ClusterSpec:
+    return dataclasses.replace(BASE, name="truth", fsdp_overlap=0.0, **changes)  # type: ignore[arg-type]
+
+
+def packs(cost: CostModel, seed: int) -> list[tuple[tuple[int, ...], int, int]]:
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(np.log(200), 1, 500), 16, LONGEST).astype(int)
+    return grid(cost, lengths, LONGEST, rng)
+
+
+def measure(cost: CostModel, chosen: Sequence[tuple[tuple[int, ...], int, int]], noise: Noise) -> list[Point]:
+    """What a machine that is exactly as the cost model says would show."""
+    points = []
+    for lengths, degree, gc_layers in chosen:
+        point = Point(lengths, degree, gc_layers, 0.0, cost.bytes(sum(lengths), degree, gc_layers) * noise())
+        points.append(dataclasses.replace(point, seconds=predict_point(cost, point) * noise()))
+    return points
+
+
+def held_out(cost: CostModel) -> list[Point]:
+    """Other packs, other numbers of recomputed layers, and longer ones than were measured."""
+    rng = np.random.default_rng(99)
+    chosen = [
+        (tuple(rng.integers(16, longest, n).tolist()), degree, int(rng.integers(0, MODEL.n_layers + 1)))
+        for degree in cost.degrees()
+        for longest, n in ((100, 12), (1000, 5), (4000, 2))
+    ]
+    return measure(cost, chosen, exact)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("name", TRUTHS)
+@pytest.mark.parametrize(("percent", "tolerance"), [(0.0, 1e-6), (2.0, 0.05)])
+def test_predicts_points_that_it_was_not_given(world: int, name: str, percent: float, tolerance: float) -> None:
+    truth = CostModel(MODEL, true_cluster(**TRUTHS[name]), world)
+    points = measure(truth, packs(truth, 0), noisy(percent))
+    fit = fit_cluster(BASE, MODEL, world, points, "here")
+    fitted = CostModel(MODEL, fit.cluster, world)
+    for point in held_out(truth):
+        assert predict_point(fitted, point) == pytest.approx(point.seconds, rel=tolerance)
+        used = fitted.bytes(sum(point.lengths), point.sp_degree, point.gc_layers)
+        assert used == pytest.approx(point.peak_bytes, rel=tolerance)
+    assert fit.held_out_error <= tolerance
+    np.testing.assert_allclose(fit.predicted_s, [p.seconds for p in points], rtol=1.5 * tolerance)
+
+
+def test_without_noise_the_constants_themselves_come_back() -> None:
+    truth = true_cluster(**TRUTHS["slow links"], **TRUTHS["overheads"], **TRUTHS["memory"])
+    cost = CostModel(MODEL, truth, 4)
+    fit = fit_cluster(BASE, MODEL, 4, measure(cost, packs(cost, 0), exact), "here")
+    for name in (*RATES, *OVERHEADS, "activation_scale", "fixed_bytes"):
+        assert getattr(fit.cluster, name) == pytest.approx(getattr(truth, name), rel=1e-4), name
+
+
+def test_what_is_kept_of_the_base_and_what_is_said() -> None:
+    cost = CostModel(MODEL, true_cluster(linear_flops_per_s=1e9), 1)
+    base = dataclasses.replace(BASE, fsdp_overlap=0.8, memory_bytes=5e9)
+    fit = fit_cluster(base, MODEL, 1, measure(cost, packs(cost, 0), exact), "a machine")
+    assert fit.cluster.linear_flops_per_s == pytest.approx(1e9)
+    # One rank sends nothing, so its points say nothing of links.
+    assert fit.cluster.link_bytes_per_s == BASE.link_bytes_per_s
+    assert fit.cluster.collective_latency_s == BASE.collective_latency_s
+    for name in ("name", "memory_bytes", "devices_per_node", "dtype_bytes", "step_overhead_s"):
+        assert getattr(fit.cluster, name) == getattr(base, name)
+    assert (fit.cluster.device, fit.cluster.origin) == ("a machine", "profiled on a machine")
+    assert fit.cluster.fsdp_overlap == 0
+
+
+def test_one_point_is_enough() -> None:
+    point = Point((100, 200), 1, 0, 1.5, 4e8)
+    fit = fit_cluster(BASE, MODEL, 1, [point], "here")
+    assert fit.predicted_s == pytest.approx((1.5,))
+    assert fit.held_out_error == 0
+    assert fit.predicted_bytes[0] >= point.peak_bytes * (1 - 1e-9)
+
+
+def test_relative_errors_count() -> None:
+    """A pack of a tenth of a second counts as much as one of a minute."""
+    cost = CostModel(MODEL, true_cluster(), 1)
+    tiny = [((16,) * n, 1, gc_layers) for n in range(1, 7) for gc_layers in (0, 4)]
+    long = [((n * 20_000,), 1, gc_layers) for n in range(1, 7) for gc_layers in (0, 4)]
+    points = measure(cost, tiny + long, noisy(5))
+    assert points[-1].seconds > 500 * points[0].seconds
+    fit = fit_cluster(BASE, MODEL, 1, points, "here")
+    np.testing.assert_allclose(fit.predicted_s, [p.seconds for p in points], rtol=0.1)
+
+
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.floats(0.3, 4),
+    st.floats(0, 1e9),
+    st.integers(0, 90),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=30, deadline=None)
+def test_no_given_point_is_predicted_to_need_less_memory_than_it_did(
+    world: int, scale: float, fixed: float, percent: int, seed: int
+) -> None:
+    cost = CostModel(MODEL, true_cluster(activation_scale=scale, fixed_bytes=fixed), world)
+    points = measure(cost, packs(cost, seed % 5), noisy(percent, seed))
+    fit = fit_cluster(BASE, MODEL, world, points, "here")
+    for predicted, point in zip(fit.predicted_bytes, points, strict=True):
+        assert predicted >= point.peak_bytes * (1 - 1e-9)
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(64, 100_000), st.lists(st.integers(1, 10**6), min_size=1), st.data())
+@settings(max_examples=40, deadline=None)
+def test_grid(world: int, longest: int, lengths: list[int], data: st.DataObject) -> None:
+    cost = CostModel(MODEL, BASE, world)
+    chosen = grid(cost, np.array(lengths), longest, np.random.default_rng(data.draw(st.integers(0, 9))))
+    local = [sum(documents) / degree for documents, degree, _ in chosen]
+    assert local == sorted(local)
+    for degree in cost.degrees():
+        mine = [(documents, gc_layers) for documents, d, gc_layers in chosen if d == degree]
+        assert {gc_layers for _, gc_layers in mine} == {0, MODEL.n_layers}
+        assert 8 <= len(mine) <= 24
+        most = max(sum(documents) for documents, _ in mine)
+        assert min(longest, longest * degree // 2) <= most <= longest * degree // 2
+        # Ordinary packs stay shorter than recomputed ones: they take more memory.
+        assert max(sum(documents) for documents, gc_layers in mine if not gc_layers) <= longest * degree // 4
+    assert all(min(documents) >= 1 for documents, _, _ in chosen)
