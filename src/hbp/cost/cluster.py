@@ -136,7 +136,7 @@ def load_cluster(name_or_file: str) -> ClusterSpec:
     try:
         data = json.loads(path.read_text())
         return cluster_from_json(data.get("cluster", data))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise HbpError(f"{path} does not describe a cluster ({error}); write one with `hbp profile`") from None
 
 
@@ -149,9 +149,7 @@ def cluster_from_json(data: Mapping[str, Any]) -> ClusterSpec:
     values = dict(data)
     base = values.pop("base", None)
     if base is not None:
-        if base not in CLUSTERS:
-            raise ValueError(f"base {base!r} is not one of {', '.join(CLUSTERS)}")
-        values = {**CLUSTERS[base].to_json(), **values}
+        values = {**load_cluster(base).to_json(), **values}
     cluster = ClusterSpec(**values)
     for field in dataclasses.fields(cluster):
         value = getattr(cluster, field.name)
