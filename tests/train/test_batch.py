@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from workers import CPU, Samples, plan_of, random_samples
+
+from hbp.parallel.mesh import ParallelMesh
+from hbp.train.batch import IDLE, make_micro_batch, micro_batch_of, rows_of_rank
+from hbp.train.loss import IGNORE
+
+MESH = ParallelMesh(None, defaultdict(lambda: None))  # no group is used: these tests never communicate
+VOCAB = 1000
+
+
+def packs_of(documents: list, degree: int) -> list:
+    return [micro_batch_of(documents, 7, degree, rank, 2, MESH, CPU) for rank in range(degree)]
+
+
+@st.composite
+def documents(draw):
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
+    return random_samples(lengths, VOCAB, draw(st.integers(0, 99))).documents
+
+
+@settings(max_examples=80, deadline=None)
+@given(documents(), st.sampled_from([1, 2, 3, 4, 8]))
+def test_slices_of_all_ranks_are_the_pack(docs, degree):
+    slices = packs_of(docs, degree)
+    sizes = {batch.input_ids.shape for batch in slices}
+    assert len(sizes) == 1  # every rank holds as many tokens
+    tokens = torch.cat([batch.input_ids[0] for batch in slices]).tolist()
+    positions = torch.cat([batch.position_ids[0] for batch in slices]).tolist()
+    labels = torch.cat([batch.labels for batch in slices]).tolist()
+
+    want_tokens, want_positions, want_labels = [], [], []
+    for ids, mask in docs:
+        want_tokens += ids.tolist()
+        want_positions += range(len(ids))
+        want_labels += [int(ids[i + 1]) if mask[i + 1] else IGNORE for i in range(len(ids) - 1)]
+        want_labels.append(IGNORE)  # the last token of a document has nothing to predict
+    real, lengths = len(want_tokens), tuple(len(ids) for ids, _ in docs)
+    spare = len(tokens) - real
+    assert spare == -real % degree
+    assert tokens[:real] == want_tokens
+    assert positions == [*want_positions, *range(spare)]
+    assert labels == want_labels + [IGNORE] * spare
+    for batch in slices:  # the spare tokens are a document of their own, and every rank knows the whole pack
+        assert batch.layout.documents.lengths == ((*lengths, spare) if spare else lengths)
+        assert batch.layout.sp_degree == degree
+        assert (batch.row, batch.gc_layers) == (7, 2)
+
+
+def test_label_of_a_slice_that_ends_inside_a_document():
+    ids, mask = np.array([5, 6, 7, 8], np.int32), np.array([1, 1, 1, 0], np.uint8)
+    first, second = packs_of([(ids, mask)], 2)
+    assert first.labels.tolist() == [6, 7]  # 7 lies on the other rank
+    assert second.labels.tolist() == [IGNORE, IGNORE]  # 8 carries no loss
+    assert second.position_ids.tolist() == [[2, 3]]
+
+
+def test_idle_is_one_token_without_loss():
+    plan = plan_of([(0, 0, 0, 1, 0, [0])], np.array([4], np.int32), 2)
+    batch = make_micro_batch(plan, IDLE, Samples([]), MESH, 1, CPU)
+    assert batch.input_ids.shape == (1, 1)
+    assert batch.labels.tolist() == [IGNORE]
+    assert (batch.layout.sp_degree, batch.gc_layers, batch.row) == (1, 0, IDLE)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_row_gives_its_samples_in_order_to_its_ranks(rank):
+    samples = random_samples([3, 4, 6], VOCAB)
+    plan = plan_of([(0, 0, 0, 1, 0, [1]), (0, 0, 2, 2, 3, [2, 0])], samples.lengths, 4)
+    batch = make_micro_batch(plan, 1, samples, MESH, rank, CPU)
+    whole = np.concatenate([samples.documents[2][0], samples.documents[0][0], [0]])
+    assert batch.input_ids[0].tolist() == whole[(rank - 2) * 5 : (rank - 1) * 5].tolist()
+    assert (batch.layout.sp_degree, batch.gc_layers, batch.row) == (2, 3, 1)
+
+
+@st.composite
+def tilings(draw):
+    """Rows of random steps over 4 ranks, with gaps."""
+    rows = []
+    for step in range(draw(st.integers(1, 3))):
+        for micro in range(draw(st.integers(1, 3))):
+            start, before = 0, len(rows)
+            while start < 4:
+                degree = draw(st.sampled_from([d for d in (1, 2, 4) if start % d == 0]))
+                if draw(st.booleans()) or (start + degree == 4 and len(rows) == before):
+                    rows.append((step, micro, start, degree, 0, [len(rows)]))
+                start += degree
+    return rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(tilings())
+def test_rows_of_rank(rows):
+    plan = plan_of(rows, np.ones(len(rows), np.int32), 4)
+    for rank in range(4):
+        want = [
+            [IDLE] * (1 + max(micro for step, micro, *_ in rows if step == wanted)) for wanted in range(plan.n_steps)
+        ]
+        for number, (step, micro, start, degree, *_) in enumerate(rows):
+            if start <= rank < start + degree:
+                want[step][micro] = number
+        assert rows_of_rank(plan, rank) == want

@@ -1,0 +1,110 @@
+"""How errors of ranks reach the user. The commands run for real, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from workers import LLAMA, plan_of, run_ranks, write_config
+
+from hbp.data.stdlib_sft import train_tokenizer
+from hbp.errors import HbpError
+from hbp.plan import write_plan
+from hbp.train.launch import rank_zero_first
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A folder with data, tokenizer, model and ``cfg.yaml``."""
+    folder = tmp_path_factory.mktemp("job")
+    talks = [[("user", f"Say {i}."), ("assistant", f"{i} " * (i % 5 + 1))] for i in range(30)]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in talk]}) for talk in talks]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "broken.jsonl").write_text("\n".join([*lines[:3], '{"messages": "cut o']) + "\n")
+    train_tokenizer(folder / "data.jsonl", folder / "tokenizer", vocab_size=300)
+    config = {
+        "run_dir": str(folder / "run"),
+        "data": {
+            "source": str(folder / "data.jsonl"),
+            "tokenizer": str(folder / "tokenizer"),
+            "eval_samples": 2,
+            "max_length": 256,
+        },
+        "model": {"path": write_config(folder / "model", LLAMA)},
+        "cluster": {"processes": WORLD, "profile": False},
+    }
+    (folder / "cfg.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def refused(job: Path, *overrides: str) -> list[str]:
+    """What `hbp train` says about errors, on standard error, when it refuses; the rest there is progress."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "hbp", "train", str(job / "cfg.yaml"), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("hbp: error: ")
+    return [line for line in lines if not re.match(r"hbp: [\d,]+ samples, ", line)]
+
+
+@pytest.fixture(scope="module")
+def refused_by_ranks(job) -> list[str]:
+    """An error that is found only while planning, inside the processes that `hbp train` started."""
+    return refused(job, "cluster.memory_gib=0.0001")
+
+
+def test_error_in_the_ranks_ends_the_command(refused_by_ranks):
+    assert "a pack of 256 tokens needs" in refused_by_ranks[-1]
+    assert not any("Traceback" in line for line in refused_by_ranks)
+
+
+def test_error_in_the_ranks_is_one_line(refused_by_ranks):
+    assert len(refused_by_ranks) == 1, "\n".join(refused_by_ranks)
+
+
+def test_broken_line_is_named(job):
+    (message,) = refused(job, f"data.source={job / 'broken.jsonl'}", f"run_dir={job / 'other'}")
+    assert message.startswith(f"hbp: error: {job / 'broken.jsonl'} line 4 is not JSON")
+
+
+def test_plan_for_another_world(job):
+    write_plan(plan_of([(0, 0, 0, 1, 0, [0, 1])], np.array([3, 4], np.int32), 4), job / "plan")
+    (message,) = refused(job, f"plan.path={job / 'plan'}", f"run_dir={job / 'third'}")
+    assert message == ("hbp: error: the plan was made for 4 ranks but 2 are running; make one with `hbp plan --gpus 2`")
+
+
+def prepare_first(rank: int, world: int, fail: bool) -> tuple[list[str], str | None]:
+    done: list[str] = []
+    try:
+        with rank_zero_first() as first:
+            if first:
+                done.append("prepared")
+                if fail:
+                    raise HbpError("line 3 is broken")
+        done.append("went on")
+    except HbpError as error:
+        return done, str(error)
+    return done, None
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_rank_zero_first(fail):
+    error = "line 3 is broken" if fail else None
+    rest = [] if fail else ["went on"]
+    assert run_ranks(prepare_first, WORLD, fail) == [(["prepared", *rest], error), (rest, error)]

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from workers import CPU, LLAMA, Row, Samples, plan_of, run_ranks, write_config
+
+from hbp.config import TrainConfig
+from hbp.cost.cluster import load_cluster
+from hbp.cost.model_spec import spec_from_config
+from hbp.cost.predict import CostModel
+from hbp.parallel.mesh import make_mesh
+from hbp.plan import Plan, validate
+from hbp.planning.planner import make_plan
+from hbp.train.checkpoint import export_model
+from hbp.train.loop import evaluate, groups_of_step, learning_rate, step_loss_tokens, train
+from hbp.train.model import load_model, shard
+
+WORLD = 2
+CONFIG = TrainConfig(lr=1e-2, warmup=0.1)
+
+
+def counting_samples() -> Samples:
+    """Documents that count up: every next token follows from the last, so a few steps lower the loss."""
+    rng = np.random.default_rng(0)
+    tokens = [((rng.integers(0, 64) + np.arange(n)) % 64).astype(np.int32) for n in rng.integers(3, 40, 60)]
+    return Samples([(ids, (rng.random(len(ids)) < 0.8).astype(np.uint8)) for ids in tokens])
+
+
+SAMPLES = counting_samples()
+
+
+def planned() -> Plan:
+    cost = CostModel(spec_from_config(LLAMA), load_cluster("cpu-local"), WORLD)
+    plan = make_plan(SAMPLES.lengths, cost, strategy="hbp", max_length=64, global_batch_tokens=128)
+    validate(plan)
+    return plan
+
+
+def rearranged(plan: Plan, world: int, degree: int) -> Plan:
+    """The same samples in the same steps, one pack a micro-step over all ranks, every other layer count recomputed."""
+    rows: list[Row] = []
+    for step in range(plan.n_steps):
+        ids = np.concatenate([plan.samples(row)[0] for row in np.flatnonzero(plan.step == step)])[::-1]
+        for micro, part in enumerate(np.array_split(ids, min(3, len(ids)))):
+            rows.append((step, micro, 0, degree, micro, part.tolist()))
+    return plan_of(rows, SAMPLES.lengths, world)
+
+
+def run_training(rank: int, world: int, plans: dict[str, Plan], config_folder: str, out: str | None):
+    mesh = make_mesh(world, [1, world], "cpu")
+    records, result = {}, {}
+    for name, plan in plans.items():
+        model = load_model(config_folder, seed=3)
+        shard(model, mesh.world)
+        seen: list[int] = []
+        records[name] = train(
+            model, plan, SAMPLES, SAMPLES.loss_tokens, mesh, CONFIG, CPU, lambda r, seen=seen: seen.append(r.step)
+        )
+        assert seen == list(range(plan.n_steps))
+        if out and name == "planned":
+            result["eval"] = evaluate(model, plan, SAMPLES, SAMPLES.loss_tokens, mesh, CPU)
+            export_model(model, Path(out))
+            result["weights"] = {n.removeprefix("lm."): p.full_tensor().detach() for n, p in model.named_parameters()}
+    return records, result
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("train")
+    config = write_config(root / "config", LLAMA)
+    plan = planned()
+    two = run_ranks(run_training, 2, {"planned": plan, "sp2": rearranged(plan, 2, 2)}, config, str(root / "model"))
+    one = run_ranks(run_training, 1, {"one rank": rearranged(plan, 1, 1)}, config, None)
+    for mine, theirs in zip(two[0][0]["planned"], two[1][0]["planned"], strict=True):
+        for name in ("loss", "grad_norm", "tokens", "loss_tokens", "rank_wall_s"):
+            assert getattr(mine, name) == getattr(theirs, name)  # on all ranks alike
+    return plan, {**two[0][0], **one[0][0]}, two[0][1], root / "model"
+
+
+def test_loss_falls(runs):
+    plan, records, _, _ = runs
+    losses = [r.loss for r in records["planned"]]
+    assert len(losses) == plan.n_steps >= 5
+    assert losses[0] == pytest.approx(math.log(64), rel=0.05)  # a fresh model knows nothing
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_records_count_what_was_trained(runs):
+    plan, records, _, _ = runs
+    for record in records["planned"]:
+        rows = np.flatnonzero(plan.step == record.step)
+        ids = np.concatenate([plan.samples(row)[0] for row in rows])
+        assert record.tokens == sum(len(SAMPLES.documents[i][0]) for i in ids)
+        assert record.loss_tokens == sum(int(SAMPLES.documents[i][1][1:].sum()) for i in ids)
+        assert record.group == groups_of_step(plan, record.step)
+        assert record.tokens_per_s == pytest.approx(record.tokens / record.seconds)
+        assert record.grad_norm > 0
+        micro_steps = int(plan.micro_step[rows].max()) + 1
+        walls, busy = np.array(record.rank_wall_s), np.array(record.rank_busy_s)
+        assert walls.shape == busy.shape == (WORLD, micro_steps)
+        assert (busy <= walls).all()
+        assert (walls.sum(axis=1) <= record.seconds + 1e-4).all()
+    assert sum(r.tokens for r in records["planned"]) == plan.info.n_tokens
+
+
+@pytest.mark.parametrize("other", ["sp2", "one rank"])
+def test_same_samples_under_another_plan_give_the_same_losses(runs, other):
+    _, records, _, _ = runs
+    for name in ("loss", "grad_norm", "lr"):
+        got = [getattr(r, name) for r in records[other]]
+        want = [getattr(r, name) for r in records["planned"]]
+        assert got == pytest.approx(want, rel=1e-4), name
+
+
+def document_loss(model: torch.nn.Module, index: int) -> torch.Tensor:
+    """Summed cross entropy of one document alone, from plain logits."""
+    ids, mask = SAMPLES.documents[index]
+    tokens = torch.from_numpy(ids).long()
+    scores = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+    return -scores.gather(1, tokens[1:, None])[:, 0][torch.from_numpy(mask[1:]).bool()].sum()
+
+
+def test_training_equals_a_plain_loop(runs):
+    """Transformers, AdamW, one document at a time: the same loss and gradient norm at every step."""
+    from transformers import AutoModelForCausalLM
+
+    plan, records, _, folder = runs
+    start = load_model(str(folder.parent / "config"), seed=3).lm
+    model = AutoModelForCausalLM.from_config(start.config, attn_implementation="sdpa")
+    model.load_state_dict(start.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), betas=CONFIG.betas, weight_decay=CONFIG.weight_decay)
+    done, total = 0, int(SAMPLES.lengths.sum())
+    for record in records["planned"]:
+        ids = np.concatenate([plan.samples(row)[0] for row in np.flatnonzero(plan.step == record.step)])
+        tokens = int(SAMPLES.lengths[ids].sum())
+        optimizer.param_groups[0]["lr"] = learning_rate(CONFIG, done, tokens, total)
+        loss = sum(document_loss(model, i) for i in ids) / SAMPLES.loss_tokens[ids].sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        done += tokens
+        assert (record.loss, record.grad_norm) == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+    assert done == total
+
+
+def test_exported_model_is_the_trained_one(runs):
+    from transformers import AutoModelForCausalLM
+
+    _, _, result, folder = runs
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    assert not list(folder.parent.glob("*.partial"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, result["weights"][name]), name
+    with torch.no_grad():
+        total = float(sum(document_loss(model, i) for i in range(len(SAMPLES.documents))))
+    assert total / SAMPLES.loss_tokens.sum() == pytest.approx(result["eval"], rel=1e-5)
+
+
+def test_step_loss_tokens_and_groups():
+    lengths = np.array([4, 6, 5], np.int32)
+    rows: list[Row] = [(0, 0, 0, 1, 0, [2]), (0, 0, 1, 1, 0, [0]), (1, 0, 0, 2, 3, [1])]
+    plan = plan_of(rows, lengths, 2)
+    assert step_loss_tokens(plan, np.array([3, 0, 2])).tolist() == [5, 0]
+    assert groups_of_step(plan, 0) == "4/SP1/GC0 + 5/SP1/GC0"
+    assert groups_of_step(plan, 1) == "6/SP2/GC3"
+
+
+def test_learning_rate_follows_tokens():
+    config = TrainConfig(lr=2.0, warmup=0.1, final_lr=0.25)
+
+    def at(share: float) -> float:
+        return learning_rate(config, int(share * 10_000), 0, 10_000)
+
+    assert at(0) == 0
+    assert at(0.05) == pytest.approx(1.0)
+    assert at(0.1) == pytest.approx(2.0)
+    assert at(0.55) == pytest.approx(2 * (0.25 + 0.75 / 2))  # half way down the cosine
+    assert at(1) == pytest.approx(0.5)
+    rates = [at(i / 100) for i in range(101)]
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(config, 400, 200, 10_000) == at(0.05)  # a step stands at its middle
+    assert learning_rate(TrainConfig(lr=2.0, warmup=0), 0, 0, 10) == 2.0
+    assert learning_rate(TrainConfig(lr=2.0, warmup=1), 5, 0, 10) == 1.0

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from workers import CPU, LLAMA, MISTRAL, random_samples, write_config, write_model
+
+from hbp.errors import HbpError
+from hbp.parallel.mesh import ParallelMesh
+from hbp.train.batch import MicroBatch, micro_batch_of
+from hbp.train.model import load_model, local_parameter_bytes, set_gc_layers
+from hbp.train.profile import forward_backward
+
+N_LAYERS = LLAMA["num_hidden_layers"]
+
+
+def batch(gc_layers: int) -> MicroBatch:
+    documents = random_samples([9, 4, 12], LLAMA["vocab_size"]).documents
+    return micro_batch_of(documents, 0, 1, 0, gc_layers, ParallelMesh(None, {}), CPU)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["llama", "mistral"])
+def test_recomputation_of_k_layers(tmp_path, config):
+    """Exactly the first k layers run their forward twice; loss and gradients stay the same."""
+    model = load_model(write_model(tmp_path, config))
+    runs = [0] * N_LAYERS
+
+    def count(layer: int):
+        def hook(*_):
+            runs[layer] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.layers):
+        layer.mlp.register_forward_pre_hook(count(index))  # recomputation stops early: no forward hook
+    want = None
+    for k in [0, 2, N_LAYERS, 1]:
+        runs[:] = [0] * N_LAYERS
+        loss = forward_backward(model, batch(k), 0.1)
+        assert sum(layer.gradient_checkpointing for layer in model.layers) == k
+        assert runs == [2] * k + [1] * (N_LAYERS - k)
+        got = {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}}
+        want = want or got
+        torch.testing.assert_close(got, want)
+        model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("count", [-1, N_LAYERS + 1])
+def test_more_recomputed_layers_than_there_are(tmp_path, count):
+    model = load_model(write_config(tmp_path, LLAMA))
+    with pytest.raises(HbpError, match=f"recomputes {count} layers but the model has 3"):
+        set_gc_layers(model, count)
+
+
+def test_fresh_weights_follow_the_seed_alone(tmp_path):
+    path = write_config(tmp_path, LLAMA)
+    first = load_model(path, seed=1).state_dict()
+    torch.rand(3)  # the caller's random state does not matter,
+    state = torch.get_rng_state()
+    second = load_model(f"{path}/config.json", seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)  # and is left alone
+    other = load_model(path, seed=2).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["lm.model.embed_tokens.weight"], other["lm.model.embed_tokens.weight"])
+
+
+def test_folder_with_weights_loads_them(tmp_path):
+    from safetensors.torch import load_file
+
+    saved = load_file(f"{write_model(tmp_path, MISTRAL)}/model.safetensors")
+    model = load_model(str(tmp_path))
+    loaded = dict(model.lm.named_parameters())
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+    assert local_parameter_bytes(model) == sum(x.numel() * 4 for x in saved.values())
+
+
+def test_vocabulary(tmp_path):
+    fresh = load_model(write_config(tmp_path / "fresh", LLAMA), vocab_size=100)
+    assert fresh.lm.get_input_embeddings().weight.shape[0] == 100
+    folder = write_model(tmp_path / "saved", LLAMA)
+    assert load_model(folder, vocab_size=60).lm.config.vocab_size == 64
+    with pytest.raises(HbpError, match=r"tokenizer has 65 tokens but .* embeds 64"):
+        load_model(folder, vocab_size=65)
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(HbpError, match="cannot load a model from") as error:
+        load_model(str(tmp_path / "missing"))
+    assert "\n" not in str(error.value)

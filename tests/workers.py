@@ -1,0 +1,156 @@
+"""Helpers of the distributed tests: run a function in several gloo processes, tiny models, plans written by hand."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+from hbp.plan import Plan, PlanInfo, hash_lengths, validate
+
+torch.set_num_threads(1)  # these models are too small for more
+CPU = torch.device("cpu")
+LLAMA = {  # grouped queries, tied embeddings
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 8, "tie_word_embeddings": False}
+
+
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """``function(rank, world, *args)`` of a module's top level in `world` gloo processes; what each returned.
+
+    Processes fork from one server that has imported torch and transformers, so that a launch costs no imports. A
+    failure in one ends all and comes out with its traceback.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.set_forkserver_preload(["hbp.train.loop", "transformers.models.auto.modeling_auto"])
+    with TemporaryDirectory() as folder:
+        context = start_processes(
+            _rank_main, (world, folder, function, args, timeout), world, join=False, start_method="forkserver"
+        )
+        deadline = time.monotonic() + timeout
+        try:
+            while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{function.__name__}: ranks still run after {timeout} s")
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank_main(
+    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",  # a file: no port to collide on
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+    torch.save(function(rank, world, *args), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def write_model(folder: Path, config: dict[str, Any], seed: int = 0) -> str:
+    """A Hugging Face folder whose weights are large enough that attention is far from uniform."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(write_config(folder, config)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+class Samples:
+    """Documents in memory, as the trainer asks for them."""
+
+    def __init__(self, documents: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        self.documents = documents
+        self.lengths = np.array([len(ids) for ids, _ in documents], np.int32)
+        self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in documents], np.int32)
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.documents[index]
+
+
+def random_samples(lengths: Iterable[int], vocab: int, seed: int = 0) -> Samples:
+    """Random tokens, about two thirds of them with loss."""
+    rng = np.random.default_rng(seed)
+    return Samples(
+        [(rng.integers(0, vocab, n).astype(np.int32), (rng.random(n) < 0.67).astype(np.uint8)) for n in lengths]
+    )
+
+
+Row = tuple[int, int, int, int, int, list[int]]
+"""step, micro-step, first rank, SP degree, recomputed layers, sample ids"""
+
+
+def plan_of(rows: list[Row], lengths: np.ndarray, world: int) -> Plan:
+    """A valid plan of these rows; samples that no row names are dropped."""
+    step, micro, start, degree, gc, ids = zip(*rows, strict=True)
+    sample_ids = np.concatenate([np.array(i, np.int64) for i in ids])
+    dropped = sorted(set(range(len(lengths))) - set(sample_ids.tolist()))
+    info = PlanInfo(
+        strategy="hand",
+        seed=0,
+        world_size=world,
+        groups=(),
+        n_samples=len(lengths),
+        n_tokens=int(lengths[sample_ids].sum()),
+        lengths_sha256=hash_lengths(lengths),
+        dropped=tuple((i, "left out") for i in dropped),
+    )
+    plan = Plan(
+        info,
+        step=np.array(step, np.int32),
+        micro_step=np.array(micro, np.int16),
+        rank_start=np.array(start, np.int32),
+        sp_degree=np.array(degree, np.int16),
+        gc_layers=np.array(gc, np.int16),
+        capacity=np.array([max(1, lengths[i].sum()) for i in ids], np.int32),
+        predicted_s=np.ones(len(rows), np.float32),
+        sample_offsets=np.cumsum([0, *map(len, ids)]).astype(np.int64),
+        sample_ids=sample_ids,
+        lengths=lengths[sample_ids].astype(np.int32),
+    )
+    validate(plan)
+    return plan
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference over the largest entry."""
+    return float((got - want).abs().max() / want.abs().max())
