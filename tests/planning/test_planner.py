@@ -1,0 +1,158 @@
+"""Whole plans: the same everywhere, refused in one line, and the paper's claims in small."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plans import tiny_cost
+
+from hbp.cost.cluster import CLUSTERS
+from hbp.cost.model_spec import load_model_spec
+from hbp.cost.predict import CostModel
+from hbp.data.length_sets import generate
+from hbp.errors import HbpError
+from hbp.plan import Group, Plan, validate
+from hbp.planning.planner import STRATEGIES, make_plan
+
+LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
+DIGEST = """
+import hashlib, sys, tempfile
+from pathlib import Path
+import numpy as np
+from plans import tiny_cost
+from hbp.plan import write_plan
+from hbp.planning.planner import STRATEGIES, make_plan
+lengths = np.random.default_rng(5).integers(1, 900, 200).astype(np.int32)
+digest = hashlib.sha256()
+for strategy in STRATEGIES:
+    with tempfile.TemporaryDirectory() as name:
+        write_plan(make_plan(lengths, tiny_cost(8, 300), strategy=strategy, seed=1, max_length=800), Path(name))
+        for file in sorted(Path(name).iterdir()):
+            digest.update(file.read_bytes())
+print(digest.hexdigest())
+"""
+
+
+def mixed(strategy: str, **options: object) -> Plan:
+    return make_plan(generate("mix-128k", 4000, 0), LLAMA, strategy=strategy, **options)
+
+
+def test_the_same_bytes_in_every_process() -> None:
+    tests = Path(__file__).parents[1]
+    digests = set()
+    for seed in ("0", "12345"):
+        path = os.pathsep.join([str(tests), str(tests.parent / "src")])
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_seed_changes_the_plan_and_the_input_stays(strategy: str) -> None:
+    lengths = np.random.default_rng(0).integers(1, 900, 200).astype(np.int32)
+    before = lengths.copy()
+    plans = [make_plan(lengths, tiny_cost(4), strategy=strategy, seed=seed) for seed in (0, 1)]
+    np.testing.assert_array_equal(lengths, before)
+    assert plans[0].sample_ids.tolist() != plans[1].sample_ids.tolist()
+    assert [plan.info.seed for plan in plans] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [
+        ([5], {"strategy": "best"}, "no strategy 'best': give one of concat, ffd"),
+        ([], {}, "there are no samples to plan"),
+        ([5, 0, 3], {}, "sample 1 has 0 tokens"),
+        ([5, -2], {}, "sample 1 has -2 tokens"),
+        ([50, 60], {"max_length": 49}, "every sample is longer than 49 tokens; raise --max-length to 60"),
+        ([64] * 33000, {"global_batch_tokens": 64 * 33000}, "takes 33000 micro-steps, over the limit of 32768"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(lengths: list[int], options: dict[str, object], message: str) -> None:
+    with pytest.raises(HbpError) as caught:
+        make_plan(np.array(lengths, np.int32), tiny_cost(1), **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_impossible_memory_is_refused(strategy: str) -> None:
+    with pytest.raises(HbpError, match=r"a pack of 4096 tokens needs .* over the budget"):
+        make_plan(np.array([4096, 5]), tiny_cost(2, 500), strategy=strategy)
+
+
+def test_micro_steps_up_to_the_limit_are_planned() -> None:
+    plan = make_plan(np.full(32768, 64), tiny_cost(1), strategy="sorted", global_batch_tokens=64 * 32768)
+    validate(plan)
+    assert (plan.n_steps, int(plan.micro_step.max())) == (1, 32767)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lengths", [[700], [1], [3, 2], [700, 1]], ids=str)
+def test_fewer_packs_than_ranks(strategy: str, lengths: list[int]) -> None:
+    plan = make_plan(np.array(lengths), tiny_cost(16), strategy=strategy)
+    validate(plan)
+    assert plan.n_steps <= len(lengths)
+    assert plan.info.metrics["dbr"] >= 1 - len(lengths) * plan.sp_degree.max() / 16 - 1e-9
+
+
+def test_one_giant_sample_is_spread_and_the_short_ones_are_not() -> None:
+    lengths = np.array([131072] + [500] * 3000)
+    plan = make_plan(lengths, LLAMA)
+    giant = next(row for row in range(plan.n_packs) if 0 in plan.samples(row)[0])
+    assert plan.sp_degree[giant] > 1
+    alone = plan.sp_degree == 1
+    assert plan.tokens()[alone].sum() > 0.5 * plan.info.n_tokens
+
+
+def test_longer_samples_are_dropped_by_name() -> None:
+    plan = make_plan(np.array([10, 301, 300, 900]), tiny_cost(2), max_length=300)
+    assert [(sample, reason.split(",")[0]) for sample, reason in plan.info.dropped] == [
+        (1, "301 tokens"),
+        (3, "900 tokens"),
+    ]
+    assert (plan.info.n_samples, plan.info.n_tokens) == (4, 310)
+    assert plan.info.settings["max_length"] == 300
+
+
+def test_the_default_step_fills_the_world_once_with_the_longest_group() -> None:
+    plan = mixed("bfd")
+    group = plan.info.groups[0]
+    assert plan.info.settings["global_batch_tokens"] == 32 // group.sp_degree * group.capacity
+    assert not plan.micro_step.any()
+    double = mixed("bfd", global_batch_tokens=2 * 32 // group.sp_degree * group.capacity)
+    assert double.n_steps == -(-plan.n_steps // 2)
+    assert mixed("bfd", static=Group(131072, 8, 32)).info.groups == (Group(131072, 8, 32),)
+
+
+def test_the_run_starts_short_and_ends_mixed() -> None:
+    degree_of_step: dict[int, int] = {}
+    plan = mixed("hbp", short_steps=20)
+    assert plan.info.settings["short_steps"] == 20
+    for step, degree in zip(plan.step.tolist(), plan.sp_degree.tolist(), strict=True):
+        assert degree_of_step.setdefault(step, degree) == degree  # one group a step
+    lowest = min(degree_of_step.values())
+    short = sum(degree == lowest for degree in degree_of_step.values())
+    assert {degree_of_step[step] for step in range(min(20, short))} == {lowest}
+    assert len(set(degree_of_step.values())) > 1
+    assert degree_of_step[min(20, short)] is not None
+    without = mixed("hbp", short_steps=0)
+    assert without.info.metrics["predicted_s"] == pytest.approx(plan.info.metrics["predicted_s"])
+
+
+def test_hierarchical_balance_packing_beats_every_baseline_on_mixed_lengths() -> None:
+    metrics = {strategy: mixed(strategy).info.metrics for strategy in STRATEGIES}
+    ours = metrics.pop("hbp")
+    assert ours["efficiency"] > max(other["efficiency"] for other in metrics.values())
+    assert ours["predicted_s"] < min(other["predicted_s"] for other in metrics.values())
+    assert ours["abr"] < min(metrics[s]["abr"] for s in ("concat", "ffd", "bfd", "isf"))
+    assert ours["cr"] < metrics["bfd"]["cr"]
+    assert ours["pr"] < metrics["concat"]["pr"]
