@@ -124,7 +124,7 @@ def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) 
         axis.xaxis.set_minor_formatter("")
         axis.set_xlabel("tokens of a sample (dashed: packing lengths)")
         axis.set_ylabel("%")
-        axis.legend(loc="upper right")
+        figure.legend(loc="outside upper left", ncols=2)
         return _svg(figure, "lengths")
 
 
