@@ -228,6 +228,8 @@ def _plan(engine: Engine, run: Path) -> tuple[Plan, Engine]:
     if config.plan.path is not None:
         plan = read_plan(Path(config.plan.path))
         check_plan(plan, engine.samples.lengths, engine.cost.world_size)
+        if dist.get_rank() == 0:
+            write_plan(plan, run / plan.info.strategy / "plan")
         return plan, engine
     budget = engine.cost.cluster.memory_bytes
     for _ in range(MEMORY_ROUNDS):

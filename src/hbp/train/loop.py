@@ -195,6 +195,6 @@ def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, to
 def _gather(values: Sequence[float], device: torch.device) -> npt.NDArray[np.float64]:
     """Every rank's values, ``[ranks, values]``."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
-    out = mine.new_empty(dist.get_world_size() * len(values))
-    dist.all_gather_into_tensor(out, mine)
-    return out.view(dist.get_world_size(), len(values)).cpu().numpy()
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return torch.stack(every).cpu().numpy()
