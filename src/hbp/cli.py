@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hbp.errors import HbpError, report_to_parent
+from hbp.errors import HbpError, RankFailed, report_to_parent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not report_to_parent(error):
             print(f"hbp: error: {error}", file=sys.stderr)
         return 2
+    except RankFailed as error:
+        print(f"hbp: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("hbp: interrupted", file=sys.stderr)
         return 130

@@ -15,6 +15,10 @@ class HbpError(Exception):
     """
 
 
+class RankFailed(Exception):
+    """A rank ended by a signal or a fault of ours; the message names it. Exit code 1."""
+
+
 def report_to_parent(error: HbpError) -> bool:
     """Leave the message for the `hbp` that started this rank, which then prints it once; False if none did."""
     if ERROR_FILE not in os.environ:

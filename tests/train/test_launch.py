@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +110,27 @@ def test_rank_zero_first(fail):
     error = "line 3 is broken" if fail else None
     rest = [] if fail else ["went on"]
     assert run_ranks(prepare_first, WORLD, fail) == [(["prepared", *rest], error), (rest, error)]
+
+
+def ranks_of(parent: int) -> list[int]:
+    """Process ids of the ranks that a process started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(c) for c in children if b"-m\0hbp\0train" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def test_killed_rank_is_named_in_one_line_and_the_others_stop(job: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "hbp", "train", str(job / "cfg.yaml"), f"run_dir={job / 'killed'}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        deadline = time.monotonic() + 60
+        while len(ranks := ranks_of(running.pid)) < WORLD and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.kill(ranks[1], signal.SIGKILL)
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == 1
+        errors = [line for line in said.splitlines() if "error:" in line]
+        assert len(errors) == 1
+        assert "rank 1 was ended by SIGKILL" in errors[0]
+        assert "Traceback" not in said
+        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)

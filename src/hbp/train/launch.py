@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 
-from hbp.errors import ERROR_FILE, HbpError
+from hbp.errors import ERROR_FILE, HbpError, RankFailed
 
 # glibc gives large blocks back to the kernel at once and pays for their pages again at the next micro-step. Keeping
 # them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
@@ -40,7 +40,7 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
 
     Raises:
         HbpError: a rank ended with wrong input; its message.
-        RuntimeError: a rank failed otherwise; names the rank.
+        RankFailed: a rank failed otherwise; names the rank.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -71,8 +71,13 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
             if written.exists():
                 raise HbpError(written.read_text()) from None
             rank, failure = failed.get_first_failure()
-            cause = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            raise RuntimeError(f"rank {rank} failed first ({cause}); its own output is above") from None
+            if failure.exitcode < 0:
+                name = failure.signal_name()
+                hint = "; the machine may be out of memory: lower cluster.memory_gib" if name == "SIGKILL" else ""
+                raise RankFailed(f"rank {rank} was ended by {name} and the others were stopped{hint}") from None
+            raise RankFailed(
+                f"rank {rank} failed first (exit code {failure.exitcode}); its own output is above"
+            ) from None
         finally:
             del os.environ[ERROR_FILE]
 
