@@ -242,9 +242,10 @@ def _check_before_launch(config: Any) -> None:
     """Find what can be wrong with the input before any process is started."""
     import numpy as np
 
-    from hbp.job import check_plan, prepare, split_samples
+    from hbp.job import check_plan, check_strategies, prepare, split_samples
     from hbp.plan import read_plan
 
+    check_strategies(config)
     store = prepare(config)
     train_ids, _ = split_samples(store.lengths, config)
     if config.plan.path is not None:

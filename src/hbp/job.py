@@ -4,7 +4,7 @@ Every rank runs this from top to bottom; rank 0 prepares what is shared on disk 
 is handed a plan and knows nothing of how it was made; the planning half runs on rank 0 alone, without torch.
 
 The baseline is given every chance: on the same samples, model seed, memory budget, attention and loss, its one static
-setting is the fastest of all that fit, tried by measurement on its own packs.
+setting is the fastest of all that fit, each trained whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +33,15 @@ from hbp.data.store import TokenStore, open_store
 from hbp.data.tokenize import prepare_store
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
-from hbp.plan import Group, Plan, hash_lengths, read_plan, write_plan
-from hbp.planning.planner import make_plan
+from hbp.plan import Group, Plan, hash_lengths, read_info, read_plan, write_plan
+from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.progress import Progress, say
 from hbp.train.checkpoint import export_model
 from hbp.train.launch import device_name, rank_zero_first
 from hbp.train.loop import StepRecord, evaluate, train
-from hbp.train.model import CausalLMWithLoss, load_model, shard
-from hbp.train.profile import measure_plan, measure_point, measure_rows
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model, shard
+from hbp.train.profile import measure_point, measure_rows
 
-BASELINE_TRIAL_MICRO_STEPS = 3
 MEMORY_ROUNDS = 4
 
 
@@ -131,6 +131,8 @@ def make_engine(config: Config, device: torch.device) -> Engine:
     cluster = load_cluster(config.cluster.name)
     if config.cluster.memory_gib is not None:
         cluster = dataclasses.replace(cluster, memory_bytes=config.cluster.memory_gib * GIB)
+    if is_configuration_alone(config.model.path):
+        say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
     model = load_model(config.model.path, vocab_size=store.vocab_size, seed=config.seed)
     spec = spec_from_config(model.lm.config.to_dict())
     del model
@@ -144,10 +146,10 @@ def make_engine(config: Config, device: torch.device) -> Engine:
 
 def run_job(config: Config, device: torch.device) -> dict[str, Any]:
     """Run everything on this rank; returns the summary (the same on every rank)."""
-    if config.plan.baseline == config.plan.strategy:
-        raise HbpError(f"plan.baseline and plan.strategy are both {config.plan.strategy}; name another baseline")
+    check_strategies(config)
     run, engine = Path(config.run_dir), make_engine(config, device)
     if dist.get_rank() == 0:
+        _clear(run, config.plan.path)
         np.save(run / "lengths.npy", engine.samples.lengths)
     if config.plan.path is None and config.cluster.profile:
         fit, _ = live_profile(engine, run / "profile.json")
@@ -155,16 +157,43 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
 
     plan, engine = _plan(engine, run)
     eval_plan = _eval_plan(engine)
-    results = [_train_one(engine, plan, eval_plan, run)]
+    results = [_train_one(engine, plan, eval_plan, run / plan.info.strategy)]
     summary: dict[str, Any] = {"memory_budget_bytes": engine.cost.cluster.memory_bytes, "results": results}
+    _write_summary(run, summary)
     if config.plan.baseline:
-        baseline, trials = _best_baseline(engine, config.plan.baseline, plan, run)
-        results.append(_train_one(engine, baseline, eval_plan, run))
-        summary["baseline_trials"] = trials
+        baseline, summary["baseline_trials"] = _train_baseline(engine, config.plan.baseline, plan, eval_plan, run)
+        results.append(baseline)
         summary["speedup"] = results[0]["tokens_per_s"] / results[1]["tokens_per_s"]
+        _write_summary(run, summary)
+    return summary
+
+
+def check_strategies(config: Config) -> None:
+    """Refuse unknown strategies, and a baseline that is what it is compared with, before anything is run."""
+    ours = config.plan.strategy
+    if config.plan.path is not None:
+        ours = read_info(Path(config.plan.path)).strategy
+    elif ours not in STRATEGIES:
+        raise HbpError(f"plan.strategy: no strategy {ours!r}: give one of {', '.join(STRATEGIES)}")
+    if config.plan.baseline is not None and config.plan.baseline not in STRATEGIES:
+        raise HbpError(f"plan.baseline: no strategy {config.plan.baseline!r}: give one of {', '.join(STRATEGIES)}")
+    if config.plan.baseline == ours:
+        raise HbpError(f"plan.baseline is {ours}, which is what it would be compared with; name another")
+
+
+def _clear(run: Path, kept: str | None) -> None:
+    """Remove an earlier run's plans and logs, so that no page mixes two runs; data, models and `kept` stay."""
+    for name in ("summary.json", "profile.json"):
+        (run / name).unlink(missing_ok=True)
+    for plan in run.glob("*/plan"):
+        if kept is None or plan.resolve() != Path(kept).resolve():
+            shutil.rmtree(plan)
+        (plan.parent / "steps.jsonl").unlink(missing_ok=True)
+
+
+def _write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     if dist.get_rank() == 0:
         (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
 
 
 def split_samples(
@@ -233,7 +262,7 @@ def _plan(engine: Engine, run: Path) -> tuple[Plan, Engine]:
         return plan, engine
     budget = engine.cost.cluster.memory_bytes
     for _ in range(MEMORY_ROUNDS):
-        plan = _write_and_read(engine, config.plan.strategy, run)
+        plan = _write_and_read(engine, config.plan.strategy, run / config.plan.strategy)
         model = engine.fresh_model()
         peaks = measure_rows(model, plan, engine.samples, engine.mesh, engine.device)
         worst = max(peaks.values())
@@ -264,10 +293,12 @@ def check_plan(plan: Plan, lengths: npt.NDArray[np.int32], world_size: int) -> N
         )
 
 
-def _write_and_read(engine: Engine, strategy: str, run: Path, static: Group | None = None) -> Plan:
-    """Rank 0 plans; every rank reads the same file."""
+def _write_and_read(
+    engine: Engine, strategy: str, folder: Path, static: Group | None = None, like: Plan | None = None
+) -> Plan:
+    """Rank 0 plans into ``folder/plan``, with the global batch of `like`; every rank reads the same file."""
     config = engine.config
-    folder = run / strategy / "plan"
+    global_batch = int(like.info.settings["global_batch_tokens"]) if like else config.plan.global_batch_tokens
     with rank_zero_first() as first:
         if first:
             plan = make_plan(
@@ -276,12 +307,12 @@ def _write_and_read(engine: Engine, strategy: str, run: Path, static: Group | No
                 strategy=strategy,
                 seed=config.seed,
                 max_length=config.data.max_length,
-                global_batch_tokens=config.plan.global_batch_tokens,
+                global_batch_tokens=global_batch,
                 short_steps=config.plan.short_steps,
                 static=static,
             )
-            write_plan(plan, folder)
-    return read_plan(folder)
+            write_plan(plan, folder / "plan")
+    return read_plan(folder / "plan")
 
 
 def _eval_plan(engine: Engine) -> Plan | None:
@@ -292,46 +323,53 @@ def _eval_plan(engine: Engine) -> Plan | None:
     return make_plan(engine.held_out.lengths, dataclasses.replace(engine.cost, cluster=with_room), strategy="bfd")
 
 
-def _best_baseline(engine: Engine, strategy: str, ours: Plan, run: Path) -> tuple[Plan, list[dict[str, Any]]]:
-    """Try every degree with the fewest recomputed layers that fit, on the baseline's own packs; keep the fastest."""
-    budget = engine.cost.cluster.memory_bytes
+def _train_baseline(
+    engine: Engine, strategy: str, ours: Plan, eval_plan: Plan | None, run: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train the baseline at every degree, with the fewest recomputed layers that fit; keep the fastest whole run."""
+    budget, n_layers = engine.cost.cluster.memory_bytes, engine.cost.model.n_layers
     longest = max(group.capacity for group in ours.info.groups)
     trials: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
     model = engine.fresh_model()
     for degree in engine.cost.degrees():
         gc_layers = engine.cost.fewest_gc_layers(longest, degree)
-        first = engine.cost.model.n_layers if gc_layers is None else max(0, gc_layers - 1)
-        for k in range(first, engine.cost.model.n_layers + 1):
-            plan = _write_and_read(engine, strategy, run, Group(longest, degree, k))
-            speed, peak = measure_plan(
-                model,
-                plan,
-                engine.samples,
-                engine.mesh,
-                engine.device,
-                micro_steps=BASELINE_TRIAL_MICRO_STEPS,
-            )
-            fits = peak <= budget
-            trials.append(
-                {"sp_degree": degree, "gc_layers": k, "tokens_per_s": speed, "peak_bytes": peak, "fits": fits}
-            )
-            say(
-                f"baseline {strategy} SP{degree} GC{k}: {speed:,.0f} tokens/s, {peak / GIB:.3f} GiB"
-                + ("" if fits else ", over the budget")
-            )
-            if fits:
-                break
-    fitting = [trial for trial in trials if trial["fits"]]
-    if not fitting:
+        # The model errs on the safe side, so look one layer below what it asks for.
+        for k in range(max(0, (n_layers if gc_layers is None else gc_layers) - 1), n_layers + 1):
+            folder = run / f"{strategy}-sp{degree}"
+            plan = _write_and_read(engine, strategy, folder, Group(longest, degree, k), ours)
+            peak = max(measure_rows(model, plan, engine.samples, engine.mesh, engine.device).values())
+            trial = {"sp_degree": degree, "gc_layers": k, "peak_bytes": peak, "fits": peak <= budget}
+            trials.append(trial)
+            say(f"baseline {strategy} SP{degree} GC{k}: {peak / GIB:.3f} GiB of {budget / GIB:.3f}")
+            if not trial["fits"]:
+                continue
+            result = _train_one(engine, plan, eval_plan, folder)
+            trial["tokens_per_s"] = result["tokens_per_s"]
+            if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
+                best = result
+                _replace_folder(folder, run / strategy)
+            break
+    if best is None:
         raise HbpError(f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib")
-    best = max(fitting, key=lambda trial: trial["tokens_per_s"])
-    static = Group(longest, best["sp_degree"], best["gc_layers"])
-    return _write_and_read(engine, strategy, run, static), trials
+    for degree in engine.cost.degrees():
+        _replace_folder(run / f"{strategy}-sp{degree}", None)
+    return best, trials
 
 
-def _train_one(engine: Engine, plan: Plan, eval_plan: Plan | None, run: Path) -> dict[str, Any]:
-    """Train a fresh model by a plan; writes its steps, model and result."""
-    folder = run / plan.info.strategy
+def _replace_folder(source: Path, target: Path | None) -> None:
+    """Rank 0 moves a folder over another one, or away; the others wait."""
+    if dist.get_rank() == 0:
+        if target is None:
+            shutil.rmtree(source, ignore_errors=True)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            source.rename(target)
+    dist.barrier()
+
+
+def _train_one(engine: Engine, plan: Plan, eval_plan: Plan | None, folder: Path) -> dict[str, Any]:
+    """Train a fresh model by a plan; writes its steps and model to the strategy's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model = engine.fresh_model()
     peaks = measure_rows(model, plan, engine.samples, engine.mesh, engine.device)

@@ -79,7 +79,7 @@ def write_report(target: Path, out: Path | None = None) -> Report:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
-    out.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
+    out.with_name("report.json").write_text(json.dumps(numbers, indent=1) + "\n")
     out.with_name("timelines.svg").write_text(figures.standalone(pictures["timelines"]))
     return Report(out, numbers)
 

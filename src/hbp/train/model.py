@@ -46,6 +46,13 @@ class CausalLMWithLoss(nn.Module):
         return layers
 
 
+def is_configuration_alone(name_or_folder: str) -> bool:
+    """Whether this is a configuration file, or a folder without weights."""
+    path = Path(name_or_folder)
+    weights = [*path.glob("*.safetensors"), *path.glob("*.bin")] if path.is_dir() else []
+    return path.suffix == ".json" or (path.is_dir() and not weights)
+
+
 def load_model(
     name_or_folder: str, *, vocab_size: int | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> CausalLMWithLoss:
@@ -63,8 +70,7 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention = register_attention()
-    path = Path(name_or_folder)
-    fresh = path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors")))
+    fresh = is_configuration_alone(name_or_folder)
     try:
         config = AutoConfig.from_pretrained(name_or_folder)
         if fresh:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from hbp.cost.fit import Point
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
-from hbp.train.batch import MicroBatch, SampleSource, make_micro_batch, micro_batch_of, rows_of_rank
+from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
 from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
 
 MOMENTS = 2  # of AdamW, each as large as the parameters
@@ -59,33 +59,6 @@ def measure_point(
     worst = torch.tensor([float(np.median(seconds or [0.0])), peak + states], dtype=torch.float64, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return Point(tuple(lengths), sp_degree, gc_layers, *worst.tolist())
-
-
-def measure_plan(
-    model: CausalLMWithLoss,
-    plan: Plan,
-    samples: SampleSource,
-    mesh: ParallelMesh,
-    device: torch.device,
-    *,
-    micro_steps: int,
-) -> tuple[float, float]:
-    """Run the first micro-steps of a plan, without optimizer steps: tokens a second, and the peak bytes of any rank.
-
-    Bytes are those of :func:`heaviest_rows`, each run once before the clock starts.
-    """
-    rank = dist.get_rank()
-    peak = max(measure_rows(model, plan, samples, mesh, device).values())
-    rows = [row for step in rows_of_rank(plan, rank) for row in step][:micro_steps]
-    _wait(device)
-    start = time.perf_counter()
-    for row in rows:
-        forward_backward(model, make_micro_batch(plan, row, samples, mesh, rank, device))
-    _wait(device)
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    tokens = int(plan.tokens()[plan.micro_step_index() < len(rows)].sum())
-    return tokens / seconds, peak
 
 
 def measure_rows(
