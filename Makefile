@@ -1,4 +1,5 @@
 # Two commands set everything up: `make quickstart` runs the main job, `make test` the tests.
+PIP_FLAGS ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,12 +9,13 @@ STAMP := $(VENV)/installed
 
 install: $(STAMP)
 
-# torch first and pinned: without the pin pip would pull gigabytes of CUDA libraries.
+# torch first and pinned (constraints-cpu.txt). Where the package index does not serve CPU builds by itself:
+#   make install PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 $(STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r constraints-cpu.txt
-	$(BIN)/pip install --quiet -e '.[train,dev]' -c constraints-cpu.txt
+	$(BIN)/pip install --quiet $(PIP_FLAGS) -r constraints-cpu.txt
+	$(BIN)/pip install --quiet $(PIP_FLAGS) -e '.[train,dev]' -c constraints-cpu.txt
 	touch $@
 
 quickstart: install

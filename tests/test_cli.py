@@ -99,6 +99,20 @@ def test_planning_half_runs_without_torch(command: str, lengths: Path, tmp_path:
         run(command, out)
 
 
+def test_missing_training_half_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    arguments = ["--data", str(tmp_path / "data.jsonl"), "--model", "llama-3.1-8b", "--gpus", "2"]
+    code = WITHOUT_TORCH.replace('ImportError(f"the planning half imported {name}")', "ModuleNotFoundError(name=name)")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", *arguments, "--out", str(tmp_path / "plan")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("hbp: error: this needs transformers; install with")
+    assert "Traceback" not in done.stderr
+
+
 def test_wrong_input_is_one_line_and_exit_code_2(
     lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +127,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert "--gpus 0" in refused(capsys, "plan", *planning(lengths, *out, "--gpus", "0"))
     assert "--max-length 0" in refused(capsys, "plan", *planning(lengths, *out, "--max-length", "0"))
     assert "longer than 10" in refused(capsys, "plan", *planning(lengths, *out, "--max-length", "10"))
+    assert "--seed -1" in refused(capsys, "plan", *planning(lengths, *out, "--seed", "-1"))
+    assert "--short-steps -1" in refused(capsys, "plan", *planning(lengths, *out, "--short-steps", "-1"))
+    assert "names none" in refused(capsys, "compare", *planning(lengths, "--strategies", ","))
+    assert "lengths.npy" in refused(capsys, "plan", *planning(lengths, "--out", str(lengths)))
     assert "no plan" in refused(capsys, "simulate", str(tmp_path))
     assert "neither" in refused(capsys, "report", str(tmp_path))
     assert "configuration" in refused(capsys, "train", str(tmp_path / "no.yaml"))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from hbp.cost.predict import CostModel
 
+TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
+INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
 STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp")
 
 
@@ -34,6 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HbpError as error:
         if not report_to_parent(error):
             print(f"hbp: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_MODULES:
+            raise
+        print(f"hbp: error: this needs {error.name}; {INSTALL_TRAIN}", file=sys.stderr)
+        return 2
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"hbp: error: {error.filename}: {error.strerror}; give a folder that can be written", file=sys.stderr)
         return 2
     except RankFailed as error:
         print(f"hbp: error: {error}", file=sys.stderr)
@@ -171,6 +181,8 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
     lengths, cost = _lengths(args), _cost(args)
     names = [name.strip() for name in args.strategies.split(",") if name.strip()]
+    if not names:
+        raise HbpError(f"--strategies names none; give some of {','.join(STRATEGY_NAMES)}")
     rows = []
     with Progress("compare", len(names)) as progress:
         for name in names:
@@ -214,9 +226,9 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     from hbp.config import load_config
+    from hbp.train import launch
 
     config = load_config(args.config, args.overrides)
-    launch = _torch("hbp.train.launch")
     run = Path(config.run_dir)
     if not launch.under_torchrun():
         _check_before_launch(config)
@@ -241,10 +253,14 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
 def _check_before_launch(config: Any) -> None:
     """Find what can be wrong with the input before any process is started."""
     import numpy as np
+    import torch
 
     from hbp.job import check_plan, check_strategies, prepare, split_samples
     from hbp.plan import read_plan
 
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < config.cluster.processes:
+        raise HbpError(f"cluster.processes is {config.cluster.processes} but this machine has {gpus} GPUs; lower it")
     check_strategies(config)
     store = prepare(config)
     train_ids, _ = split_samples(store.lengths, config)
@@ -254,9 +270,9 @@ def _check_before_launch(config: Any) -> None:
 
 def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     from hbp.config import load_config
+    from hbp.train import launch
 
     config = load_config(args.config, args.overrides)
-    launch = _torch("hbp.train.launch")
     out = args.out or Path(config.run_dir) / "profile.json"
     if not launch.under_torchrun():
         _check_before_launch(config)
@@ -292,18 +308,6 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     return {"profile": str(out), **profile}
 
 
-def _torch(module: str) -> Any:
-    """Import a module of the training half, or say how to install it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise HbpError(
-            f"training needs {error.name}; install with `pip install 'hierarchical-balance-packing[train]'`"
-        ) from None
-
-
 def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
     import numpy as np
 
@@ -314,8 +318,8 @@ def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
     if (Path(args.data) / "store.json").is_file():
         return np.asarray(open_store(Path(args.data)).lengths)
     from hbp.data.sources import source_fingerprint
+    from hbp.data.tokenize import prepare_store
 
-    prepare_store = _torch("hbp.data.tokenize").prepare_store
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hbp"
     folder = cache / source_fingerprint(args.data, tokenizer := args.tokenizer or args.model)[:16]
     return np.asarray(prepare_store(args.data, tokenizer, folder).lengths)
@@ -339,6 +343,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise HbpError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    for name in ("seed", "short_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise HbpError(f"--{name.replace('_', '-')} {value}: give at least 0")
     return {
         "seed": args.seed,
         "max_length": args.max_length,
@@ -370,6 +378,7 @@ def _metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, A
             f"{m['cr']:.3f}",
             f"{m['ave_tokens']:,.0f}",
             f"{m['efficiency']:.3f}",
+            f"{s['utilization']:.1%}",
             _duration(s["seconds"]),
             f"{s['tokens_per_s']:,.0f}",
             f"{s['tokens_per_s'] / first:.2f}×",
@@ -384,6 +393,7 @@ def _metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, A
         "CR",
         "Ave-T",
         "efficiency",
+        "utilization",
         "predicted",
         "tokens/s",
         "speed-up",

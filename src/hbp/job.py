@@ -43,6 +43,7 @@ from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model
 from hbp.train.profile import measure_point, measure_rows
 
 MEMORY_ROUNDS = 4
+TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +123,8 @@ def _prepare_stdlib(data: DataConfig, folder: Path, seed: int) -> tuple[str, str
 def make_engine(config: Config, device: torch.device) -> Engine:
     """Prepare data (rank 0), split it, describe model and cluster, make the process groups. A collective."""
     run, world_size = Path(config.run_dir), dist.get_world_size()
+    if device.type == "cuda" and config.model.compute_dtype == "float32":
+        raise HbpError("attention on CUDA needs half precision; set model.compute_dtype to bfloat16")
     with rank_zero_first() as first:
         if first:
             prepare(config)
@@ -135,6 +138,11 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
     model = load_model(config.model.path, vocab_size=store.vocab_size, seed=config.seed)
     spec = spec_from_config(model.lm.config.to_dict())
+    if model.lm.config.model_type not in TRAINED_FAMILIES:
+        raise HbpError(
+            f"{model.lm.config.model_type} models can be planned for but not trained yet; "
+            f"this trains {', '.join(TRAINED_FAMILIES)}"
+        )
     del model
     cost = CostModel(spec, cluster, world_size)
     degrees = set(cost.degrees())
