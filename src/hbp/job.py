@@ -83,7 +83,12 @@ class Engine:
         """The model at its starting point, sharded; the same bits every time."""
         model = load_model(self.config.model.path, vocab_size=self.samples.store.vocab_size, seed=self.config.seed)
         model.to(self.device)
-        shard(model, self.mesh.world, compute_dtype=getattr(torch, self.config.model.compute_dtype))
+        shard(
+            model,
+            self.mesh.world,
+            by_layer=self.cost.model.sharded_by_layer,
+            compute_dtype=getattr(torch, self.config.model.compute_dtype),
+        )
         return model
 
 
@@ -218,7 +223,7 @@ def split_samples(
     return np.setdiff1d(np.arange(n), eval_ids), np.sort(eval_ids)
 
 
-def live_profile(engine: Engine, out: Path | None, *, repeats: int = 2) -> tuple[Fit, list[Point]]:
+def live_profile(engine: Engine, out: Path | None) -> tuple[Fit, list[Point]]:
     """Measure micro-batches of this data on this engine and fit the cost model to them; rank 0 writes the file."""
     lengths = engine.samples.lengths
     longest = min(engine.config.data.max_length or int(lengths.max()), int(lengths.max()))
@@ -231,9 +236,7 @@ def live_profile(engine: Engine, out: Path | None, *, repeats: int = 2) -> tuple
     measure_point(model, engine.mesh, warm[0], warm[1], warm[2], device=engine.device, repeats=0)
     with Progress("profile", len(wanted)) as progress:
         for pack, degree, gc_layers in wanted:
-            points.append(
-                measure_point(model, engine.mesh, pack, degree, gc_layers, device=engine.device, repeats=repeats)
-            )
+            points.append(measure_point(model, engine.mesh, pack, degree, gc_layers, device=engine.device))
             last = points[-1]
             progress.advance(f"{sum(pack)} tokens SP{degree} GC{gc_layers}: {last.seconds:.2f} s")
     fit = fit_cluster(

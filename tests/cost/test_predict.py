@@ -86,6 +86,18 @@ def test_seconds_by_hand() -> None:
         assert seconds(CostModel(SMALL, hiding, 4), lengths, 4, 2) == pytest.approx(expected)
 
 
+TINY = dataclasses.replace(SMALL, name="tiny", intermediate=500)  # layers of less than a million parameters
+
+
+def test_a_model_of_small_layers_is_gathered_in_one_piece() -> None:
+    assert SMALL.sharded_by_layer
+    assert not TINY.sharded_by_layer
+    slow = dataclasses.replace(CLUSTERS["cpu-local"], link_bytes_per_s=11.0, collective_latency_s=13.0)
+    fsdp = TINY.parameters() * 3 / 4 * (4 + 4) / 11 + 2 * 13  # gathered once and reduced once
+    assert CostModel(TINY, slow, 4).seconds(1, 0).fsdp == pytest.approx(fsdp)
+    assert CostModel(TINY, slow, 4).static_bytes() == pytest.approx(TINY.parameters() * (16 / 4 + 4 + 4))
+
+
 def test_bytes_by_hand() -> None:
     cluster = dataclasses.replace(CLUSTERS["cpu-local"], activation_scale=1.5, fixed_bytes=1e6)
     layer = SMALL.layer_parameters(0)

@@ -50,6 +50,8 @@ PLANS: dict[str, list[Row]] = {
     ],
 }
 LEAK = "sp2"
+IN_ONE_PIECE = ("sp4 recomputed", "mixed")
+"""Plans that also run without a shard for each layer."""
 
 Run = tuple[Tensor, dict[str, Tensor]]
 """Loss and gradients by parameter name"""
@@ -62,10 +64,11 @@ def run_plans(
     mesh = make_mesh(world, [1, 2, 4], "cpu")
     results = {}
     for model_name, folder in folders.items():
-        model = load_model(folder)
-        shard(model, mesh.world)
+        models = {by_layer: load_model(folder) for by_layer in (True, False)}
+        for by_layer, model in models.items():
+            shard(model, mesh.world, by_layer=by_layer)
 
-        def run(rows: list[Row], model=model) -> Run:
+        def run(rows: list[Row], model=models[True]) -> Run:
             plan = plan_of(rows, SAMPLES.lengths, world)
             scale = ave_token_scale(int(step_loss_tokens(plan, SAMPLES.loss_tokens)[0]), world)
             loss = torch.zeros(())
@@ -77,6 +80,8 @@ def run_plans(
 
         for name, rows in PLANS.items():
             results[model_name, name] = run(rows)
+        for name in IN_ONE_PIECE:
+            results[model_name, f"{name}, in one piece"] = run(PLANS[name], models[False])
         with mock.patch.object(batch_module, "make_documents", lambda n, device: make_documents((sum(n),), device)):
             results[model_name, "leak"] = run(PLANS[LEAK])
     return results
@@ -117,7 +122,7 @@ def errors(runs, model: str, plan: str) -> dict[str, float]:
     return {**found, "loss": relative_error(loss, want_loss)}
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, *(f"{name}, in one piece" for name in IN_ONE_PIECE)])
 @pytest.mark.parametrize("model", CONFIGS)
 def test_plan_trains_as_documents_alone(runs, model, plan):
     found = errors(runs, model, plan)

@@ -15,7 +15,7 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
-from hbp.planning.groups import best_setting, choose_groups, longest_capacity, longest_setting, typical_pack
+from hbp.planning.groups import best_setting, choose_groups, longest_capacity, longest_settings, typical_pack
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
 
@@ -55,7 +55,7 @@ def test_groups_fit_memory_or_are_refused(lengths: list[int], world: int, tokens
     longest = longest_capacity(array, None)
     budget = cost.cluster.memory_bytes
     if not can_fit(cost, longest):
-        for choose in (choose_groups, longest_setting):
+        for choose in (choose_groups, longest_settings):
             with pytest.raises(HbpError, match=f"a pack of {longest} tokens needs") as caught:
                 choose(cost, array, longest)
             assert "\n" not in str(caught.value)

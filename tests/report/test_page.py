@@ -131,6 +131,14 @@ def test_refuses_folders_that_hold_nothing(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+def test_refuses_to_compare_plans_for_different_data(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "hbp", tmp_path / "hbp")
+    cost = CostModel(load_model_spec("examples/quickstart-model"), CLUSTERS["cpu-local"], WORLD)
+    write_plan(make_plan(np.arange(1, 300), cost, strategy="concat"), tmp_path / "concat" / "plan")
+    with pytest.raises(HbpError, match="different data or world sizes"):
+        write_report(tmp_path)
+
+
 def _browse(page: Path, width: int, scratch: Path, *action: str) -> str:
     assert BROWSER
     flags = [*FLAGS, f"--user-data-dir={scratch / 'profile'}", f"--window-size={width},3000", *action]

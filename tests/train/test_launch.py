@@ -91,25 +91,31 @@ def test_plan_for_another_world(job):
     assert message == ("hbp: error: the plan was made for 4 ranks but 2 are running; make one with `hbp plan --gpus 2`")
 
 
-def prepare_first(rank: int, world: int, fail: bool) -> tuple[list[str], str | None]:
+def prepare_first(rank: int, world: int, failure: Exception | None) -> tuple[list[str], str]:
     done: list[str] = []
     try:
         with rank_zero_first() as first:
             if first:
                 done.append("prepared")
-                if fail:
-                    raise HbpError("line 3 is broken")
+                if failure:
+                    raise failure
         done.append("went on")
-    except HbpError as error:
-        return done, str(error)
-    return done, None
+    except Exception as error:
+        return done, f"{type(error).__name__}: {error}"
+    return done, ""
 
 
-@pytest.mark.parametrize("fail", [False, True])
-def test_rank_zero_first(fail):
-    error = "line 3 is broken" if fail else None
-    rest = [] if fail else ["went on"]
-    assert run_ranks(prepare_first, WORLD, fail) == [(["prepared", *rest], error), (rest, error)]
+@pytest.mark.parametrize(
+    ("failure", "here", "there"),
+    [
+        (None, "", ""),
+        (HbpError("line 3 is broken"), "HbpError: line 3 is broken", "HbpError: line 3 is broken"),
+        (OSError("disk full"), "OSError: disk full", "RankFailed: rank 0 failed (OSError); its own output says why"),
+    ],
+)
+def test_rank_zero_first(failure: Exception | None, here: str, there: str) -> None:
+    rest = [] if failure else ["went on"]
+    assert run_ranks(prepare_first, WORLD, failure) == [(["prepared", *rest], here), (rest, there)]
 
 
 def ranks_of(parent: int) -> list[int]:

@@ -40,6 +40,8 @@ from hbp.errors import HbpError
 
 FLOAT32 = 4
 """Bytes."""
+SMALL_LAYER_PARAMETERS = 1_000_000
+"""Gathering fewer takes latency rather than bandwidth, on any link."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,11 @@ class ModelSpec:
     def parameters(self) -> int:
         """All of the model."""
         return self.parameter_count.total
+
+    @property
+    def sharded_by_layer(self) -> bool:
+        """Whether each layer is gathered apart, or, its layers being small, the model in one piece."""
+        return max(map(self.layer_parameters, range(self.n_layers))) >= SMALL_LAYER_PARAMETERS
 
     @cached_property
     def active_parameters(self) -> int:

@@ -11,7 +11,8 @@ Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers 
   since the chunked loss recomputes it;
 - attention: pairs/d × FLOPs × (1 + 2.5 + k/n), flash attention's backward being 2.5 forwards;
 - all-to-all, twice a layer and pass: the bytes of queries, keys, values and outputs;
-- FSDP: parameters gathered for forward and for backward, gradients reduced in float32; the part that does not hide
+- FSDP: parameters gathered for forward and for backward (once where the model is one piece,
+  :attr:`~hbp.cost.model_spec.ModelSpec.sharded_by_layer`), gradients reduced in float32; the part that does not hide
   behind compute is added.
 
 Bytes: sharded parameters, gradients and AdamW states in float32, gathered layers, activations (what an ordinary layer
@@ -123,8 +124,10 @@ class CostModel:
             return 0.0
         c = self.cluster
         received = self.model.parameters() * (self.world_size - 1) / self.world_size
-        traffic = received * (2 * c.dtype_bytes + REDUCE_BYTES) / c.ring(self.world_size)
-        return traffic + 3 * (self.model.n_layers + 1) * c.collective_latency_s
+        # Layers are gathered for forward and again for backward; a model in one piece stays gathered in between.
+        gathers, pieces = (2, self.model.n_layers + 1) if self.model.sharded_by_layer else (1, 1)
+        traffic = received * (gathers * c.dtype_bytes + REDUCE_BYTES) / c.ring(self.world_size)
+        return traffic + (gathers + 1) * pieces * c.collective_latency_s
 
     def static_bytes(self) -> float:
         """Memory that does not depend on the pack: sharded states and gathered parameters."""
@@ -132,7 +135,10 @@ class CostModel:
         total = m.parameters()
         layers = [m.layer_parameters(i) for i in range(m.n_layers)]
         root = total - sum(layers)
-        gathered = (2 * max(layers) + root) * c.dtype_bytes + max(max(layers), root) * REDUCE_BYTES
+        if m.sharded_by_layer:
+            gathered = (2 * max(layers) + root) * c.dtype_bytes + max(max(layers), root) * REDUCE_BYTES
+        else:
+            gathered = total * (c.dtype_bytes + REDUCE_BYTES)
         return total * STATE_BYTES_PER_PARAMETER / self.world_size + gathered + c.fixed_bytes
 
     def bytes_per_token(self, sp_degree: int, gc_layers: int) -> float:

@@ -56,8 +56,8 @@ def typical_pack(cost: CostModel, lengths: Lengths, capacity: int) -> Work:
     return Work(*sums)
 
 
-def best_setting(cost: CostModel, lengths: Lengths, capacity: int) -> Choice | None:
-    """FindBestSpCkpt: the fastest (SP degree, recomputed layers) for one packing length; None if nothing fits."""
+def settings_that_fit(cost: CostModel, lengths: Lengths, capacity: int) -> list[Choice]:
+    """Every SP degree that can run a packing length, each with the fewest recomputed layers that fit memory."""
     pack = typical_pack(cost, lengths, capacity)
     choices = []
     for degree in cost.degrees():
@@ -65,17 +65,22 @@ def best_setting(cost: CostModel, lengths: Lengths, capacity: int) -> Choice | N
         if gc_layers is not None:
             seconds = float(cost.seconds(degree, gc_layers).of(pack)[0])
             choices.append(Choice(Group(capacity, degree, gc_layers), seconds * degree / capacity))
-    return min(choices, key=lambda c: c.seconds_per_token, default=None)
+    return choices
 
 
-def longest_setting(cost: CostModel, lengths: Lengths, capacity: int) -> Choice:
-    """:func:`best_setting` of the longest packing length, which has to fit.
+def best_setting(cost: CostModel, lengths: Lengths, capacity: int) -> Choice | None:
+    """FindBestSpCkpt: the fastest (SP degree, recomputed layers) for one packing length; None if nothing fits."""
+    return min(settings_that_fit(cost, lengths, capacity), key=lambda c: c.seconds_per_token, default=None)
+
+
+def longest_settings(cost: CostModel, lengths: Lengths, capacity: int) -> list[Choice]:
+    """:func:`settings_that_fit` for the longest packing length, which has to fit; the fastest first.
 
     Raises:
         HbpError: it does not, at any degree, even with every layer recomputed.
     """
-    choice = best_setting(cost, lengths, capacity)
-    if choice is None:
+    choices = settings_that_fit(cost, lengths, capacity)
+    if not choices:
         degree, gib = cost.degrees()[-1], 2.0**30
         least = cost.bytes(capacity, degree, cost.model.n_layers) / gib
         raise HbpError(
@@ -83,12 +88,12 @@ def longest_setting(cost: CostModel, lengths: Lengths, capacity: int) -> Choice:
             f"recomputed, over the budget of {cost.cluster.memory_bytes / gib:.2f} GiB; use more devices, a larger "
             "memory budget, or a shorter --max-length"
         )
-    return choice
+    return sorted(choices, key=lambda c: c.seconds_per_token)
 
 
 def choose_groups(cost: CostModel, lengths: Lengths, longest: int) -> tuple[Group, ...]:
     """The groups of Algorithm 1 in order of rising capacity; the last has capacity `longest`."""
-    top = longest_setting(cost, lengths, longest)
+    top = longest_settings(cost, lengths, longest)[0]
     candidates = [math.ceil(longest / 2**i) for i in range(1, N_CANDIDATES) if longest / 2**i >= SHORTEST_CANDIDATE]
     settings = [c for c in (best_setting(cost, lengths, length) for length in candidates) if c is not None]
     best = min([top, *settings], key=lambda c: c.seconds_per_token)

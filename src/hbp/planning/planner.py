@@ -18,7 +18,7 @@ from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning import baselines
 from hbp.planning.baselines import Problem
 from hbp.planning.curriculum import default_short_steps, order_steps
-from hbp.planning.groups import choose_groups, longest_capacity, longest_setting
+from hbp.planning.groups import choose_groups, longest_capacity, longest_settings
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure
 from hbp.planning.packs import Lengths, Packs
@@ -80,7 +80,7 @@ def make_plan(
         max_length: packing length of the largest group; longer samples are dropped, by name. None: the longest sample.
         global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest group.
         short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only `hbp` has one.
-        static: setting of the strategies that have only one. None: the predicted fastest that fits.
+        static: setting of the strategies that have only one. None: all that fit are planned, the fastest is kept.
 
     Returns:
         The plan with its metrics; not yet validated (:func:`hbp.plan.write_plan` does).
@@ -101,24 +101,27 @@ def make_plan(
     ids = np.flatnonzero(keep)
     if not len(ids):
         raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
-    static = static or longest_setting(cost, lengths[ids], longest).group
-    slots = cost.world_size // static.sp_degree
+    statics = [static] if static else [choice.group for choice in longest_settings(cost, lengths[ids], longest)]
+    slots = cost.world_size // statics[0].sp_degree
     global_batch_tokens = global_batch_tokens or slots * longest
-    rng = np.random.default_rng(seed)
-    problem = Problem(
-        lengths,
-        ids,
-        static,
-        cost,
-        lambda groups: _pack_cost(cost, lengths, groups),
-        cost.world_size,
-        global_batch_tokens,
-        rng,
-    )
-    schedule, groups = STRATEGIES[strategy](problem)
-    if strategy == "hbp":
-        schedule, short_steps = _apply_curriculum(schedule, groups, short_steps, rng)
-    return _to_plan(schedule, groups, problem, strategy, seed, short_steps, np.flatnonzero(~keep))
+    plans = []
+    for static in statics if strategy != "hbp" else statics[:1]:
+        problem = Problem(
+            lengths,
+            ids,
+            static,
+            cost,
+            lambda groups: _pack_cost(cost, lengths, groups),
+            cost.world_size,
+            global_batch_tokens,
+            np.random.default_rng(seed),
+        )
+        schedule, groups = STRATEGIES[strategy](problem)
+        first_steps = None
+        if strategy == "hbp":
+            schedule, first_steps = _apply_curriculum(schedule, groups, short_steps, problem.rng)
+        plans.append(_to_plan(schedule, groups, problem, strategy, seed, first_steps, np.flatnonzero(~keep)))
+    return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
 
 
 def _pack_cost(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:

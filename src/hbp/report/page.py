@@ -53,7 +53,7 @@ def write_report(target: Path, out: Path | None = None) -> Report:
         out: the page; ``report.html`` in the folder if None.
 
     Raises:
-        HbpError: the folder holds neither a run nor a plan, or a file in it is damaged.
+        HbpError: the folder holds neither a run nor a plan, plans that cannot be compared, or a damaged file.
     """
     if not target.is_dir():
         raise HbpError(f"no folder {target}; give one that `hbp train` or `hbp plan` wrote")
@@ -64,6 +64,9 @@ def write_report(target: Path, out: Path | None = None) -> Report:
     if not folders:
         raise HbpError(f"{target} holds neither a run nor a plan; make one with `hbp train` or `hbp plan`")
     parts = [_part(folder, results) for folder in folders]
+    made_for = {(p.plan.info.lengths_sha256, p.plan.info.world_size) for p in parts}
+    if len(made_for) > 1:
+        raise HbpError(f"{target} holds plans for different data or world sizes; report them one by one")
     order = list(results)
     parts.sort(key=lambda p: order.index(p.plan.info.strategy) if p.plan.info.strategy in order else len(order))
     profile = _json(target / "profile.json")

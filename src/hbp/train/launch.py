@@ -110,22 +110,26 @@ def rank_zero_first() -> Iterator[bool]:
 
     Raises:
         HbpError: on the other ranks, rank 0's; so that all end with the same message.
+        RankFailed: on the other ranks, if rank 0 failed in any other way.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
     first = dist.get_rank() == 0
-    message: list[str | None] = [None]
+    failure: list[Exception | None] = [None]
     try:
         yield first
     except HbpError as error:
-        message = [str(error)]
+        failure = [HbpError(str(error))]
+        raise
+    except BaseException as error:
+        failure = [RankFailed(f"rank 0 failed ({type(error).__name__}); its own output says why")]
         raise
     finally:
         if first:
-            dist.broadcast_object_list(message, src=0, group=group)
+            dist.broadcast_object_list(failure, src=0, group=group)
     if not first:
-        dist.broadcast_object_list(message, src=0, group=group)
-        if message[0] is not None:
-            raise HbpError(message[0])
+        dist.broadcast_object_list(failure, src=0, group=group)
+        if failure[0] is not None:
+            raise failure[0]
     dist.destroy_process_group(group)
 
 

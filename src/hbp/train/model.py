@@ -96,10 +96,20 @@ def load_model(
     return CausalLMWithLoss(lm)
 
 
-def shard(model: CausalLMWithLoss, mesh: DeviceMesh, *, compute_dtype: torch.dtype = torch.float32) -> None:
-    """Shard each layer and the root over the world mesh, in place. Gradients are reduced in float32."""
+def shard(
+    model: CausalLMWithLoss, mesh: DeviceMesh, *, by_layer: bool = True, compute_dtype: torch.dtype = torch.float32
+) -> None:
+    """Shard over the world mesh, in place. Gradients are reduced in float32.
+
+    Args:
+        model: on this rank's device.
+        mesh: of the world.
+        by_layer: gather each layer apart. Without, the model is gathered in one piece, once a micro-step, which is
+            faster where layers are so small that latency is all that their collectives cost.
+        compute_dtype: of the gathered parameters.
+    """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for layer in model.layers:
+    for layer in model.layers if by_layer else ():
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     assert isinstance(model, FSDPModule)

@@ -24,6 +24,8 @@ from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
 from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
 
 MOMENTS = 2  # of AdamW, each as large as the parameters
+ENOUGH_S = 1.0
+"""Seconds after which a micro-batch has been measured well enough."""
 
 
 def measure_point(
@@ -34,9 +36,12 @@ def measure_point(
     gc_layers: int,
     *,
     device: torch.device,
-    repeats: int = 2,
+    repeats: int = 3,
 ) -> Point:
-    """Run one micro-batch of random tokens and return its seconds and peak bytes (the same on every rank)."""
+    """Run one micro-batch of random tokens and return its seconds and peak bytes (the same on every rank).
+
+    It is repeated until :data:`ENOUGH_S` are measured, but at most `repeats` times; with 0 only memory is.
+    """
     rng = np.random.default_rng(0)
     vocab = model.lm.config.vocab_size
     documents = [(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, np.uint8)) for n in lengths]
@@ -48,17 +53,16 @@ def measure_point(
         model.zero_grad(set_to_none=True)
 
     peak = _peak_bytes(run, device)  # also warms up kernels, collectives and the allocator
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
         _wait(device)
         start = time.perf_counter()
         run()
         _wait(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_highest(time.perf_counter() - start, device))
     states = (1 + MOMENTS) * local_parameter_bytes(model)
-    worst = torch.tensor([float(np.median(seconds or [0.0])), peak + states], dtype=torch.float64, device=device)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return Point(tuple(lengths), sp_degree, gc_layers, *worst.tolist())
+    median = float(np.median(seconds)) if seconds else 0.0
+    return Point(tuple(lengths), sp_degree, gc_layers, median, _highest(peak + states, device))
 
 
 def measure_rows(
@@ -93,6 +97,13 @@ def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
+
+
+def _highest(value: float, device: torch.device) -> float:
+    """The highest of all ranks' values."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
 
 
 def _peak_bytes(run: Callable[[], None], device: torch.device) -> float:
