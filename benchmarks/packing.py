@@ -1,8 +1,8 @@
 """Every strategy's plans on the published length sets: speed, padding, imbalance, efficiency.
 
 Both sides run in this process, one after the other, on the same lengths and cost model. `samples_per_s` is the median
-of the repeats of the whole plan (packing, scheduling, metrics; the plan file is not written). Strategies with one static
-setting are planned with every setting that fits, and the fastest is kept.
+of the repeats of the whole plan (packing, scheduling, metrics; the plan file is not written). Strategies with one
+static setting are planned with every setting that fits, and the fastest is kept.
 
     python benchmarks/packing.py [--quick] [--json] [--out benchmarks/results/packing.json]
 """

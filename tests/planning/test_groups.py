@@ -15,7 +15,9 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
-from hbp.planning.groups import best_setting, choose_groups, longest_capacity, longest_settings, typical_pack
+from hbp.plan import Group
+from hbp.planning.groups import SortedSamples, choose_groups, group_seconds, longest_capacity, longest_settings
+from hbp.planning.planner import make_plan
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
 
@@ -36,12 +38,36 @@ def test_longest_capacity(longest: int, limit: int | None, capacity: int) -> Non
     assert longest_capacity(np.array([1, longest]), limit) == capacity
 
 
-def test_typical_pack_is_the_average_of_samples_that_fit() -> None:
+def test_sorted_samples_sum_a_range_of_lengths() -> None:
     cost = tiny_cost(4)
-    work = typical_pack(cost, np.array([10, 30, 500]), 100)  # 10 and 30: 2.5 times over
-    pairs = 10 * 11 / 2 + 30 * 31 / 2
-    assert [x.item() for x in (work.documents, work.tokens, work.pairs)] == pytest.approx([5, 100, pairs * 2.5])
-    assert typical_pack(cost, np.array([500]), 100).documents.item() == 1  # none fits: one document of that length
+    lengths = np.array([500, 30, 10, 20, 20])
+    samples = SortedSamples(cost, lengths)
+    for above, up_to in ((0, 1000), (10, 30), (10, 29), (9, 10), (600, 700)):
+        chosen = lengths[(lengths > above) & (lengths <= up_to)]
+        total, longest = samples.between(above, up_to)
+        for name in ("documents", "tokens", "pairs"):
+            assert getattr(total, name).item() == pytest.approx(getattr(cost.work(chosen), name).sum())
+        assert longest.tokens.item() == max(chosen, default=0)
+
+
+def test_group_seconds_are_those_of_packs_dealt_evenly() -> None:
+    """Of equal samples that fill their packs and slots, they are what the plan will be predicted to take."""
+    lengths = np.full(64, 2048)
+    for degree in (1, 2, 8):
+        group = Group(8192, degree, 3)
+        plan = make_plan(lengths, LLAMA, strategy="bfd", static=group, global_batch_tokens=8192)
+        total, longest = SortedSamples(LLAMA, lengths).between(0, 8192)
+        if 16 % (32 // degree) == 0:
+            predicted = plan.micro_step_seconds().sum()
+            assert group_seconds(LLAMA, group, total, longest) == pytest.approx(predicted, rel=1e-6)
+
+
+def test_group_seconds_wait_for_the_longest_sample() -> None:
+    lengths = np.array([100_000] + [500] * 40)
+    total, longest = SortedSamples(LLAMA, lengths).between(0, 131072)
+    group = Group(131072, 1, 32)
+    alone = LLAMA.seconds(1, 32).of(LLAMA.work(np.array([100_000])))[0]
+    assert group_seconds(LLAMA, group, total, longest) == pytest.approx(alone)
 
 
 @given(
@@ -71,24 +97,39 @@ def test_groups_fit_memory_or_are_refused(lengths: list[int], world: int, tokens
             assert cost.bytes(group.capacity, group.sp_degree, group.gc_layers - 1) > budget * (1 - 1e-9)
 
 
-def test_best_setting_is_the_fastest_of_all_degrees() -> None:
+def test_every_degree_is_tried_and_the_fastest_comes_first() -> None:
     lengths = generate("mix-128k", 2000, 0)
-    for capacity in (4096, 32768, 131072):
-        choice = best_setting(LLAMA, lengths, capacity)
-        assert choice is not None
-        pack = typical_pack(LLAMA, lengths, capacity)
-        rivals = []
-        for degree in LLAMA.degrees():
-            gc_layers = LLAMA.fewest_gc_layers(capacity, degree)
-            if gc_layers is not None:
-                rivals.append(float(LLAMA.seconds(degree, gc_layers).of(pack)[0]) * degree / capacity)
-        assert len(rivals) > 1
-        assert choice.seconds_per_token == pytest.approx(min(rivals))
+    choices = longest_settings(LLAMA, lengths, 131072)
+    assert len(choices) > 1
+    assert [c.seconds for c in choices] == sorted(c.seconds for c in choices)
+    assert {c.group.sp_degree for c in choices} == {
+        d for d in LLAMA.degrees() if LLAMA.fewest_gc_layers(131072, d) is not None
+    }
+
+
+def test_other_groups_would_be_slower() -> None:
+    """Of the data set whole: the chosen groups beat one group alone and plain halves."""
+    lengths = generate("mix-128k", 5000, 0)
+    samples = SortedSamples(LLAMA, lengths)
+
+    def seconds(groups: list[Group]) -> float:
+        above, total = 0, 0.0
+        for group in groups:
+            total += group_seconds(LLAMA, group, *samples.between(above, group.capacity))
+            above = group.capacity
+        return total
+
+    chosen = seconds(list(choose_groups(LLAMA, lengths, 131072)))
+    top = longest_settings(LLAMA, lengths, 131072)[0].group
+    assert chosen < seconds([top])
+    for shorter in (4096, 16384, 32768):
+        gc_layers = LLAMA.fewest_gc_layers(shorter, 1)
+        if gc_layers is not None:
+            assert chosen < seconds([Group(shorter, 1, gc_layers), top])
 
 
 def test_no_memory_at_all() -> None:
     cost = dataclasses.replace(LLAMA, cluster=dataclasses.replace(LLAMA.cluster, memory_bytes=0.0))
-    assert best_setting(cost, np.array([5]), 64) is None
     with pytest.raises(HbpError, match=r"over the budget of 0\.00 GiB"):
         choose_groups(cost, np.array([5]), 64)
 
@@ -99,7 +140,7 @@ def test_long_data_get_a_group_without_communication() -> None:
     assert groups[-1].capacity == 131072
     assert groups[-1].sp_degree > 1
     assert groups[0].sp_degree == 1
-    assert 131072 // groups[-1].sp_degree in {group.capacity for group in groups}
+    assert groups[0].capacity >= 131072 // groups[-1].sp_degree
 
 
 def test_one_short_sample_needs_one_group_or_few() -> None:

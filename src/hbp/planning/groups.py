@@ -1,21 +1,24 @@
 """Algorithm 1: choose the packing groups (paper, Section 4.1, Appendices F and I).
 
 Stage 1: for every candidate length and SP degree take the fewest recomputed layers that fit memory, predict the time,
-keep the fastest degree (FindBestSpCkpt). ``l_best`` is the length with the lowest time at equal tokens, ``l_max`` the
-longest, which is always kept.
+keep the fastest degree (FindBestSpCkpt). Candidates are halves of ``l_max``, the longest, which is always kept, and the
+longest packs of each degree that recompute nothing. Stage 2 removes needless communication: a group of length ``l`` at
+degree ``s`` gives each rank ``l / s`` tokens, so samples up to that length need no SP at all: with the best length
+``l_best`` come ``l_best / s_best`` and ``l_max / s_max``.
 
-Stage 2 removes needless communication: a group of length ``l`` at degree ``s`` gives each rank ``l / s`` tokens, so
-samples up to that length need no SP at all: ``l_best / s_best`` and ``l_max / s_max`` become groups too.
+The paper compares lengths by the time of packs with equal tokens, which it measures. Packs of different lengths hold
+different documents, though, and short documents are cheap wherever they are packed. So here each ``l_best`` is judged
+by the predicted time of the whole data set under the groups that come with it (:func:`group_seconds`: each sample in
+its smallest group, ranks evenly loaded but for a sample that outlasts the rest), and a group that saves nothing is
+left out.
 
-Where the paper profiles packs of its data, here the cost model predicts the packs that *this* data set would fill:
-a pack of length ``l`` has the documents, tokens and pairs of the average of its samples up to ``l``.
-
-Complexity: candidates × degrees predictions, and one sort of the lengths.
+Complexity: a sort of the lengths, then (candidates × degrees) predictions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,17 +28,34 @@ from hbp.errors import HbpError
 from hbp.plan import Group
 from hbp.planning.packs import Lengths
 
-N_CANDIDATES = 6
+N_HALVINGS = 6
 SHORTEST_CANDIDATE = 256
+CANDIDATE_UNIT = 64
+"""Candidates from the memory budget are multiples of it."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A group and what it is predicted to cost."""
+    """A group and what its samples are predicted to take."""
 
     group: Group
-    seconds_per_token: float
-    """Rank-seconds per token: time at equal tokens, times the ranks."""
+    seconds: float
+
+
+class SortedSamples:
+    """Samples in order of length, with running sums, so that those of a range of lengths cost two searches."""
+
+    def __init__(self, cost: CostModel, lengths: Lengths) -> None:
+        self.lengths = np.sort(lengths)
+        work = cost.work(self.lengths)
+        self._work = work
+        self._sums = [np.concatenate([[0.0], np.cumsum(x)]) for x in (work.documents, work.tokens, work.pairs)]
+
+    def between(self, above: int, up_to: int) -> tuple[Work, Work]:
+        """The work of all samples of length in (above, up_to] together, and of the longest of them; zero if none."""
+        a, b = np.searchsorted(self.lengths, [above, up_to], side="right")
+        total = Work(*(x[b : b + 1] - x[a : a + 1] for x in self._sums))
+        return total, self._work[b - 1 : b] if b > a else total
 
 
 def longest_capacity(lengths: Lengths, max_length: int | None) -> int:
@@ -47,39 +67,40 @@ def longest_capacity(lengths: Lengths, max_length: int | None) -> int:
     return math.ceil(longest / unit) * unit
 
 
-def typical_pack(cost: CostModel, lengths: Lengths, capacity: int) -> Work:
-    """What a full pack of a length holds on average, if it is filled from the samples that are no longer."""
-    fitting = lengths[lengths <= capacity]
-    work = cost.work(fitting if len(fitting) else np.array([capacity]))
-    scale = capacity / work.tokens.sum()
-    sums = (np.array([x.sum() * scale]) for x in (work.documents, work.tokens, work.pairs))
-    return Work(*sums)
+def group_seconds(cost: CostModel, group: Group, total: Work, longest: Work) -> float:
+    """Predicted seconds of samples packed full into one group and spread evenly over the ranks.
+
+    Args:
+        cost: of the run.
+        group: that runs them.
+        total: work of all the samples, each field ``[1]``.
+        longest: of the longest one, which one rank (or SP group) has to run.
+    """
+    spent, slots = cost.seconds(group.sp_degree, group.gc_layers), cost.world_size // group.sp_degree
+    micro_steps = max(1, math.ceil(float(total.tokens[0]) / (slots * group.capacity)))
+    even = micro_steps * spent.fixed + float(spent.marginal(total)[0]) / slots
+    busy = max(even, spent.fixed + float(spent.marginal(longest)[0]))
+    return busy + max(0.0, micro_steps * spent.fsdp - spent.overlap * busy)
 
 
-def settings_that_fit(cost: CostModel, lengths: Lengths, capacity: int) -> list[Choice]:
+def settings_that_fit(cost: CostModel, capacity: int, total: Work, longest: Work) -> list[Choice]:
     """Every SP degree that can run a packing length, each with the fewest recomputed layers that fit memory."""
-    pack = typical_pack(cost, lengths, capacity)
     choices = []
     for degree in cost.degrees():
         gc_layers = cost.fewest_gc_layers(capacity, degree)
         if gc_layers is not None:
-            seconds = float(cost.seconds(degree, gc_layers).of(pack)[0])
-            choices.append(Choice(Group(capacity, degree, gc_layers), seconds * degree / capacity))
+            group = Group(capacity, degree, gc_layers)
+            choices.append(Choice(group, group_seconds(cost, group, total, longest)))
     return choices
 
 
-def best_setting(cost: CostModel, lengths: Lengths, capacity: int) -> Choice | None:
-    """FindBestSpCkpt: the fastest (SP degree, recomputed layers) for one packing length; None if nothing fits."""
-    return min(settings_that_fit(cost, lengths, capacity), key=lambda c: c.seconds_per_token, default=None)
-
-
 def longest_settings(cost: CostModel, lengths: Lengths, capacity: int) -> list[Choice]:
-    """:func:`settings_that_fit` for the longest packing length, which has to fit; the fastest first.
+    """:func:`settings_that_fit` for all samples in packs of the longest length, the fastest first.
 
     Raises:
-        HbpError: it does not, at any degree, even with every layer recomputed.
+        HbpError: none fits, at any degree, even with every layer recomputed.
     """
-    choices = settings_that_fit(cost, lengths, capacity)
+    choices = settings_that_fit(cost, capacity, *SortedSamples(cost, lengths).between(0, capacity))
     if not choices:
         degree, gib = cost.degrees()[-1], 2.0**30
         least = cost.bytes(capacity, degree, cost.model.n_layers) / gib
@@ -88,16 +109,51 @@ def longest_settings(cost: CostModel, lengths: Lengths, capacity: int) -> list[C
             f"recomputed, over the budget of {cost.cluster.memory_bytes / gib:.2f} GiB; use more devices, a larger "
             "memory budget, or a shorter --max-length"
         )
-    return sorted(choices, key=lambda c: c.seconds_per_token)
+    return sorted(choices, key=lambda c: c.seconds)
 
 
 def choose_groups(cost: CostModel, lengths: Lengths, longest: int) -> tuple[Group, ...]:
-    """The groups of Algorithm 1 in order of rising capacity; the last has capacity `longest`."""
-    top = longest_settings(cost, lengths, longest)[0]
-    candidates = [math.ceil(longest / 2**i) for i in range(1, N_CANDIDATES) if longest / 2**i >= SHORTEST_CANDIDATE]
-    settings = [c for c in (best_setting(cost, lengths, length) for length in candidates) if c is not None]
-    best = min([top, *settings], key=lambda c: c.seconds_per_token)
-    wanted = {best.group.capacity, longest}
-    wanted |= {c.group.capacity // c.group.sp_degree for c in (best, top)}
-    chosen = [best_setting(cost, lengths, length) for length in sorted(wanted - {longest})]
-    return (*(c.group for c in chosen if c is not None), top.group)
+    """The groups of Algorithm 1 in order of rising capacity; the last has capacity `longest`.
+
+    Raises:
+        HbpError: packs of `longest` tokens do not fit memory.
+    """
+    samples = SortedSamples(cost, lengths)
+    longest_settings(cost, lengths, longest)  # or nothing fits
+    every = [_groups_with(cost, samples, longest, l_best) for l_best in [longest, *_candidates(cost, longest)]]
+    return tuple(choice.group for choice in min(every, key=_seconds))
+
+
+def _candidates(cost: CostModel, longest: int) -> list[int]:
+    halves = [math.ceil(longest / 2**i) for i in range(1, N_HALVINGS)]
+    without_gc = [int(cost.longest_packs(degree)[0]) // CANDIDATE_UNIT * CANDIDATE_UNIT for degree in cost.degrees()]
+    return sorted({length for length in (*halves, *without_gc) if SHORTEST_CANDIDATE <= length < longest})
+
+
+def _groups_with(cost: CostModel, samples: SortedSamples, longest: int, l_best: int) -> list[Choice]:
+    """Stage 2 for one best length, without the groups that save nothing."""
+    firsts = _best_settings(cost, samples, {l_best, longest})
+    wanted = {longest, *(c.group.capacity for c in firsts)}
+    wanted |= {c.group.capacity // c.group.sp_degree for c in firsts}
+    chosen = _best_settings(cost, samples, wanted)
+    for capacity in sorted(wanted - {longest}):
+        fewer = _best_settings(cost, samples, wanted - {capacity})
+        if _seconds(fewer) <= _seconds(chosen):
+            wanted, chosen = wanted - {capacity}, fewer
+    return chosen
+
+
+def _best_settings(cost: CostModel, samples: SortedSamples, capacities: set[int]) -> list[Choice]:
+    """FindBestSpCkpt for each capacity and the samples that no smaller one holds; where nothing fits, no group."""
+    best: list[Choice] = []
+    above = 0
+    for capacity in sorted(capacities):
+        choices = settings_that_fit(cost, capacity, *samples.between(above, capacity))
+        if choices:
+            best.append(min(choices, key=lambda c: c.seconds))
+            above = capacity
+    return best
+
+
+def _seconds(choices: Iterable[Choice]) -> float:
+    return sum(choice.seconds for choice in choices)
