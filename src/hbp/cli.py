@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,9 +163,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         "simulation": simulate(plan).to_json(),
     }
     if not args.json:
+        from hbp.tables import metrics_table, table
+
         groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
-        _table("groups", ("packing length", "SP degree", "GC layers"), groups)
-        _metrics_table([(plan.info.strategy, plan.info.metrics, simulate(plan).to_json())])
+        table("groups", ("packing length", "SP degree", "GC layers"), groups)
+        metrics_table([(plan.info.strategy, plan.info.metrics, simulate(plan).to_json())])
         print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}")
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
@@ -190,7 +192,9 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
             rows.append((name, plan.info.metrics, simulate(plan).to_json()))
             progress.advance(name)
     if not args.json:
-        _metrics_table(rows)
+        from hbp.tables import metrics_table
+
+        metrics_table(rows)
     slowest = rows[0][1]["predicted_s"]
     return {
         "rows": [
@@ -210,7 +214,9 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
         for folder, plan in zip(args.plans, plans, strict=True)
     ]
     if not args.json:
-        _metrics_table(rows)
+        from hbp.tables import metrics_table
+
+        metrics_table(rows)
     first = rows[0][2]["tokens_per_s"]
     return {"plans": [{"plan": name, **row, "speedup": row["tokens_per_s"] / first} for name, _, row in rows]}
 
@@ -245,7 +251,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
 
     page = write_report(run).html
     if not args.json:
-        _run_table(summary)
+        from hbp.tables import run_table
+
+        run_table(summary)
         print(f"report: {page}")
     return {**summary, "report": str(page)}
 
@@ -286,6 +294,8 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
                 return None
     profile: dict[str, Any] = json.loads(out.read_text())
     if not args.json:
+        from hbp.tables import table
+
         rows = [
             (
                 f"{sum(p['lengths']):,}",
@@ -299,7 +309,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
             )
             for p in profile["points"]
         ]
-        _table(
+        table(
             f"profile of {profile['device']}",
             ("tokens", "documents", "SP", "GC", "seconds", "predicted", "GiB", "predicted"),
             rows,
@@ -353,80 +363,3 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "global_batch_tokens": args.global_batch_tokens,
         "short_steps": args.short_steps,
     }
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, Any]]]) -> None:
-    first = rows[0][2]["tokens_per_s"]
-    cells = [
-        (
-            name,
-            f"{m['pr']:.3%}",
-            f"{m['dbr']:.4f}",
-            f"{m['abr']:.4f}",
-            f"{m['cr']:.3f}",
-            f"{m['ave_tokens']:,.0f}",
-            f"{m['efficiency']:.3f}",
-            f"{s['utilization']:.1%}",
-            _duration(s["seconds"]),
-            f"{s['tokens_per_s']:,.0f}",
-            f"{s['tokens_per_s'] / first:.2f}×",
-        )
-        for name, m, s in rows
-    ]
-    header = (
-        "strategy",
-        "PR",
-        "DBR",
-        "ABR",
-        "CR",
-        "Ave-T",
-        "efficiency",
-        "utilization",
-        "predicted",
-        "tokens/s",
-        "speed-up",
-    )
-    _table("predicted", header, cells)
-
-
-def _run_table(summary: Mapping[str, Any]) -> None:
-    rows = []
-    for r in summary["results"]:
-        settings = " ".join(f"{g['capacity']}/SP{g['sp_degree']}/GC{g['gc_layers']}" for g in r["groups"])
-        rows.append(
-            (
-                r["strategy"],
-                settings,
-                f"{r['tokens_per_s']:,.0f}",
-                f"{r['seconds']:.1f}",
-                f"{r['final_train_loss']:.3f}",
-                "–" if r["eval_loss"] is None else f"{r['eval_loss']:.3f}",
-                f"{r['peak_bytes'] / 2**30:.3f}",
-                f"{r['metrics']['abr']:.3f}",
-                f"{r['metrics']['cr']:.2f}",
-            )
-        )
-    header = ("strategy", "groups", "tokens/s", "seconds", "train loss", "eval loss", "peak GiB", "ABR", "CR")
-    _table("measured", header, rows)
-    if "speedup" in summary:
-        ours, theirs = (r["strategy"] for r in summary["results"][:2])
-        print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens")
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

@@ -22,6 +22,7 @@ from hbp.errors import ERROR_FILE, HbpError, RankFailed
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "KINETO_LOG_LEVEL": "99",  # the memory profiler's own chatter
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # and its warning of memory that was allocated before it began
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

@@ -1,0 +1,88 @@
+"""Tables for people: what the commands print without ``--json``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One table on standard output; the first column is text, the others are numbers."""
+    made = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        made.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(made)
+
+
+def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, Any]]]) -> None:
+    """Plans side by side: name, metrics, simulation. Speed-ups are over the first."""
+    first = rows[0][2]["tokens_per_s"]
+    cells = [
+        (
+            name,
+            f"{m['pr']:.3%}",
+            f"{m['dbr']:.4f}",
+            f"{m['abr']:.4f}",
+            f"{m['cr']:.3f}",
+            f"{m['ave_tokens']:,.0f}",
+            f"{m['efficiency']:.3f}",
+            f"{s['utilization']:.1%}",
+            duration(s["seconds"]),
+            f"{s['tokens_per_s']:,.0f}",
+            f"{s['tokens_per_s'] / first:.2f}×",
+        )
+        for name, m, s in rows
+    ]
+    header = (
+        "strategy",
+        "PR",
+        "DBR",
+        "ABR",
+        "CR",
+        "Ave-T",
+        "efficiency",
+        "utilization",
+        "predicted",
+        "tokens/s",
+        "speed-up",
+    )
+    table("predicted", header, cells)
+
+
+def run_table(summary: Mapping[str, Any]) -> None:
+    """What a run measured, from its ``summary.json``."""
+    rows = []
+    for r in summary["results"]:
+        settings = " ".join(f"{g['capacity']}/SP{g['sp_degree']}/GC{g['gc_layers']}" for g in r["groups"])
+        rows.append(
+            (
+                r["strategy"],
+                settings,
+                f"{r['tokens_per_s']:,.0f}",
+                f"{r['seconds']:.1f}",
+                f"{r['final_train_loss']:.3f}",
+                "–" if r["eval_loss"] is None else f"{r['eval_loss']:.3f}",
+                f"{r['peak_bytes'] / 2**30:.3f}",
+                f"{r['metrics']['abr']:.3f}",
+                f"{r['metrics']['cr']:.2f}",
+            )
+        )
+    header = ("strategy", "groups", "tokens/s", "seconds", "train loss", "eval loss", "peak GiB", "ABR", "CR")
+    table("measured", header, rows)
+    if "speedup" in summary:
+        ours, theirs = (r["strategy"] for r in summary["results"][:2])
+        print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that reads best."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
