@@ -18,17 +18,14 @@ fastest that fits memory for the longest length. So they differ from each other 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from hbp.cost.predict import CostModel
 from hbp.plan import Group
 from hbp.planning.fill import best_fit_decreasing, by_falling_length, first_fit, next_fit
 from hbp.planning.packs import Int, Lengths, Packs, join, packs_of
+from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import (
-    PackCost,
     Schedule,
     balance_batches,
     micro_steps_per_step,
@@ -39,24 +36,7 @@ ISF_PASSES = 50
 ISF_FULL = 0.99
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What a strategy is given."""
-
-    lengths: Lengths
-    """Of the whole data set, tokens."""
-    sample_ids: Int
-    """Samples to schedule, each within the static group's capacity."""
-    static: Group
-    """The one setting of strategies that have only one."""
-    cost: CostModel
-    pack_cost: Callable[[Sequence[Group]], PackCost]
-    world_size: int
-    global_batch_tokens: int
-    rng: np.random.Generator
-
-
-def _in_given_order(problem: Problem, packs: Packs) -> tuple[Schedule, tuple[Group, ...]]:
+def _in_given_order(problem: Problem, packs: Packs) -> Outcome:
     groups = (problem.static,)
     schedule = balance_batches(
         packs,
@@ -68,23 +48,23 @@ def _in_given_order(problem: Problem, packs: Packs) -> tuple[Schedule, tuple[Gro
         problem.rng,
         by_cost=False,
     )
-    return schedule, groups
+    return Outcome(schedule, groups)
 
 
-def concat(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+def concat(problem: Problem) -> Outcome:
     """Naive packing: random order, greedy concatenation."""
     ids = problem.rng.permutation(problem.sample_ids)
     return _in_given_order(problem, packs_of(next_fit(problem.lengths[ids], problem.static.capacity), ids))
 
 
-def ffd(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+def ffd(problem: Problem) -> Outcome:
     """First fit decreasing over the whole set, packs in random order."""
     ids = problem.sample_ids[by_falling_length(problem.lengths[problem.sample_ids], problem.rng)]
     packs = packs_of(first_fit(problem.lengths[ids], problem.static.capacity), ids)
     return _in_given_order(problem, packs.take(problem.rng.permutation(len(packs))))
 
 
-def bfd(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+def bfd(problem: Problem) -> Outcome:
     """Best fit decreasing over the whole set, packs in random order."""
     ids = problem.sample_ids
     bins = best_fit_decreasing(problem.lengths[ids], problem.static.capacity, problem.rng)
@@ -92,7 +72,7 @@ def bfd(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
     return _in_given_order(problem, packs.take(problem.rng.permutation(len(packs))))
 
 
-def isf(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+def isf(problem: Problem) -> Outcome:
     """Iterative sampling and filtering."""
     left, kept, capacity = problem.sample_ids, [], problem.static.capacity
     for last in [False] * (ISF_PASSES - 1) + [True]:
@@ -107,7 +87,7 @@ def isf(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
     return _in_given_order(problem, packs.take(problem.rng.permutation(len(packs))))
 
 
-def sorted_batches(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+def sorted_batches(problem: Problem) -> Outcome:
     """LongAlign's sorted batching, one sample a group and micro-step."""
     ids = problem.sample_ids[by_falling_length(problem.lengths[problem.sample_ids], problem.rng)]
     slots = problem.world_size // problem.static.sp_degree
@@ -119,7 +99,7 @@ def sorted_batches(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
     return _in_given_order(problem, packs_of(np.arange(len(ids)), ids))
 
 
-def lb(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+def lb(problem: Problem) -> Outcome:
     """Per-step partitioning by Karmarkar–Karp on predicted time."""
     ids, static = problem.rng.permutation(problem.sample_ids), problem.static
     lengths, groups = problem.lengths, (static,)
@@ -142,7 +122,7 @@ def lb(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
         steps.append(np.full(len(packs), step))
         micros.append(np.arange(len(packs)) // slots)
         starts.append(np.arange(len(packs)) % slots * static.sp_degree)
-    return Schedule(join(parts), *(np.concatenate(x) for x in (steps, micros, starts))), groups
+    return Outcome(Schedule(join(parts), *(np.concatenate(x) for x in (steps, micros, starts))), groups)
 
 
 def _random_batches(ids: Int, lengths: Lengths, tokens: int) -> list[Int]:
@@ -173,7 +153,7 @@ def karmarkar_karp(seconds: np.ndarray, k: int) -> Int:
     return part_of
 
 
-def dcp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
+def dcp(problem: Problem) -> Outcome:
     """Dynamic context parallelism: degree from length alone, degrees mixed within a micro-step."""
     static, cost, lengths = problem.static, problem.cost, problem.lengths
     per_rank = static.capacity / static.sp_degree
@@ -190,4 +170,5 @@ def dcp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
             bins = best_fit_decreasing(lengths[own], groups[index].capacity, problem.rng)
             parts.append(packs_of(bins, own, int(index)))
             steps.append(np.full(len(parts[-1]), step))
-    return tile_mixed(join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size), groups
+    schedule = tile_mixed(join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size)
+    return Outcome(schedule, groups)

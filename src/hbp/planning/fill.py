@@ -105,39 +105,74 @@ def _next_down(bitmap: npt.NDArray[np.uint64], value: int) -> int:
 @njit(cache=True)
 def _best_fit(counts: Int, capacity: int, total: int) -> Int:
     """Bin of each sample, samples in order of falling length. ``counts[l]`` samples have length ``l``."""
-    bin_of = np.empty(total, np.int64)
-    room_next = np.empty(total, np.int64)  # next bin with the same room
-    first = np.full(capacity + 1, -1, np.int64)  # first bin with a given room
-    bitmap = _new_bitmap(capacity + 1)
-    bins, placed = 0, 0
-    for length in range(len(counts) - 1, 0, -1):
-        left = counts[length]
-        while left:
-            room = _next_up(bitmap, length)
-            if room < 0:
-                here, room = bins, capacity
-                bins += 1
-            else:
-                here = first[room]
-                first[room] = room_next[here]
-                if first[room] < 0:
-                    _clear(bitmap, room)
-            many = min(left, room // length)
-            bin_of[placed : placed + many] = here
-            placed += many
-            left -= many
-            room -= many * length
-            if room:
-                if first[room] < 0:
-                    _mark(bitmap, room)
-                room_next[here] = first[room]
-                first[room] = here
+    bin_of, _, _ = best_fit_into(counts.copy(), np.empty(0, np.int64), capacity, total)
     return bin_of
 
 
 @njit(cache=True)
-def _greedy_fill(room: Int, counts: Int) -> tuple[Int, Int]:
-    """For each pack in turn the longest samples that fit; returns the pack and the length of each placed sample."""
+def best_fit_into(counts: Int, room: Int, capacity: int, most_bins: int) -> tuple[Int, Int, Int]:
+    """Best fit decreasing of a histogram into bins of which some may exist already.
+
+    Args:
+        counts: ``counts[l]`` samples have length ``l``; what is placed is taken out.
+        room: tokens left in the bins that exist.
+        capacity: of a new bin; no length may exceed it if bins may be opened.
+        most_bins: how many there may be in all; with no more than exist, what fits none of them stays in `counts`.
+
+    Returns:
+        Bin and length of each sample placed, in order of falling length, and the room left in every bin.
+    """
+    total = counts.sum()
+    bin_of, taken = np.empty(total, np.int64), np.empty(total, np.int64)
+    bins, placed = len(room), 0
+    rooms = np.empty(max(bins, min(most_bins, bins + total)), np.int64)
+    rooms[:bins] = room
+    next_bin = np.empty(len(rooms), np.int64)  # next bin with the same room
+    largest = max(capacity, room.max() if bins else 0)
+    first = np.full(largest + 1, -1, np.int64)  # first bin with a given room
+    bitmap = _new_bitmap(largest + 1)
+    for b in range(bins - 1, -1, -1):
+        if room[b]:
+            if first[room[b]] < 0:
+                _mark(bitmap, room[b])
+            next_bin[b] = first[room[b]]
+            first[room[b]] = b
+    for length in range(len(counts) - 1, 0, -1):
+        left = counts[length]
+        while left:
+            space = _next_up(bitmap, length)
+            if space < 0:
+                if bins == len(rooms):
+                    break
+                here, space = bins, capacity
+                bins += 1
+            else:
+                here = first[space]
+                first[space] = next_bin[here]
+                if first[space] < 0:
+                    _clear(bitmap, space)
+            many = min(left, space // length)
+            bin_of[placed : placed + many] = here
+            taken[placed : placed + many] = length
+            placed += many
+            left -= many
+            space -= many * length
+            rooms[here] = space
+            if space:
+                if first[space] < 0:
+                    _mark(bitmap, space)
+                next_bin[here] = first[space]
+                first[space] = here
+        counts[length] = left
+    return bin_of[:placed], taken[:placed], rooms[:bins]
+
+
+@njit(cache=True)
+def greedy_fill_into(room: Int, counts: Int) -> tuple[Int, Int]:
+    """For each pack in turn the longest samples that fit; returns the pack and the length of each placed sample.
+
+    What is placed is taken out of the histogram `counts`, and its tokens out of `room`.
+    """
     total = counts.sum()
     pack = np.empty(total, np.int64)
     taken = np.empty(total, np.int64)
@@ -161,6 +196,7 @@ def _greedy_fill(room: Int, counts: Int) -> tuple[Int, Int]:
             counts[length] -= many
             if counts[length] == 0:
                 _clear(bitmap, length)
+        room[p] = free
     return pack[:placed], taken[:placed]
 
 
@@ -201,10 +237,35 @@ def _next_fit(lengths: Lengths, capacity: int) -> Int:
     return bin_of
 
 
+@njit(cache=True)
+def counting_sort(values: Int, lengths: Lengths, longest: int) -> Int:
+    """`values` in order of rising `lengths` (none over `longest`), stable; no comparison, two passes."""
+    at = np.zeros(longest + 2, np.int64)
+    for length in lengths:
+        at[length + 1] += 1
+    for length in range(longest + 1):
+        at[length + 1] += at[length]
+    result = np.empty_like(values)
+    for i in range(len(values)):
+        result[at[lengths[i]]] = values[i]
+        at[lengths[i]] += 1
+    return result
+
+
+def shuffled(n: int, rng: np.random.Generator) -> Int:
+    """0..n−1 in random order; int32 where that can count them, which halves the memory of a large data set."""
+    return rng.permutation(np.arange(n, dtype=np.int32 if n < 2**31 else np.int64))
+
+
+def by_rising_length(lengths: Lengths, rng: np.random.Generator) -> Int:
+    """Indices in order of rising length, equal lengths in random order (so that which of them meet is random)."""
+    order = shuffled(len(lengths), rng)
+    return counting_sort(order, lengths[order], int(lengths.max(initial=0)))
+
+
 def by_falling_length(lengths: Lengths, rng: np.random.Generator) -> Int:
-    """Indices in order of falling length, equal lengths in random order (so that which of them meet is random)."""
-    order = rng.permutation(len(lengths))
-    return order[np.argsort(-lengths[order].astype(np.int64), kind="stable")]
+    """:func:`by_rising_length`, the other way round."""
+    return by_rising_length(lengths, rng)[::-1]
 
 
 def best_fit_decreasing(lengths: Lengths, capacity: int, rng: np.random.Generator) -> Int:
@@ -227,9 +288,9 @@ def greedy_fill(room: Int, lengths: Lengths, rng: np.random.Generator) -> Int:
         Pack of each sample, -1 where it was not taken, int64 ``[N]``.
     """
     counts = np.bincount(lengths, minlength=1).astype(np.int64)
-    order = by_falling_length(lengths, rng)[::-1]  # rising length: samples of length l start at starts[l]
+    order = by_rising_length(lengths, rng)  # samples of length l start at starts[l]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    pack, taken = _greedy_fill(room.astype(np.int64), counts)
+    pack, taken = greedy_fill_into(room.astype(np.int64), counts)
     by_length = np.argsort(taken, kind="stable")
     taken_sorted = taken[by_length]
     rank = np.arange(len(taken)) - np.searchsorted(taken_sorted, taken_sorted)

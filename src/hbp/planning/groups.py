@@ -1,37 +1,33 @@
 """Algorithm 1: choose the packing groups (paper, Section 4.1, Appendices F and I).
 
-Stage 1: for every candidate length and SP degree take the fewest recomputed layers that fit memory, predict the time,
-keep the fastest degree (FindBestSpCkpt). Candidates are halves of ``l_max``, the longest, which is always kept, and the
-longest packs of each degree that recompute nothing. Stage 2 removes needless communication: a group of length ``l`` at
-degree ``s`` gives each rank ``l / s`` tokens, so samples up to that length need no SP at all: with the best length
-``l_best`` come ``l_best / s_best`` and ``l_max / s_max``.
+Stage 1: for every candidate length (the longest, ``l_max``, and its halves) take the SP degree, with the fewest
+recomputed layers that fit memory, whose packs take the least time (FindBestSpCkpt). The paper measures; here the time
+is predicted, for packs full of the data's own documents, and the memory per recomputed layer is the cost model's, whose
+slope is fitted to measured points. ``l_best`` is the length with the least time at equal tokens.
 
-The paper compares lengths by the time of packs with equal tokens, which it measures. Packs of different lengths hold
-different documents, though, and short documents are cheap wherever they are packed. So here each ``l_best`` is judged
-by the predicted time of the whole data set under the groups that come with it (:func:`group_seconds`: each sample in
-its smallest group, ranks evenly loaded but for a sample that outlasts the rest), and a group that saves nothing is
-left out.
+Stage 2 removes needless communication: a group of length ``l`` at degree ``s`` gives each rank ``l / s`` tokens, so
+samples up to that length need no SP at all. The groups are ``l_best / s_best``, ``l_best``, ``l_max / s_max`` (unless
+it is shorter than ``l_best``, whose range it would cut) and ``l_max``, without repeats.
 
-Complexity: a sort of the lengths, then (candidates × degrees) predictions.
+:mod:`hbp.planning.group_search` is our own choice. Complexity: one count of the lengths, then (candidates × degrees)
+predictions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
 from hbp.errors import HbpError
 from hbp.plan import Group
-from hbp.planning.packs import Lengths
+from hbp.planning.packs import Int, Lengths
 
-N_HALVINGS = 6
-SHORTEST_CANDIDATE = 256
-CANDIDATE_UNIT = 64
-"""Candidates from the memory budget are multiples of it."""
+N_PUBLISHED = 5
+"""The paper's candidates for 128K: 8K, 16K, 32K, 64K, 128K."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +38,32 @@ class Choice:
     seconds: float
 
 
-class SortedSamples:
-    """Samples in order of length, with running sums, so that those of a range of lengths cost two searches."""
+class SamplesByLength:
+    """Samples in order of length with running sums, so that those of a range of lengths cost two searches.
+
+    Kept by the lengths that occur, not by sample: a hundred million samples are a few thousand lengths.
+    """
 
     def __init__(self, cost: CostModel, lengths: Lengths) -> None:
-        self.lengths = np.sort(lengths)
+        counts = np.bincount(lengths)
+        self.lengths = np.flatnonzero(counts)
+        self.counts = counts[self.lengths]
         work = cost.work(self.lengths)
+        self.pairs_of = work.pairs
+        """Of one sample of each length."""
         self._work = work
-        self._sums = [np.concatenate([[0.0], np.cumsum(x)]) for x in (work.documents, work.tokens, work.pairs)]
+        self.documents, self.tokens, self.pairs = (
+            np.concatenate([[0.0], np.cumsum(x * self.counts)]) for x in (work.documents, work.tokens, work.pairs)
+        )
+
+    def up_to(self, length: npt.NDArray[np.integer] | int) -> Int:
+        """Index into the running sums for all samples of at most so many tokens."""
+        return np.asarray(np.searchsorted(self.lengths, length, side="right"))
 
     def between(self, above: int, up_to: int) -> tuple[Work, Work]:
         """The work of all samples of length in (above, up_to] together, and of the longest of them; zero if none."""
-        a, b = np.searchsorted(self.lengths, [above, up_to], side="right")
-        total = Work(*(x[b : b + 1] - x[a : a + 1] for x in self._sums))
+        a, b = int(self.up_to(above)), int(self.up_to(up_to))
+        total = Work(*(x[b : b + 1] - x[a : a + 1] for x in (self.documents, self.tokens, self.pairs)))
         return total, self._work[b - 1 : b] if b > a else total
 
 
@@ -100,7 +109,7 @@ def longest_settings(cost: CostModel, lengths: Lengths, capacity: int) -> list[C
     Raises:
         HbpError: none fits, at any degree, even with every layer recomputed.
     """
-    choices = settings_that_fit(cost, capacity, *SortedSamples(cost, lengths).between(0, capacity))
+    choices = settings_that_fit(cost, capacity, *SamplesByLength(cost, lengths).between(0, capacity))
     if not choices:
         degree, gib = cost.degrees()[-1], 2.0**30
         least = cost.bytes(capacity, degree, cost.model.n_layers) / gib
@@ -112,48 +121,59 @@ def longest_settings(cost: CostModel, lengths: Lengths, capacity: int) -> list[C
     return sorted(choices, key=lambda c: c.seconds)
 
 
-def choose_groups(cost: CostModel, lengths: Lengths, longest: int) -> tuple[Group, ...]:
+@dataclass(frozen=True)
+class Candidate:
+    """A packing length at its best setting."""
+
+    group: Group
+    seconds_per_token: float
+    """Of all ranks together, packs full of the data's own documents."""
+
+
+def best_setting(cost: CostModel, samples: SamplesByLength, capacity: int) -> Candidate | None:
+    """FindBestSpCkpt: the degree, with the fewest recomputed layers that fit, whose packs take least time a token.
+
+    None if a pack of this length fits memory at no degree.
+    """
+    total, _ = samples.between(0, capacity)
+    share = capacity / max(float(total.tokens[0]), 1.0)
+    pack = Work(*(np.array([float(x[0]) * share]) for x in (total.documents, total.tokens, total.pairs)))
+    candidates = []
+    for degree in cost.degrees():
+        gc_layers = cost.fewest_gc_layers(capacity, degree)
+        if gc_layers is not None:
+            seconds = float(cost.seconds(degree, gc_layers).of(pack)[0])
+            candidates.append(Candidate(Group(capacity, degree, gc_layers), seconds * degree / capacity))
+    return min(candidates, key=lambda c: c.seconds_per_token, default=None)
+
+
+def published_candidates(cost: CostModel, lengths: Lengths, longest: int) -> list[Candidate]:
+    """Stage 1: the best setting of `longest` and of its halves, rising, of those that fit memory."""
+    samples = SamplesByLength(cost, lengths)
+    capacities = sorted({math.ceil(longest / 2**i) for i in range(N_PUBLISHED)})
+    found = (best_setting(cost, samples, capacity) for capacity in capacities if capacity >= int(samples.lengths[0]))
+    return [candidate for candidate in found if candidate is not None]
+
+
+def published_groups(cost: CostModel, lengths: Lengths, longest: int) -> tuple[Group, ...]:
     """The groups of Algorithm 1 in order of rising capacity; the last has capacity `longest`.
 
     Raises:
         HbpError: packs of `longest` tokens do not fit memory.
     """
-    samples = SortedSamples(cost, lengths)
     longest_settings(cost, lengths, longest)  # or nothing fits
-    every = [_groups_with(cost, samples, longest, l_best) for l_best in [longest, *_candidates(cost, longest)]]
-    return tuple(choice.group for choice in min(every, key=_seconds))
-
-
-def _candidates(cost: CostModel, longest: int) -> list[int]:
-    halves = [math.ceil(longest / 2**i) for i in range(1, N_HALVINGS)]
-    without_gc = [int(cost.longest_packs(degree)[0]) // CANDIDATE_UNIT * CANDIDATE_UNIT for degree in cost.degrees()]
-    return sorted({length for length in (*halves, *without_gc) if SHORTEST_CANDIDATE <= length < longest})
-
-
-def _groups_with(cost: CostModel, samples: SortedSamples, longest: int, l_best: int) -> list[Choice]:
-    """Stage 2 for one best length, without the groups that save nothing."""
-    firsts = _best_settings(cost, samples, {l_best, longest})
-    wanted = {longest, *(c.group.capacity for c in firsts)}
-    wanted |= {c.group.capacity // c.group.sp_degree for c in firsts}
-    chosen = _best_settings(cost, samples, wanted)
-    for capacity in sorted(wanted - {longest}):
-        fewer = _best_settings(cost, samples, wanted - {capacity})
-        if _seconds(fewer) <= _seconds(chosen):
-            wanted, chosen = wanted - {capacity}, fewer
-    return chosen
-
-
-def _best_settings(cost: CostModel, samples: SortedSamples, capacities: set[int]) -> list[Choice]:
-    """FindBestSpCkpt for each capacity and the samples that no smaller one holds; where nothing fits, no group."""
-    best: list[Choice] = []
-    above = 0
-    for capacity in sorted(capacities):
-        choices = settings_that_fit(cost, capacity, *samples.between(above, capacity))
-        if choices:
-            best.append(min(choices, key=lambda c: c.seconds))
-            above = capacity
-    return best
-
-
-def _seconds(choices: Iterable[Choice]) -> float:
-    return sum(choice.seconds for choice in choices)
+    candidates = published_candidates(cost, lengths, longest)
+    last = candidates[-1].group
+    best = min(candidates, key=lambda c: c.seconds_per_token).group
+    groups = {group.capacity: group for group in (best, last)}
+    for whole in (best, last):
+        alone = whole.capacity // whole.sp_degree  # what a rank of this group holds needs no SP
+        gc_layers = cost.fewest_gc_layers(alone, 1)
+        if (
+            gc_layers is not None
+            and alone >= 1
+            and alone not in groups
+            and not (whole is last and alone < best.capacity)
+        ):
+            groups[alone] = Group(alone, 1, gc_layers)
+    return tuple(groups[capacity] for capacity in sorted(groups))

@@ -9,13 +9,19 @@ idle count with zero.
 - CR: share of tokens that go through SP communication.
 - Ave-T: tokens per optimizer step.
 - efficiency: the lower bound over the predicted seconds.
+- time imbalance: that of the ratios, with T = predicted seconds of the rank.
+- drift: how far a step's composition is from the data's (:mod:`hbp.planning.composition`).
 
-**The lower bound** is the time of a perfect run: every sample alone at its own cheapest (degree, fewest recomputed
-layers), nothing fixed per pack or micro-step, no padding, no rank that waits. No plan can beat it: a pack's predicted
-seconds are a fixed part ≥ 0 plus a sum over its documents (:class:`hbp.cost.predict.Seconds`), each term at least that
-document's at its own cheapest setting (a document in a pack can have no fewer layers recomputed than alone, since the
-pack is no shorter); a group of degree d spends d rank-seconds a second; and a micro-step lasts at least the mean over
-its ranks. Sum over the run and divide by the ranks.
+**The lower bound** is the time of a perfect run (:func:`lower_bound_seconds`): no padding, no rank that waits, every
+sample at whatever setting is cheapest for it. docs/lower-bound.md proves that no plan can beat it. In short: take a
+rank of an SP group of degree ``d`` that recomputes ``k`` layers, with memory for packs of ``C(d, k)`` tokens. It is
+taken for ``max(b, (1 - o) b + F)`` seconds, where ``b`` is what the pack computes, ``F`` FSDP's traffic and ``o`` the
+share of computing that it hides behind; so for at least ``(1 - x o) b + x F`` with any ``x`` from 0 to 1. ``b`` is a
+fixed part and a sum over the documents; a pack holds at most ``C(d, k)`` tokens, so a document of ``l`` tokens may be
+charged ``l / C(d, k)`` of the fixed part and of ``F``, and the charges never exceed what the pack pays. So a document
+costs ``d`` ranks together at least the least of that over all settings whose packs can hold it. Sum over the documents,
+divide by the ranks, take the ``x`` that gives most. Optimizer steps come on top, as many as the global batch asks for;
+and the run is no shorter than its longest sample at its fastest setting.
 """
 
 from __future__ import annotations
@@ -25,10 +31,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.predict import CostModel
+from hbp.cost.predict import CostModel, Work
 from hbp.plan import Plan
+from hbp.planning.composition import drift
 from hbp.planning.packs import Lengths
 
+BISECTIONS = 12
 Float = npt.NDArray[np.float64]
 
 
@@ -43,6 +51,8 @@ class Metrics:
     ave_tokens: float
     efficiency: float
     predicted_s: float
+    time_imbalance: float
+    drift: float
 
 
 def imbalance(per_rank: Float, degree: Float, micro_step: npt.NDArray[np.integer], world_size: int) -> float:
@@ -54,18 +64,50 @@ def imbalance(per_rank: Float, degree: Float, micro_step: npt.NDArray[np.integer
     return float(np.mean(1 - total / (np.maximum(most, 1e-300) * world_size)))
 
 
-def lower_bound_seconds(cost: CostModel, lengths: Lengths) -> float:
-    """Seconds that no plan for these samples can beat on this cluster (module docstring)."""
-    values, counts = np.unique(lengths, return_counts=True)
-    work = cost.work(values)
-    best = np.full(len(values), np.inf)
+def lower_bound_seconds(cost: CostModel, lengths: Lengths, n_steps: int = 0) -> float:
+    """Seconds that no plan for these samples with `n_steps` optimizer steps can beat (module docstring)."""
+    counts = np.bincount(lengths)
+    longest = cost.work(np.array([len(counts) - 1]))
+    alone = min(
+        float(cost.seconds(degree, int(k)).of(longest)[0])
+        for degree in cost.degrees()
+        for k in np.flatnonzero(cost.longest_packs(degree) >= longest.tokens[0])[:1]
+    )
+    total = rank_seconds(cost, counts) / cost.world_size
+    return max(total, alone) + n_steps * cost.cluster.step_overhead_s
+
+
+def rank_seconds(cost: CostModel, counts: npt.NDArray[np.integer]) -> float:
+    """Seconds of all ranks together that samples take at least, if ``counts[l]`` of them have length ``l``."""
+    values = np.flatnonzero(counts)
+    work, weights = cost.work(values), counts[values].astype(np.float64)
+    value, slope = _charges(cost, work, weights, 0.0)
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS if slope > 0 else 0):  # the bound is concave in x: climb
+        middle = (low + high) / 2
+        at_middle, slope = _charges(cost, work, weights, middle)
+        value = max(value, at_middle)
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return value
+
+
+def _charges(cost: CostModel, work: Work, counts: Float, x: float) -> tuple[float, float]:
+    """The bound at one `x`, and its slope there."""
+    best, slope = np.full(len(counts), np.inf), np.zeros(len(counts))
     for degree in cost.degrees():
-        gc_layers = np.searchsorted(cost.longest_packs(degree), values)
-        for k in np.unique(gc_layers[gc_layers <= cost.model.n_layers]):
-            here = gc_layers == k
-            seconds = degree * cost.seconds(degree, int(k)).marginal(work[here])
-            best[here] = np.minimum(best[here], seconds)
-    return float((best * counts).sum() / cost.world_size)
+        longest = cost.longest_packs(degree)
+        for k, capacity in enumerate(longest):
+            if k and capacity == longest[k - 1]:
+                continue
+            n = int(np.searchsorted(work.tokens, capacity, side="right"))
+            spent, share = cost.seconds(degree, k), work.tokens[:n] / max(capacity, 1.0)
+            busy = degree * (spent.fixed * share + spent.marginal(work[:n]))
+            traffic = degree * spent.fsdp * share
+            charge = (1 - x * spent.overlap) * busy + x * traffic
+            better = charge < best[:n]
+            best[:n][better] = charge[better]
+            slope[:n][better] = (traffic - spent.overlap * busy)[better]
+    return float(best @ counts), float(slope @ counts)
 
 
 def measure(plan: Plan, cost: CostModel) -> Metrics:
@@ -74,12 +116,16 @@ def measure(plan: Plan, cost: CostModel) -> Metrics:
     tokens = plan.tokens().astype(np.float64)
     world = plan.info.world_size
     predicted = float(plan.micro_step_seconds().sum() + plan.n_steps * cost.cluster.step_overhead_s)
+    batch = int(plan.info.settings.get("global_batch_tokens", 0)) or 1
+    asked = min(plan.n_steps, -(-plan.info.n_tokens // batch))
     return Metrics(
         pr=float(1 - tokens.sum() / plan.capacity.sum(dtype=np.float64)),
         dbr=imbalance(tokens / degree, degree, micro, world),
         abr=imbalance(plan.sum_squares() / degree, degree, micro, world),
         cr=float(tokens[degree > 1].sum() / tokens.sum()),
         ave_tokens=float(tokens.sum() / plan.n_steps),
-        efficiency=lower_bound_seconds(cost, plan.lengths) / predicted,
+        efficiency=lower_bound_seconds(cost, plan.lengths, asked) / predicted,
         predicted_s=predicted,
+        time_imbalance=imbalance(plan.predicted_s.astype(np.float64), degree, micro, world),
+        drift=drift(plan.step, plan.sample_offsets, plan.lengths, plan.n_steps),
     )

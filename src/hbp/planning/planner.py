@@ -1,8 +1,8 @@
 """The way from lengths to a plan: groups → packs → micro-steps → steps → rows.
 
-A strategy is a function from a :class:`~hbp.planning.baselines.Problem` to scheduled packs and their groups; everything
-around it (dropping what cannot fit, ordering steps, predicting, measuring, writing the rows) is common to all, so that
-strategies differ only in what they decide.
+A strategy is a function from a :class:`~hbp.planning.problem.Problem` to scheduled packs and their groups
+(:class:`~hbp.planning.problem.Outcome`); everything around it (dropping what cannot fit, predicting, measuring, writing
+the rows) is common to all, so that strategies differ only in what they decide.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning import baselines
-from hbp.planning.baselines import Problem
 from hbp.planning.curriculum import default_short_steps, order_steps
-from hbp.planning.groups import choose_groups, longest_capacity, longest_settings
+from hbp.planning.group_search import search_groups
+from hbp.planning.groups import longest_capacity, longest_settings, published_groups
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure
 from hbp.planning.packs import Lengths, Packs
-from hbp.planning.schedule import PackCost, Schedule, balance_batches
+from hbp.planning.problem import Outcome, Problem
+from hbp.planning.schedule import PackCost, balance_batches
+from hbp.planning.windows import windowed_schedule
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
 """Of one step, as the plan file counts them in int16."""
 
-Strategy = Callable[[Problem], tuple[Schedule, tuple[Group, ...]]]
+Strategy = Callable[[Problem], Outcome]
 
 
-def hbp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
-    """The paper's method: Algorithm 1's groups, hierarchical packing, GreedyFill, balance batching."""
+def hbp(problem: Problem) -> Outcome:
+    """The paper's method: Algorithm 1's groups, hierarchical packing, GreedyFill, balance batching, curriculum."""
     lengths, ids = problem.lengths, problem.sample_ids
-    groups = choose_groups(problem.cost, lengths[ids], problem.static.capacity)
+    groups = published_groups(problem.cost, lengths[ids], problem.static.capacity)
     packs = hierarchical_packs(lengths, ids, groups, problem.rng)
     schedule = balance_batches(
         packs,
@@ -44,7 +46,21 @@ def hbp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
         problem.global_batch_tokens,
         problem.rng,
     )
-    return schedule, groups
+    n_steps = int(schedule.step.max()) + 1
+    kind = np.empty(n_steps, np.int64)
+    kind[schedule.step] = schedule.packs.group
+    lowest = min(group.sp_degree for group in groups)
+    short = {i for i, group in enumerate(groups) if group.sp_degree == lowest}
+    count = default_short_steps(n_steps) if problem.short_steps is None else problem.short_steps
+    position = order_steps(kind, short, count, problem.rng)
+    return Outcome(replace(schedule, step=position[schedule.step]), groups, short_steps=count)
+
+
+def hbp_mixed(problem: Problem) -> Outcome:
+    """Our best: groups searched for the data, packs that are alike, steps that hold the data's mix."""
+    lengths = problem.lengths[problem.sample_ids]
+    groups = search_groups(problem.cost, lengths, int(lengths.max()), problem.longest)
+    return windowed_schedule(problem, groups)
 
 
 STRATEGIES: Mapping[str, Strategy] = {
@@ -56,18 +72,22 @@ STRATEGIES: Mapping[str, Strategy] = {
     "lb": baselines.lb,
     "dcp": baselines.dcp,
     "hbp": hbp,
+    "hbp-mixed": hbp_mixed,
 }
+OURS = ("hbp", "hbp-mixed")
+"""Strategies that choose groups; the others have one setting, and get the fastest of all that fit."""
 
 
 def make_plan(
     lengths: Lengths,
     cost: CostModel,
     *,
-    strategy: str = "hbp",
+    strategy: str = "hbp-mixed",
     seed: int = 0,
     max_length: int | None = None,
     global_batch_tokens: int | None = None,
     short_steps: int | None = None,
+    windows: int | None = None,
     static: Group | None = None,
 ) -> Plan:
     """Plan one epoch.
@@ -76,10 +96,13 @@ def make_plan(
         lengths: of every sample of the data set, tokens ``[N]``.
         cost: predicts the user's model on the user's cluster at its world size.
         strategy: a key of :data:`STRATEGIES`.
-        seed: of every random choice; the same input and seed give the same plan.
-        max_length: packing length of the largest group; longer samples are dropped, by name. None: the longest sample.
-        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest group.
-        short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only `hbp` has one.
+        seed: of every random choice; the same input and seed give the same plan, another seed another epoch.
+        max_length: longest packing length; longer samples are dropped, by name. None: the longest sample, and for
+            `hbp-mixed` what memory holds.
+        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest length.
+        short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only ours have one.
+        windows: of `hbp-mixed`: pieces that the shuffled samples are planned in. More stay closer to a random order,
+            fewer are faster. None: as many as cost at most a hundredth of the speed.
         static: setting of the strategies that have only one. None: all that fit are planned, the fastest is kept.
 
     Returns:
@@ -103,24 +126,22 @@ def make_plan(
         raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
     statics = [static] if static else [choice.group for choice in longest_settings(cost, lengths[ids], longest)]
     slots = cost.world_size // statics[0].sp_degree
-    global_batch_tokens = global_batch_tokens or slots * longest
     plans = []
-    for static in statics if strategy != "hbp" else statics[:1]:
+    for setting in statics[:1] if strategy in OURS else statics:
         problem = Problem(
-            lengths,
-            ids,
-            static,
-            cost,
-            lambda groups: _pack_cost(cost, lengths, groups),
-            cost.world_size,
-            global_batch_tokens,
-            np.random.default_rng(seed),
+            lengths=lengths,
+            sample_ids=ids,
+            static=setting,
+            longest=max_length,
+            cost=cost,
+            pack_cost=lambda groups: _pack_cost(cost, lengths, groups),
+            world_size=cost.world_size,
+            global_batch_tokens=global_batch_tokens or slots * longest,
+            short_steps=short_steps,
+            windows=windows,
+            rng=np.random.default_rng(seed),
         )
-        schedule, groups = STRATEGIES[strategy](problem)
-        first_steps = None
-        if strategy == "hbp":
-            schedule, first_steps = _apply_curriculum(schedule, groups, short_steps, problem.rng)
-        plans.append(_to_plan(schedule, groups, problem, strategy, seed, first_steps, np.flatnonzero(~keep)))
+        plans.append(_to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, np.flatnonzero(~keep)))
     return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
 
 
@@ -139,28 +160,8 @@ def _pack_cost(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> Pa
     return seconds
 
 
-def _apply_curriculum(
-    schedule: Schedule, groups: Sequence[Group], short_steps: int | None, rng: np.random.Generator
-) -> tuple[Schedule, int]:
-    n_steps = int(schedule.step.max()) + 1
-    kind = np.empty(n_steps, np.int64)
-    kind[schedule.step] = schedule.packs.group
-    lowest = min(group.sp_degree for group in groups)
-    short = {i for i, group in enumerate(groups) if group.sp_degree == lowest}
-    count = default_short_steps(n_steps) if short_steps is None else short_steps
-    position = order_steps(kind, short, count, rng)
-    return replace(schedule, step=position[schedule.step]), count
-
-
-def _to_plan(
-    schedule: Schedule,
-    groups: tuple[Group, ...],
-    problem: Problem,
-    strategy: str,
-    seed: int,
-    short_steps: int | None,
-    dropped: np.ndarray,
-) -> Plan:
+def _to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropped: np.ndarray) -> Plan:
+    schedule, groups, cost, lengths = outcome.schedule, outcome.groups, problem.cost, problem.lengths
     most = int(schedule.micro_step.max()) + 1
     if most > MOST_MICRO_STEPS:
         raise HbpError(
@@ -168,19 +169,22 @@ def _to_plan(
             f"{MOST_MICRO_STEPS}; lower global_batch_tokens"
         )
     order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
-    packs, cost, lengths = schedule.packs.take(order), problem.cost, problem.lengths
+    in_order = bool((np.diff(order) == 1).all())
+    packs = schedule.packs if in_order else schedule.packs.take(order)
+    used = np.unique(packs.group)
     column = {
         name: np.array([getattr(group, name) for group in groups])[packs.group]
         for name in ("capacity", "sp_degree", "gc_layers")
     }
     longest = max(group.capacity for group in groups)
+    in_plan = lengths[packs.sample_ids].astype(np.int32, copy=False)
     info = PlanInfo(
         strategy=strategy,
         seed=seed,
         world_size=problem.world_size,
-        groups=groups,
+        groups=tuple(sorted(groups[i] for i in used)),
         n_samples=len(lengths),
-        n_tokens=int(lengths[packs.sample_ids].sum(dtype=np.int64)),
+        n_tokens=int(in_plan.sum(dtype=np.int64)),
         lengths_sha256=hash_lengths(lengths),
         dropped=tuple(
             (int(i), f"{int(lengths[i])} tokens, longer than the longest group ({longest})") for i in dropped
@@ -190,8 +194,9 @@ def _to_plan(
         cost_model={"origin": cost.cluster.origin, "device": cost.cluster.device},
         settings={
             "global_batch_tokens": problem.global_batch_tokens,
-            "short_steps": short_steps or 0,
+            "short_steps": outcome.short_steps,
             "max_length": longest,
+            **outcome.settings,
         },
     )
     plan = Plan(
@@ -205,6 +210,6 @@ def _to_plan(
         predicted_s=_pack_cost(cost, lengths, groups)(packs).astype(np.float32),
         sample_offsets=packs.offsets,
         sample_ids=packs.sample_ids,
-        lengths=lengths[packs.sample_ids].astype(np.int32),
+        lengths=in_plan,
     )
     return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost))))
