@@ -81,7 +81,7 @@ def test_tables_for_people(lengths: Path, tmp_path: Path, capsys: pytest.Capture
 def test_compare_has_a_row_for_every_strategy(lengths: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = output(capsys, "compare", *planning(lengths, "--json"))["rows"]
     assert {row["strategy"] for row in rows} == set(STRATEGIES)
-    ours = next(row for row in rows if row["strategy"] == "hbp")
+    ours = next(row for row in rows if row["strategy"] == "hbp-mixed")
     assert ours["efficiency"] == max(row["efficiency"] for row in rows)
 
 

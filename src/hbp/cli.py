@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
-STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp")
+STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", parents=[common], help="turn lengths into a plan folder")
     _add_planning(plan)
-    plan.add_argument("--strategy", default="hbp", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp)")
+    plan.add_argument("--strategy", default="hbp-mixed", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp-mixed)")
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
     plan.set_defaults(run=_plan)
 
@@ -142,7 +142,14 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
     parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--windows",
+        type=int,
+        metavar="N",
+        help="hbp-mixed: plan the shuffled samples in N pieces; more stay closer to a random order, fewer are faster "
+        "(default: as many as cost at most 1 %% of the speed)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another epoch")
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -349,7 +356,7 @@ def _cost(args: argparse.Namespace) -> CostModel:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    for name in ("max_length", "global_batch_tokens"):
+    for name in ("max_length", "global_batch_tokens", "windows"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise HbpError(f"--{name.replace('_', '-')} {value}: give at least 1")
@@ -362,4 +369,5 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "max_length": args.max_length,
         "global_batch_tokens": args.global_batch_tokens,
         "short_steps": args.short_steps,
+        "windows": args.windows,
     }

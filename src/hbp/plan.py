@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ SCHEMA = pa.schema(
         pa.field("predicted_s", pa.float32(), nullable=False),
     ]
 )
+PACKS_AT_A_TIME = 1 << 17
 SCALAR_COLUMNS = ("step", "micro_step", "rank_start", "sp_degree", "gc_layers", "capacity", "predicted_s")
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -95,6 +96,8 @@ class PlanInfo:
     cluster: Mapping[str, Any] = field(default_factory=dict)
     cost_model: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, float] = field(default_factory=dict)
+    """Further figures: time imbalance, composition drift, travel from random order (docs/plan-format.md)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options that shaped the plan (global batch, curriculum, GC policy), for the reader and for resume."""
 
@@ -132,11 +135,21 @@ class Plan:
 
     def tokens(self) -> IntArray:
         """Tokens of each pack, int64 ``[P]``."""
-        return _segment_sum(self.lengths.astype(np.int64), self.sample_offsets)
+        return self._sums(lambda lengths: lengths, np.int64)
 
     def sum_squares(self) -> FloatArray:
         """Sum of squared document lengths of each pack, float64 ``[P]``: attention cost in the paper's unit."""
-        return _segment_sum(self.lengths.astype(np.float64) ** 2, self.sample_offsets)
+        return self._sums(lambda lengths: np.square(lengths, dtype=np.float64), np.float64)
+
+    def _sums(self, value: Callable[[IntArray], npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Sum of a value of each sample's length over each pack, a piece at a time to bound memory."""
+        result = np.zeros(self.n_packs, dtype)
+        for a in range(0, self.n_packs, PACKS_AT_A_TIME):
+            offsets = self.sample_offsets[a : a + PACKS_AT_A_TIME + 1]
+            values = value(self.lengths[offsets[0] : offsets[-1]])
+            if len(values):
+                result[a : a + PACKS_AT_A_TIME] = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=dtype)
+        return result
 
     def micro_step_index(self) -> IntArray:
         """Number of each row's micro-step counted over the whole plan, int64 ``[P]``, from 0."""
@@ -153,11 +166,6 @@ class Plan:
         seconds = np.zeros(int(index[-1]) + 1 if len(index) else 0)
         np.maximum.at(seconds, index, self.predicted_s.astype(np.float64))
         return seconds
-
-
-def _segment_sum(values: npt.NDArray[Any], offsets: IntArray) -> npt.NDArray[Any]:
-    total = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
-    return total[offsets[1:]] - total[offsets[:-1]]
 
 
 def hash_lengths(lengths: IntArray) -> str:
@@ -331,11 +339,12 @@ def _info_to_json(info: PlanInfo) -> dict[str, Any]:
 
 
 def _info_from_json(data: Mapping[str, Any]) -> PlanInfo:
-    values = {f.name: data[f.name] for f in dataclasses.fields(PlanInfo)}
+    values = {f.name: data[f.name] for f in dataclasses.fields(PlanInfo) if f.name != "details"}
+    values["details"] = data.get("details", {})  # plans of other tools need not have it
     for name in ("seed", "world_size", "n_samples", "n_tokens"):
         if type(values[name]) is not int or values[name] < 0:
             raise ValueError(f"{name} is not a whole number from 0 up")
-    for name in ("model", "cluster", "cost_model", "metrics", "settings"):
+    for name in ("model", "cluster", "cost_model", "metrics", "details", "settings"):
         if not isinstance(values[name], dict):
             raise ValueError(f"{name} is not an object")
     values["groups"] = tuple(

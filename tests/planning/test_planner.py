@@ -74,7 +74,11 @@ def test_the_seed_changes_the_plan_and_the_input_stays(strategy: str) -> None:
         ([5, 0, 3], {}, "sample 1 has 0 tokens"),
         ([5, -2], {}, "sample 1 has -2 tokens"),
         ([50, 60], {"max_length": 49}, "every sample is longer than 49 tokens; raise --max-length to 60"),
-        ([64] * 33000, {"global_batch_tokens": 64 * 33000}, "takes 33000 micro-steps, over the limit of 32768"),
+        (
+            [64] * 33000,
+            {"strategy": "sorted", "global_batch_tokens": 64 * 33000},
+            "takes 33000 micro-steps, over the limit of 32768",
+        ),
     ],
 )
 def test_nonsense_is_refused_in_one_line(lengths: list[int], options: dict[str, object], message: str) -> None:
@@ -163,10 +167,12 @@ def test_the_run_starts_short_and_ends_mixed() -> None:
 
 def test_hierarchical_balance_packing_beats_every_baseline_on_mixed_lengths() -> None:
     metrics = {strategy: mixed(strategy).info.metrics for strategy in STRATEGIES}
-    ours = metrics.pop("hbp")
-    assert ours["efficiency"] > max(other["efficiency"] for other in metrics.values())
-    assert ours["predicted_s"] < min(other["predicted_s"] for other in metrics.values())
+    best, ours = metrics.pop("hbp-mixed"), metrics.pop("hbp")
+    others = max(other["efficiency"] for other in metrics.values())
+    assert best["efficiency"] > ours["efficiency"] > others
+    assert best["efficiency"] > 0.95
+    assert best["pr"] < ours["pr"] < metrics["concat"]["pr"]
+    assert best["abr"] < ours["abr"]
     eight = Group(131072, 8, 16)  # as the paper runs them; one group over all ranks is balanced, but slow
     assert ours["abr"] < min(mixed(s, static=eight).info.metrics["abr"] for s in ("concat", "ffd", "bfd", "isf"))
-    assert ours["cr"] < metrics["bfd"]["cr"]
-    assert ours["pr"] < metrics["concat"]["pr"]
+    assert max(best["cr"], ours["cr"]) < metrics["bfd"]["cr"]

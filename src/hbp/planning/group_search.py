@@ -54,6 +54,7 @@ GC_STEPS = 16
 """Recomputed layers are tried in so many steps."""
 GROUP_SAVES = 1e-3
 IMPROVES = 5e-4
+UNUSED = 1e-6
 NEAR = 1.02
 """Groups within so much of the lower bound are not worth improving."""
 TRIAL_SAMPLES, TRIAL_WORLD, MOST_TRIALS = 150_000, 16, 40
@@ -245,4 +246,6 @@ def _seconds_after(
         seconds += count / slots * (busy + np.maximum(0.0, spent.fsdp - spent.overlap * busy))
     seconds += spent.per_pair * np.where(heads > 0, np.maximum(0.0, costliest - level) / 2, 0.0)
     seconds *= np.maximum(1.0, slots / packs)
-    return np.where(n > 0, seconds - fill * price / cost.world_size, 0.0)
+    # Between settings of a group that no sample needs yet, the one that would run its longest pack with least effort.
+    longest = float(spent.of(cost.work(np.array([group.capacity])))[0]) / slots
+    return np.where(n > 0, seconds - fill * price / cost.world_size, 0.0) + longest * UNUSED

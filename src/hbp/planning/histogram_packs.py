@@ -243,8 +243,15 @@ def _place(every: Sequence[_Open], groups: tuple[Group, ...], counts: Int, world
             waits = np.isin(part.pack_of, packs)
             counts += np.bincount(part.taken[waits], minlength=len(counts))
     empty = [np.zeros(0, np.int64)]
-    columns = [np.concatenate(empty + x) for x in (pack_of, taken, group, micro, start)]
-    return Packed(groups, *columns, seconds=np.concatenate([np.zeros(0), *seconds]))
+    return Packed(
+        groups,
+        pack_of=np.concatenate(empty + pack_of),
+        taken=np.concatenate(empty + taken),
+        group=np.concatenate(empty + group),
+        micro_step=np.concatenate(empty + micro),
+        rank_start=np.concatenate(empty + start),
+        seconds=np.concatenate([np.zeros(0), *seconds]),
+    )
 
 
 def tile_by_seconds(seconds: Float, degree: Int, world: int) -> tuple[Int, Int]:

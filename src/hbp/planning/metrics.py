@@ -9,8 +9,9 @@ idle count with zero.
 - CR: share of tokens that go through SP communication.
 - Ave-T: tokens per optimizer step.
 - efficiency: the lower bound over the predicted seconds.
-- time imbalance: that of the ratios, with T = predicted seconds of the rank.
-- drift: how far a step's composition is from the data's (:mod:`hbp.planning.composition`).
+
+Under ``details`` in plan.json (:func:`measure_order`): time imbalance, the same ratio with predicted seconds; drift,
+how far a step's composition is from the data's (:mod:`hbp.planning.composition`).
 
 **The lower bound** is the time of a perfect run (:func:`lower_bound_seconds`): no padding, no rank that waits, every
 sample at whatever setting is cheapest for it. docs/lower-bound.md proves that no plan can beat it. In short: take a
@@ -51,8 +52,6 @@ class Metrics:
     ave_tokens: float
     efficiency: float
     predicted_s: float
-    time_imbalance: float
-    drift: float
 
 
 def imbalance(per_rank: Float, degree: Float, micro_step: npt.NDArray[np.integer], world_size: int) -> float:
@@ -124,8 +123,15 @@ def measure(plan: Plan, cost: CostModel) -> Metrics:
         abr=imbalance(plan.sum_squares() / degree, degree, micro, world),
         cr=float(tokens[degree > 1].sum() / tokens.sum()),
         ave_tokens=float(tokens.sum() / plan.n_steps),
-        efficiency=lower_bound_seconds(cost, plan.lengths, asked) / predicted,
+        efficiency=min(1.0, lower_bound_seconds(cost, plan.lengths, asked) / predicted),  # float32 rounding
         predicted_s=predicted,
-        time_imbalance=imbalance(plan.predicted_s.astype(np.float64), degree, micro, world),
-        drift=drift(plan.step, plan.sample_offsets, plan.lengths, plan.n_steps),
     )
+
+
+def measure_order(plan: Plan) -> dict[str, float]:
+    """How evenly the ranks of a micro-step finish, and how far a step is from the data set in small."""
+    seconds, degree = plan.predicted_s.astype(np.float64), plan.sp_degree.astype(np.float64)
+    return {
+        "time_imbalance": imbalance(seconds, degree, plan.micro_step_index(), plan.info.world_size),
+        "drift": drift(plan.step, plan.sample_offsets, plan.lengths, plan.n_steps),
+    }

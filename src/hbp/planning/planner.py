@@ -20,7 +20,7 @@ from hbp.planning.curriculum import default_short_steps, order_steps
 from hbp.planning.group_search import search_groups
 from hbp.planning.groups import longest_capacity, longest_settings, published_groups
 from hbp.planning.hierarchical import hierarchical_packs
-from hbp.planning.metrics import measure
+from hbp.planning.metrics import measure, measure_order
 from hbp.planning.packs import Lengths, Packs
 from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import PackCost, balance_batches
@@ -134,18 +134,18 @@ def make_plan(
             static=setting,
             longest=max_length,
             cost=cost,
-            pack_cost=lambda groups: _pack_cost(cost, lengths, groups),
+            pack_cost=lambda groups: predicted_seconds(cost, lengths, groups),
             world_size=cost.world_size,
             global_batch_tokens=global_batch_tokens or slots * longest,
             short_steps=short_steps,
             windows=windows,
             rng=np.random.default_rng(seed),
         )
-        plans.append(_to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, np.flatnonzero(~keep)))
+        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, np.flatnonzero(~keep)))
     return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
 
 
-def _pack_cost(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
+def predicted_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
     """Predicted seconds of packs of these groups."""
 
     def seconds(packs: Packs) -> np.ndarray:
@@ -160,7 +160,8 @@ def _pack_cost(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> Pa
     return seconds
 
 
-def _to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropped: np.ndarray) -> Plan:
+def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropped: np.ndarray) -> Plan:
+    """Rows and metrics of scheduled packs."""
     schedule, groups, cost, lengths = outcome.schedule, outcome.groups, problem.cost, problem.lengths
     most = int(schedule.micro_step.max()) + 1
     if most > MOST_MICRO_STEPS:
@@ -176,7 +177,6 @@ def _to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropp
         name: np.array([getattr(group, name) for group in groups])[packs.group]
         for name in ("capacity", "sp_degree", "gc_layers")
     }
-    longest = max(group.capacity for group in groups)
     in_plan = lengths[packs.sample_ids].astype(np.int32, copy=False)
     info = PlanInfo(
         strategy=strategy,
@@ -187,7 +187,8 @@ def _to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropp
         n_tokens=int(in_plan.sum(dtype=np.int64)),
         lengths_sha256=hash_lengths(lengths),
         dropped=tuple(
-            (int(i), f"{int(lengths[i])} tokens, longer than the longest group ({longest})") for i in dropped
+            (int(i), f"{int(lengths[i])} tokens, longer than the longest group ({problem.static.capacity})")
+            for i in dropped
         ),
         model=cost.model.to_json(),
         cluster=cost.cluster.to_json(),
@@ -195,8 +196,8 @@ def _to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropp
         settings={
             "global_batch_tokens": problem.global_batch_tokens,
             "short_steps": outcome.short_steps,
-            "max_length": longest,
-            **outcome.settings,
+            "max_length": problem.static.capacity,
+            "windows": outcome.windows,
         },
     )
     plan = Plan(
@@ -207,9 +208,10 @@ def _to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropp
         sp_degree=column["sp_degree"].astype(np.int16),
         gc_layers=column["gc_layers"].astype(np.int16),
         capacity=column["capacity"].astype(np.int32),
-        predicted_s=_pack_cost(cost, lengths, groups)(packs).astype(np.float32),
+        predicted_s=predicted_seconds(cost, lengths, groups)(packs).astype(np.float32),
         sample_offsets=packs.offsets,
         sample_ids=packs.sample_ids,
         lengths=in_plan,
     )
-    return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost))))
+    details = {**measure_order(plan), **outcome.details}
+    return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost)), details=details))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -45,5 +44,8 @@ class Outcome:
     groups: tuple[Group, ...]
     """That ``schedule.packs.group`` indexes."""
     short_steps: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """What else the plan file should say of how it was made."""
+    windows: int = 1
+    details: Mapping[str, float] = field(default_factory=dict)
+    """What the strategy knows of its order (:mod:`hbp.planning.composition`)."""
+    waiting: Int = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Samples left for later, of a stream."""

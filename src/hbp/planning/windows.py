@@ -16,12 +16,13 @@ A bounded window is also all that a stream needs (:mod:`hbp.planning.streaming`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from hbp.errors import HbpError
 from hbp.plan import Group
 from hbp.planning.composition import cut_steps, interleave, shorts_first
 from hbp.planning.fill import counting_sort, shuffled
@@ -121,12 +122,13 @@ def default_windows(tokens: int, groups: Sequence[Group], world_size: int) -> in
     return max(1, tokens // (world_size // shortest.sp_degree * shortest.capacity * MICRO_STEPS_PER_WINDOW))
 
 
-def windowed_schedule(problem: Problem, groups: Sequence[Group]) -> Outcome:
+def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: bool = True) -> Outcome:
     """Every window planned, and their micro-steps composed into optimizer steps.
 
     Args:
         problem: samples, costs, world, global batch, windows (None: :func:`default_windows`) and curriculum.
         groups: in order of rising capacity.
+        to_the_end: False leaves samples that fill no whole micro-step waiting (a stream has more to come).
     """
     ids, world = problem.sample_ids, problem.world_size
     order = shuffled(len(ids), problem.rng)
@@ -140,10 +142,12 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group]) -> Outcome:
         fresh = np.arange(bounds[number], bounds[number + 1], dtype=order.dtype)
         positions = np.concatenate([waiting, fresh])
         here = problem.lengths[ids[order[positions]]]
-        last = number == n_windows - 1
+        last = to_the_end and number == n_windows - 1
         found.append(plan_window(positions, here, groups, costs, world, problem.rng, last=last))
         waiting = found[-1].waiting
-    return _compose(problem, found, ids, order)
+    if not any(len(window.packs) for window in found):
+        raise HbpError(f"{len(ids)} samples do not fill one micro-step; give a larger buffer")
+    return replace(_compose(problem, found, ids, order), waiting=ids[order[waiting]])
 
 
 def _compose(problem: Problem, found: list[Window], ids: Int, order: Int) -> Outcome:
@@ -192,11 +196,8 @@ def _compose(problem: Problem, found: list[Window], ids: Int, order: Int) -> Out
         schedule,
         groups,
         first_steps,
-        {
-            "windows": len(found),
-            "travel": float(away / len(sample_ids)),
-            "speed_given_up": max(0.0, 1 - sorted_whole / spent),
-        },
+        len(found),
+        {"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
     )
 
 

@@ -1,0 +1,173 @@
+"""Plan a stream: data whose lengths are not known in advance, through a bounded buffer.
+
+Samples are numbered as they come. When the buffer is full it is planned as one window of `hbp-mixed`
+(:mod:`hbp.planning.windows`): whole micro-steps leave as rows of a plan, what fills none stays. The invariants of a
+plan hold of all rows together: every sample in exactly one pack, capacity, tiling, equal micro-step counts. Groups are
+searched on the first full buffer and stay, so a trainer knows its settings from the start; the last one holds the
+longest sample that may come, and what is longer is dropped by name.
+
+What a bounded buffer costs is balance: it holds fewer packs to choose neighbours from (``benchmarks/packing.py``
+reports padding and imbalance by buffer size). Memory: the buffer, 12 bytes a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hbp.cost.predict import CostModel
+from hbp.errors import HbpError
+from hbp.plan import Group, Plan
+from hbp.planning.group_search import search_groups
+from hbp.planning.groups import longest_settings
+from hbp.planning.packs import Lengths
+from hbp.planning.planner import predicted_seconds, to_plan
+from hbp.planning.problem import Problem
+from hbp.planning.windows import windowed_schedule
+
+
+class StreamPlanner:
+    """Lengths in, pieces of a plan out. Its whole state is :meth:`state`, plain data."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        buffer_samples: int,
+        max_length: int,
+        *,
+        groups: Sequence[Group] | None = None,
+        global_batch_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Args: as for :func:`hbp.planning.planner.make_plan`; `groups` replaces the search on the first buffer.
+
+        Raises:
+            HbpError: a buffer of no samples, or a `max_length` that fits memory at no setting.
+        """
+        if buffer_samples < 1:
+            raise HbpError(f"a buffer of {buffer_samples} samples holds none; give at least 1")
+        longest_settings(cost, np.array([max_length]), max_length)
+        self.cost, self.buffer_samples = cost, buffer_samples
+        self.groups = tuple(groups) if groups else None
+        self.max_length, self.global_batch_tokens, self.seed = max_length, global_batch_tokens, seed
+        self.ids = np.zeros(0, np.int64)
+        self.lengths = np.zeros(0, np.int32)
+        self.next_id = self.next_step = self.planned = 0
+
+    def add(self, lengths: Lengths) -> Iterator[Plan]:
+        """Take the next samples' lengths, tokens; yields the rows of each full buffer.
+
+        A piece's ``step`` goes on where the last one ended, its ``sample_ids`` number the samples of the stream from 0,
+        and its ``info`` describes the piece alone, samples too long to pack listed under ``dropped``.
+
+        Raises:
+            HbpError: a length below 1.
+        """
+        array = np.asarray(lengths, np.int32)
+        if len(array) and int(array.min()) < 1:
+            where = self.next_id + int(array.argmin())
+            raise HbpError(f"sample {where} has {int(array.min())} tokens; every length must be 1 or more")
+        while len(array):
+            room = self.buffer_samples - len(self.ids)
+            now, array = array[:room], array[room:]
+            self.ids = np.concatenate([self.ids, np.arange(self.next_id, self.next_id + len(now))])
+            self.lengths = np.concatenate([self.lengths, now])
+            self.next_id += len(now)
+            if len(self.ids) >= self.buffer_samples:
+                yield self._plan(to_the_end=False)
+
+    def finish(self) -> Plan | None:
+        """The rows of everything that is left; None if nothing is."""
+        return self._plan(to_the_end=True) if len(self.ids) else None
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on later, as plain data (JSON can hold it)."""
+        return {
+            "groups": None if self.groups is None else [[g.capacity, g.sp_degree, g.gc_layers] for g in self.groups],
+            "buffer_samples": self.buffer_samples,
+            "max_length": self.max_length,
+            "global_batch_tokens": self.global_batch_tokens,
+            "seed": self.seed,
+            "ids": self.ids.tolist(),
+            "lengths": self.lengths.tolist(),
+            "next_id": self.next_id,
+            "next_step": self.next_step,
+            "planned": self.planned,
+        }
+
+    @classmethod
+    def restore(cls, cost: CostModel, state: Mapping[str, Any]) -> StreamPlanner:
+        """A planner that goes on from :meth:`state`, and yields what the first one would have.
+
+        Raises:
+            HbpError: keys are missing or make no sense.
+        """
+        try:
+            groups = None if state["groups"] is None else [Group(*map(int, group)) for group in state["groups"]]
+            planner = cls(
+                cost,
+                int(state["buffer_samples"]),
+                int(state["max_length"]),
+                groups=groups,
+                global_batch_tokens=state["global_batch_tokens"],
+                seed=int(state["seed"]),
+            )
+            planner.ids = np.array(state["ids"], np.int64)
+            planner.lengths = np.array(state["lengths"], np.int32)
+            planner.next_id, planner.next_step = int(state["next_id"]), int(state["next_step"])
+            planner.planned = int(state["planned"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise HbpError(f"the stream's state is damaged ({error}); start the stream anew") from None
+        return planner
+
+    def _plan(self, *, to_the_end: bool) -> Plan:
+        """Rows of the buffer; what fills no whole micro-step stays unless this is the end."""
+        fits = self.lengths <= self.max_length
+        if self.groups is None:
+            known = self.lengths[fits] if fits.any() else np.array([self.max_length])
+            self.groups = search_groups(self.cost, known, self.max_length, self.max_length)
+        last = self.groups[-1]
+        batch = self.global_batch_tokens or self.cost.world_size // last.sp_degree * last.capacity
+        ids, lengths = self.ids[fits], self.lengths[fits]
+        dropped = tuple(
+            (int(i), f"{int(n)} tokens, longer than the longest group ({last.capacity})")
+            for i, n in zip(self.ids[~fits], self.lengths[~fits], strict=True)
+        )
+        problem = Problem(
+            lengths=lengths,
+            sample_ids=np.arange(len(lengths)),
+            static=last,
+            longest=last.capacity,
+            cost=self.cost,
+            pack_cost=lambda groups: predicted_seconds(self.cost, lengths, groups),
+            world_size=self.cost.world_size,
+            global_batch_tokens=batch,
+            short_steps=0,
+            windows=1,
+            rng=np.random.default_rng([self.seed, self.planned]),
+        )
+        if not to_the_end and self._too_few(lengths):
+            to_the_end = True
+        outcome = windowed_schedule(problem, self.groups, to_the_end=to_the_end)
+        plan = to_plan(outcome, problem, "hbp-mixed", self.seed, np.zeros(0, np.int64))
+        waits = np.sort(outcome.waiting)
+        info = replace(plan.info, n_samples=len(plan.sample_ids) + len(dropped), dropped=dropped)
+        piece = replace(plan, info=info, sample_ids=ids[plan.sample_ids], step=_after(plan.step, self.next_step))
+        self.ids, self.lengths = ids[waits], lengths[waits]
+        self.next_step += plan.n_steps
+        self.planned += 1
+        return piece
+
+    def _too_few(self, lengths: Lengths) -> bool:
+        """Whether the buffer cannot fill a micro-step of any group, so that waiting would not help."""
+        assert self.groups is not None
+        tokens = int(lengths.sum(dtype=np.int64))
+        return all(tokens < self.cost.world_size // g.sp_degree * g.capacity for g in self.groups)
+
+
+def _after(step: npt.NDArray[np.integer[Any]], first: int) -> npt.NDArray[np.integer[Any]]:
+    return (step.astype(np.int64) + first).astype(np.int32)
