@@ -265,6 +265,7 @@ def write_plan(plan: Plan, folder: Path) -> None:
         columns[name] = pa.ListArray.from_arrays(offsets, values).cast(SCHEMA.field(name).type)
     table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
     options = {"compression": "zstd", "row_group_size": 1 << 17, "write_page_checksum": True}
+    options["use_dictionary"] = list(SCALAR_COLUMNS)  # ids hardly repeat
     pq.write_table(table, folder / PARQUET_NAME, **options)
     (folder / JSON_NAME).write_text(json.dumps(_info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
 

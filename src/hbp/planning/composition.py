@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from hbp.plan import IntArray
 from hbp.planning.curriculum import default_short_steps
@@ -78,10 +79,20 @@ def drift(step: IntArray, offsets: IntArray, lengths: IntArray, n_steps: int) ->
         lengths: of the samples, pack by pack.
         n_steps: optimizer steps.
     """
-    octave = np.frexp(lengths.astype(np.float32))[1].astype(np.int64)
-    n = int(octave.max()) + 1
-    key = np.repeat(step, np.diff(offsets)) * n + octave
-    tokens = np.bincount(key, weights=lengths, minlength=n_steps * n).reshape(n_steps, n).astype(np.float64)
+    tokens = _tokens_by_octave(step, offsets, lengths, n_steps)
     whole = tokens.sum(axis=0) / tokens.sum()
     shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
     return float(np.abs(shares - whole).sum(axis=1).mean() / 2)
+
+
+@njit(cache=True)
+def _tokens_by_octave(step: IntArray, offsets: IntArray, lengths: IntArray, n_steps: int) -> Float:
+    """Tokens of each step in samples of 1, 2–3, 4–7, … tokens, ``[steps, 32]``."""
+    tokens = np.zeros((n_steps, 32))
+    for pack in range(len(step)):
+        for i in range(offsets[pack], offsets[pack + 1]):
+            octave, rest = 0, lengths[i] >> 1
+            while rest:
+                octave, rest = octave + 1, rest >> 1
+            tokens[step[pack], octave] += lengths[i]
+    return tokens

@@ -238,6 +238,15 @@ def _next_fit(lengths: Lengths, capacity: int) -> Int:
 
 
 @njit(cache=True)
+def count_lengths(lengths: Lengths, longest: int) -> Int:
+    """How many samples have each length 0..longest; numpy's bincount without its copies."""
+    counts = np.zeros(longest + 1, np.int64)
+    for length in lengths:
+        counts[length] += 1
+    return counts
+
+
+@njit(cache=True)
 def counting_sort(values: Int, lengths: Lengths, longest: int) -> Int:
     """`values` in order of rising `lengths` (none over `longest`), stable; no comparison, two passes."""
     at = np.zeros(longest + 2, np.int64)

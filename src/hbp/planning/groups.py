@@ -24,6 +24,7 @@ import numpy.typing as npt
 from hbp.cost.predict import CostModel, Work
 from hbp.errors import HbpError
 from hbp.plan import Group
+from hbp.planning.fill import count_lengths
 from hbp.planning.packs import Int, Lengths
 
 N_PUBLISHED = 5
@@ -45,7 +46,7 @@ class SamplesByLength:
     """
 
     def __init__(self, cost: CostModel, lengths: Lengths) -> None:
-        counts = np.bincount(lengths)
+        counts = count_lengths(lengths, int(lengths.max(initial=0)))
         self.lengths = np.flatnonzero(counts)
         self.counts = counts[self.lengths]
         work = cost.work(self.lengths)

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from hbp.cost.predict import CostModel, Work
 from hbp.plan import Plan
 from hbp.planning.composition import drift
+from hbp.planning.fill import count_lengths
 from hbp.planning.packs import Lengths
 
 BISECTIONS = 12
@@ -65,7 +66,7 @@ def imbalance(per_rank: Float, degree: Float, micro_step: npt.NDArray[np.integer
 
 def lower_bound_seconds(cost: CostModel, lengths: Lengths, n_steps: int = 0) -> float:
     """Seconds that no plan for these samples with `n_steps` optimizer steps can beat (module docstring)."""
-    counts = np.bincount(lengths)
+    counts = count_lengths(lengths, int(lengths.max()))
     longest = cost.work(np.array([len(counts) - 1]))
     alone = min(
         float(cost.seconds(degree, int(k)).of(longest)[0])

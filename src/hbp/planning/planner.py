@@ -172,6 +172,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, droppe
     order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
     in_order = bool((np.diff(order) == 1).all())
     packs = schedule.packs if in_order else schedule.packs.take(order)
+    seconds = predicted_seconds(cost, lengths, groups)(packs) if outcome.seconds is None else outcome.seconds[order]
     used = np.unique(packs.group)
     column = {
         name: np.array([getattr(group, name) for group in groups])[packs.group]
@@ -208,7 +209,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, droppe
         sp_degree=column["sp_degree"].astype(np.int16),
         gc_layers=column["gc_layers"].astype(np.int16),
         capacity=column["capacity"].astype(np.int32),
-        predicted_s=predicted_seconds(cost, lengths, groups)(packs).astype(np.float32),
+        predicted_s=seconds.astype(np.float32),
         sample_offsets=packs.offsets,
         sample_ids=packs.sample_ids,
         lengths=in_plan,

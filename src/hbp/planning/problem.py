@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from hbp.cost.predict import CostModel
 from hbp.plan import Group
@@ -43,6 +44,8 @@ class Outcome:
     schedule: Schedule
     groups: tuple[Group, ...]
     """That ``schedule.packs.group`` indexes."""
+    seconds: npt.NDArray[np.float64] | None = None
+    """Predicted, of each pack, where the strategy knows them already ``[P]``."""
     short_steps: int = 0
     windows: int = 1
     details: Mapping[str, float] = field(default_factory=dict)

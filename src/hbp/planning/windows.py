@@ -25,13 +25,13 @@ from numba import njit
 from hbp.errors import HbpError
 from hbp.plan import Group
 from hbp.planning.composition import cut_steps, interleave, shorts_first
-from hbp.planning.fill import counting_sort, shuffled
+from hbp.planning.fill import count_lengths, counting_sort, shuffled
 from hbp.planning.histogram_packs import PackCosts, pack_histogram
 from hbp.planning.packs import Int, Lengths, Packs
 from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import Schedule
 
-MICRO_STEPS_PER_WINDOW = 256
+MICRO_STEPS_PER_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def plan_window(
         rng: decides which lengths wait.
         last: nothing may wait.
     """
-    counts = np.bincount(lengths, minlength=1).astype(np.int64)
+    counts = count_lengths(lengths, int(lengths.max(initial=0)))
     ends = np.cumsum(counts)
     starts = ends - counts
     packed = pack_histogram(counts, groups, costs, world_size, rng, last=last)
@@ -132,6 +132,8 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
     """
     ids, world = problem.sample_ids, problem.world_size
     order = shuffled(len(ids), problem.rng)
+    if len(ids) < len(problem.lengths):  # some are dropped: positions are not ids
+        order = ids.astype(order.dtype)[order]
     tokens = int(problem.lengths[ids].sum(dtype=np.int64))
     n_windows = min(len(ids), problem.windows or default_windows(tokens, groups, world))
     costs = PackCosts(problem.cost, int(problem.lengths[ids].max()))
@@ -141,16 +143,16 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
     for number in range(n_windows):
         fresh = np.arange(bounds[number], bounds[number + 1], dtype=order.dtype)
         positions = np.concatenate([waiting, fresh])
-        here = problem.lengths[ids[order[positions]]]
+        here = problem.lengths[order[positions]]
         last = to_the_end and number == n_windows - 1
         found.append(plan_window(positions, here, groups, costs, world, problem.rng, last=last))
         waiting = found[-1].waiting
     if not any(len(window.packs) for window in found):
         raise HbpError(f"{len(ids)} samples do not fill one micro-step; give a larger buffer")
-    return replace(_compose(problem, found, ids, order), waiting=ids[order[waiting]])
+    return replace(_compose(problem, found, order), waiting=order[waiting])
 
 
-def _compose(problem: Problem, found: list[Window], ids: Int, order: Int) -> Outcome:
+def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
     """Order the micro-steps of all windows, cut them into steps, and lay the samples out pack by pack."""
     groups, world = found[-1].groups, problem.world_size
     sizes = np.concatenate([np.diff(w.packs.offsets) for w in found])
@@ -183,7 +185,7 @@ def _compose(problem: Problem, found: list[Window], ids: Int, order: Int) -> Out
     away, at = 0.0, 0
     for w in found:
         here = slice(at, at + len(w.packs))
-        away += _lay_out(sample_ids, begins[here], w.packs.offsets, w.packs.sample_ids, ids, order, middle[step[here]])
+        away += _lay_out(sample_ids, begins[here], w.packs.offsets, w.packs.sample_ids, order, middle[step[here]])
         at += len(w.packs)
     schedule = Schedule(
         Packs(offsets, sample_ids, kind[rows]),
@@ -195,6 +197,7 @@ def _compose(problem: Problem, found: list[Window], ids: Int, order: Int) -> Out
     return Outcome(
         schedule,
         groups,
+        seconds[rows],
         first_steps,
         len(found),
         {"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
@@ -208,16 +211,14 @@ def _middle_of_steps(step: Int, tokens: npt.NDArray[np.float64]) -> npt.NDArray[
 
 
 @njit(cache=True)
-def _lay_out(
-    into: Int, begins: Int, offsets: Int, positions: Int, ids: Int, order: Int, place: npt.NDArray[np.float64]
-) -> float:
+def _lay_out(into: Int, begins: Int, offsets: Int, positions: Int, order: Int, place: npt.NDArray[np.float64]) -> float:
     """Write each pack's sample ids to its place in the plan; returns how far the samples travelled, summed."""
     away, n = 0.0, len(order)
     for pack in range(len(begins)):
         at = begins[pack]
         for i in range(offsets[pack], offsets[pack + 1]):
             position = positions[i]
-            into[at] = ids[order[position]]
+            into[at] = order[position]
             at += 1
             away += abs(place[pack] - (position + 0.5) / n)
     return away
