@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_planning(plan)
     plan.add_argument("--strategy", default="hbp-mixed", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp-mixed)")
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
+    plan.add_argument("--explain", action="store_true", help="say why each group is there and runs as it does")
     plan.set_defaults(run=_plan)
 
     compare = commands.add_parser("compare", parents=[common], help="plan with every strategy, one table")
@@ -168,13 +169,24 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         "groups": [dataclasses.asdict(group) for group in plan.info.groups],
         "metrics": dict(plan.info.metrics),
         "simulation": simulate(plan).to_json(),
+        "details": dict(plan.info.details),
     }
+    reasons = []
+    if args.explain:
+        from hbp.planning.explain import explain
+
+        reasons = explain(plan, cost, lengths)
+        result["explain"] = [dataclasses.asdict(reason) for reason in reasons]
     if not args.json:
         from hbp.tables import metrics_table, table
 
         groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
         table("groups", ("packing length", "SP degree", "GC layers"), groups)
         metrics_table([(plan.info.strategy, plan.info.metrics, simulate(plan).to_json())])
+        for why in reasons:
+            print(f"- {why}")
+        details = {name.replace("_", " "): f"{value:.4f}" for name, value in plan.info.details.items()}
+        print(", ".join(f"{name} {value}" for name, value in details.items()))
         print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}")
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
