@@ -1,99 +1,319 @@
-"""Every strategy's plans on the published length sets: speed, padding, imbalance, efficiency.
+"""The planner against its peers: speed of fitting, padding, imbalance, efficiency, size, streaming, order.
 
-Both sides run in this process, one after the other, on the same lengths and cost model. `samples_per_s` is the median
-of the repeats of the whole plan (packing, scheduling, metrics; the plan file is not written). Strategies with one
-static setting are planned with every setting that fits, and the fastest is kept.
+Every figure comes with what it is compared with, run in this process on the same lengths, one thread, in turn.
+Sections:
 
-    python benchmarks/packing.py [--quick] [--json] [--out benchmarks/results/packing.json]
+- `fitting`: packers alone at one packing length; real peers where they are installed (`pip install trl binpacking`,
+  `pip install --no-deps axolotl`). Balance over 32 ranks, packs in random order and in order of attention cost.
+- `plans`: whole plans of every strategy on the published length sets, 32 to 1,024 ranks, fast and slow networks.
+- `size`: the whole plan of ten million samples, written, against reading and sorting (and argsorting) their lengths;
+  peak memory of a hundred million, in a process of its own.
+- `streaming`: padding, imbalance and efficiency by size of the buffer.
+- `order`: what staying near a random order costs, by number of windows, and drift by global batch.
+
+    python benchmarks/packing.py [--quick] [--json] [--section NAME] [--out benchmarks/results/packing.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from packing_peers import peers
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import LENGTH_SETS, generate
+from hbp.plan import Plan, write_plan
+from hbp.planning.even_fit import even_fit
+from hbp.planning.fill import best_fit_decreasing, counting_sort
+from hbp.planning.metrics import imbalance
 from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.streaming import StreamPlanner
 from hbp.progress import Progress
 
-MODEL, CLUSTER, GPUS = "llama-3.1-8b", "h100-nvlink", (32, 128)
-TOO_SLOW_ABOVE = {"lb": 20_000, "dcp": 200_000}
-"""Samples above which a strategy's own algorithm would take minutes."""
+Lengths = npt.NDArray[np.int32]
+Row = dict[str, Any]
+MODEL, RANKS = "llama-3.1-8b", 32
+FITTING_SETS = ("short-32k", "short-128k", "mix-32k", "mix-128k")
+PLAN_SETS = (*FITTING_SETS, "tulu3-longcite", "openhermes-longcite", "mix-1m")
+TOO_SLOW_ABOVE = {"lb": 20_000, "dcp": 200_000, "sorted": 200_000}
+"""Samples above which a strategy's own algorithm, or its one-sample packs, would take minutes."""
 
 
-def measure(name: str, samples: int, gpus: int, strategies: list[str], repeats: int) -> list[dict[str, Any]]:
-    """One row a strategy on one set."""
-    lengths = generate(name, samples, seed=0)
-    cost = CostModel(load_model_spec(MODEL), CLUSTERS[CLUSTER], gpus)
-    rows = []
-    for strategy in strategies:
-        if samples > TOO_SLOW_ABOVE.get(strategy, samples):
-            continue
-        seconds = []
-        for _ in range(repeats):
+def cost_model(gpus: int, cluster: str = "h100-nvlink") -> CostModel:
+    return CostModel(load_model_spec(MODEL), CLUSTERS[cluster], gpus)
+
+
+def seconds_of(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Median of the repeats, and the last result."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), result
+
+
+def even(lengths: Lengths, capacity: int) -> npt.NDArray[np.integer]:
+    """Even fit at one length: bin of each sample; what finds no room goes to bins of its own by best fit."""
+    counts = np.bincount(lengths).astype(np.int64)
+    packs = -(-int(lengths.sum(dtype=np.int64)) // capacity)
+    left = counts.copy()
+    pack_of, taken, _ = even_fit(left, np.full(packs, capacity), RANKS)
+    order = counting_sort(np.arange(len(lengths)), lengths, int(lengths.max()))
+    bin_of = np.full(len(lengths), -1)
+    by_length = np.argsort(taken, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    taken_sorted = taken[by_length]
+    rank = np.arange(len(taken)) - np.searchsorted(taken_sorted, taken_sorted)
+    bin_of[order[starts[taken_sorted] + rank]] = pack_of[by_length]
+    rest = np.flatnonzero(bin_of < 0)
+    bin_of[rest] = packs + best_fit_decreasing(lengths[rest], capacity, np.random.default_rng(0))
+    return bin_of
+
+
+def balance(bin_of: npt.NDArray[np.integer], lengths: Lengths, *, sort: bool) -> float:
+    """ABR over 32 ranks of packs dealt in random order, or in order of attention cost."""
+    cost = np.bincount(bin_of, weights=lengths.astype(np.float64) ** 2)
+    cost = -np.sort(-cost) if sort else np.random.default_rng(0).permutation(cost)
+    whole = len(cost) // RANKS * RANKS
+    if not whole:
+        return float("nan")
+    return imbalance(cost[:whole], np.ones(whole), np.arange(whole) // RANKS, RANKS)
+
+
+def fitting(quick: bool) -> Iterator[Row]:
+    packers: dict[str, Callable[[Lengths, int], npt.NDArray[np.integer]]] = {
+        "hbp best fit": lambda lengths, c: best_fit_decreasing(lengths, c, np.random.default_rng(0)),
+        "hbp even fit": even,
+        **peers(),
+    }
+    warm = generate("short-32k", 3000, 1)
+    for packer in packers.values():
+        packer(warm, 32768)
+    for name in FITTING_SETS[:2] if quick else FITTING_SETS:
+        for samples in (20_000,) if quick else (100_000, 1_000_000):
+            lengths, capacity = generate(name, samples, 1234), LENGTH_SETS[name][3]
+            times: dict[str, list[float]] = {packer: [] for packer in packers}
+            bins: dict[str, npt.NDArray[np.integer]] = {}
+            for _ in range(1 if quick else 3):  # in turn, so that noise hits all alike
+                for packer, pack in packers.items():
+                    if samples > 100_000 and packer in ("trl bfd, one batch", "binpacking, 1000 rows"):
+                        continue
+                    seconds, bins[packer] = seconds_of(partial(pack, lengths, capacity), 1)
+                    times[packer].append(seconds)
+            ours = statistics.median(times["hbp best fit"])
+            for packer, found in bins.items():
+                packs, used = int(found.max()) + 1, np.bincount(found, weights=lengths)
+                seconds = statistics.median(times[packer])
+                yield {
+                    "section": "fitting",
+                    "strategy": packer,
+                    "set": name,
+                    "samples": samples,
+                    "samples_per_s": samples / seconds,
+                    "times_best_fit": seconds / ours,
+                    "padding": float(1 - used.sum() / (packs * capacity)),
+                    "over_capacity": int((used > capacity).sum()),
+                    "abr": balance(found, lengths, sort=True),
+                    "abr_random_order": balance(found, lengths, sort=False),
+                }
+
+
+def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, seconds: float | None = None) -> Row:
+    m, longest_alone = plan.info.metrics, max((g.capacity for g in plan.info.groups if g.sp_degree == 1), default=0)
+    row = {
+        "section": section,
+        "strategy": plan.info.strategy,
+        "set": name,
+        "samples": plan.info.n_samples,
+        "gpus": gpus,
+        "cluster": cluster,
+        "padding": m["pr"],
+        "abr": m["abr"],
+        "cr": m["cr"],
+        "cr_least": float(plan.lengths[plan.lengths > longest_alone].sum(dtype=np.int64) / plan.info.n_tokens),
+        "efficiency": m["efficiency"],
+        "predicted_s": m["predicted_s"],
+        "groups": [str(group) for group in plan.info.groups],
+        **plan.info.details,
+    }
+    return row if seconds is None else {**row, "samples_per_s": plan.info.n_samples / seconds}
+
+
+def plans(quick: bool) -> Iterator[Row]:
+    cases = [(100_000, 32, "h100-nvlink"), (1_000_000, 32, "h100-nvlink"), (1_000_000, 256, "h100-nvlink")]
+    cases += [(1_000_000, 1024, "h100-nvlink"), (1_000_000, 32, "h100-ethernet"), (1_000_000, 256, "a100-pcie")]
+    if quick:
+        cases = [(5_000, 32, "h100-nvlink")]
+    make_plan(generate("mix-128k", 2000, 0), cost_model(32))  # compile
+    for name in ("mix-128k",) if quick else PLAN_SETS:
+        for samples, gpus, cluster in cases:
+            lengths, cost = generate(name, samples, 0), cost_model(gpus, cluster)
+            first = samples <= 100_000
+            for strategy in STRATEGIES if first else ("concat", "bfd", "hbp", "hbp-mixed"):
+                if samples > TOO_SLOW_ABOVE.get(strategy, samples):
+                    continue
+                make = partial(make_plan, lengths, cost, strategy=strategy)
+                seconds, plan = seconds_of(make, 3 if first and not quick else 1)
+                yield plan_row(plan, "plans", name, gpus, cluster, seconds)
+
+
+def size(quick: bool) -> Iterator[Row]:
+    make_plan(generate("mix-128k", 2000, 0), cost_model(32))  # compile
+    for name in ("short-128k",) if quick else ("short-128k", "mix-128k"):
+        samples = 200_000 if quick else 10_000_000
+        lengths, cost = generate(name, samples, 0), cost_model(RANKS)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "lengths.parquet"
+            pq.write_table(pa.table({"length": lengths}), file)
+
+            def read() -> Lengths:
+                return pq.read_table(file)["length"].to_numpy()  # noqa: B023
+
+            sort, _ = seconds_of(lambda: np.sort(read()), 3)
+            argsort, _ = seconds_of(lambda: np.argsort(read(), kind="stable"), 3)
+            whole, plan = seconds_of(lambda: make_plan(read(), cost), 1 if quick else 3)  # noqa: B023
+            write, _ = seconds_of(lambda: write_plan(plan, Path(scratch) / "plan"), 1 if quick else 3)  # noqa: B023
+        yield {
+            **plan_row(plan, "size", name, RANKS, "h100-nvlink", whole + write),
+            "plan_s": whole,
+            "write_s": write,
+            "times_read_and_sort": (whole + write) / sort,
+            "times_read_and_argsort": (whole + write) / argsort,
+        }
+    samples = 1_000_000 if quick else 100_000_000
+    done = subprocess.run(
+        [sys.executable, __file__, "--huge", str(samples)], capture_output=True, text=True, check=True
+    )
+    yield json.loads(done.stdout)
+
+
+def huge(samples: int) -> Row:
+    """One plan of so many samples, written, in this process; its peak memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "lengths.npy"
+        # Made a part at a time, so that the peak is the planner's and not the generator's.
+        array = np.lib.format.open_memmap(file, "w+", np.int32, (samples,))
+        part = 1_000_000
+        for begin in range(0, samples, part):
+            array[begin : begin + part] = generate("mix-128k", min(part, samples - begin), begin)
+        array.flush()
+        del array
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        plan = make_plan(np.load(file, mmap_mode="r"), cost_model(RANKS))
+        write_plan(plan, Path(scratch) / "plan")
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = plan_row(plan, "size", "mix-128k", RANKS, "h100-nvlink", seconds)
+    return {**row, "peak_gib": peak / 2**20, "before_gib": before / 2**20}
+
+
+def streaming(quick: bool) -> Iterator[Row]:
+    samples = 20_000 if quick else 500_000
+    for name in ("tulu3-longcite",) if quick else ("short-128k", "mix-128k", "tulu3-longcite"):
+        lengths, cost = generate(name, samples, 0), cost_model(RANKS)
+        for buffer in (5_000,) if quick else (5_000, 20_000, 80_000, 320_000):
+            planner = StreamPlanner(cost, buffer, max_length=int(lengths.max()))
             start = time.perf_counter()
-            plan = make_plan(lengths, cost, strategy=strategy)
-            seconds.append(time.perf_counter() - start)
-        metrics = plan.info.metrics
-        rows.append(
-            {
-                "strategy": strategy,
+            pieces = [piece for at in range(0, samples, 4096) for piece in planner.add(lengths[at : at + 4096])]
+            last = planner.finish()
+            pieces += [last] if last else []
+            seconds = time.perf_counter() - start
+            time_s = sum(piece.info.metrics["predicted_s"] for piece in pieces)
+            weights = [len(piece.micro_step_seconds()) for piece in pieces]
+            capacity = sum(int(piece.capacity.sum(dtype=np.int64)) for piece in pieces)
+            best = sum(piece.info.metrics["predicted_s"] * piece.info.metrics["efficiency"] for piece in pieces)
+            yield {
+                "section": "streaming",
+                "strategy": "hbp-mixed",
                 "set": name,
                 "samples": samples,
-                "gpus": gpus,
-                "samples_per_s": samples / statistics.median(seconds),
-                "padding": metrics["pr"],
-                "abr": metrics["abr"],
-                "cr": metrics["cr"],
-                "efficiency": metrics["efficiency"],
-                "predicted_s": metrics["predicted_s"],
+                "buffer": buffer,
+                "samples_per_s": samples / seconds,
+                "padding": 1 - int(lengths.sum(dtype=np.int64)) / capacity,
+                "abr": float(np.average([piece.info.metrics["abr"] for piece in pieces], weights=weights)),
+                "efficiency": best / time_s,
             }
-        )
-    return rows
+
+
+def order(quick: bool) -> Iterator[Row]:
+    samples = 20_000 if quick else 1_000_000
+    for name in ("mix-128k",) if quick else ("mix-128k", "tulu3-longcite"):
+        lengths, cost = generate(name, samples, 0), cost_model(RANKS)
+        for windows in (None, 1, 4) if quick else (None, 1, 4, 16, 64):
+            plan = make_plan(lengths, cost, windows=windows)
+            row = plan_row(plan, "order", name, RANKS, "h100-nvlink")
+            yield {**row, "windows": plan.info.settings["windows"], "default": windows is None}
+        for batch in (2**19, 2**21, 2**23):
+            for strategy in ("concat", "hbp-mixed"):
+                plan = make_plan(lengths, cost, strategy=strategy, global_batch_tokens=batch, short_steps=0)
+                yield {**plan_row(plan, "order", name, RANKS, "h100-nvlink"), "global_batch_tokens": batch}
+
+
+SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "fitting": fitting,
+    "plans": plans,
+    "size": size,
+    "streaming": streaming,
+    "order": order,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10,000 samples of two sets, once")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--out", type=Path, help="also write the JSON to a file")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sets, under a minute")
+    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--section", choices=SECTIONS, help="one section alone")
+    parser.add_argument("--out", type=Path, help="file for the raw rows; the rows of other sections in it stay")
+    parser.add_argument("--huge", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sets = ["mix-128k", "tulu3-longcite"] if args.quick else list(LENGTH_SETS)
-    samples, repeats = (10_000, 1) if args.quick else (100_000, 3)
-    make_plan(generate("mix-128k", 500, 0), CostModel(load_model_spec(MODEL), CLUSTERS[CLUSTER], 32))  # compile
-    rows: list[dict[str, Any]] = []
-    with Progress("packing", len(GPUS) * len(sets)) as progress:
-        for gpus, name in itertools.product(GPUS, sets):
-            rows += measure(name, samples, gpus, list(STRATEGIES), repeats)
-            progress.advance(f"{name}, {gpus} GPUs")
+    if args.huge:
+        print(json.dumps(huge(args.huge)))
+        return
+    chosen = [args.section] if args.section else list(SECTIONS)
+    rows: list[Row] = []
+    with Progress("packing", len(chosen)) as progress:
+        for section in chosen:
+            for row in SECTIONS[section](args.quick):
+                rows.append(row)
+                progress.advance(f"{section}: {row['set']} {row['strategy']}", 0)
+            progress.advance(section)
     result = {
-        "command": "python benchmarks/packing.py" + (" --quick" if args.quick else ""),
         "date": datetime.date.today().isoformat(),
+        "device": "one CPU core",
         "model": MODEL,
-        "cluster": CLUSTER,
+        "command": "python benchmarks/packing.py" + (" --quick" if args.quick else ""),
         "rows": rows,
     }
     if args.out:
+        if args.out.exists():
+            old = json.loads(args.out.read_text())["rows"]
+            result["rows"] = [row for row in old if row.get("section") not in chosen] + rows
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))
-        return
-    columns = f"{'GPUs':>4} {'set':22} {'strategy':9} {'samples/s':>10} {'padding':>9} {'ABR':>7} {'CR':>6}"
-    print(f"{columns} {'efficiency':>10}")
-    for r in rows:
-        print(
-            f"{r['gpus']:4} {r['set']:22} {r['strategy']:9} {r['samples_per_s']:10,.0f} {r['padding']:9.3%} "
-            f"{r['abr']:7.4f} {r['cr']:6.3f} {r['efficiency']:10.3f}"
-        )
+    else:
+        for row in rows:
+            print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if k != "groups"})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""Fill the tables of the documents from the raw results, so that no figure is typed by hand.
+
+A document holds ``<!-- table: NAME -->`` and ``<!-- end -->``; what stands between them is replaced by the table of that
+name made from ``benchmarks/results/``.
+
+    python benchmarks/doc_tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+def packing(section: str) -> tuple[list[Row], str]:
+    """Rows of a section of `packing.json`, and where they came from."""
+    data = json.loads((RESULTS / "packing.json").read_text())
+    rows = [row for row in data["rows"] if row["section"] == section]
+    source = f"*`{data['command']} --section {section}`, {data['device']}, {data['date']}; raw rows in "
+    return rows, source + "`benchmarks/results/packing.json`.*\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    rule = "|---|" + "--:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def count(n: float) -> str:
+    """100,000 as 100k, 1,000,000 as 1M."""
+    return f"{n / 1e6:g}M" if n >= 1e6 else f"{n / 1e3:g}k"
+
+
+def packing_fitting() -> str:
+    rows, source = packing("fitting")
+    cells = [
+        (
+            f"{r['set']}, {count(r['samples'])}",
+            f"`{r['strategy']}`",
+            f"{r['samples_per_s'] / 1e6:.2f}M",
+            f"{r['times_best_fit']:.1f}×",
+            f"{r['padding']:.3%}",
+            f"{r['abr_random_order']:.3f}",
+            f"{r['abr']:.4f}",
+        )
+        for r in rows
+    ]
+    header = ("set", "packer", "samples/s", "time over ours", "padding", "ABR, random order", "ABR, by cost")
+    return table(header, cells) + "\n" + source
+
+
+def packing_plans() -> str:
+    rows, source = packing("plans")
+    cells = [
+        (
+            f"{r['set']}, {count(r['samples'])}",
+            f"{r['gpus']} × {r['cluster']}",
+            f"`{r['strategy']}`",
+            f"{r['efficiency']:.3f}",
+            f"{r['padding']:.3%}",
+            f"{r['abr']:.4f}",
+            f"{r['time_imbalance']:.4f}",
+            f"{r['cr']:.3f}",
+            f"{r['cr_least']:.3f}",
+            f"{r['samples_per_s'] / 1e6:.2f}M" if "samples_per_s" in r else "",
+        )
+        for r in rows
+        if r["strategy"] in ("concat", "bfd", "dcp", "hbp", "hbp-mixed")
+    ]
+    header = (
+        "set",
+        "ranks",
+        "strategy",
+        "efficiency",
+        "padding",
+        "ABR",
+        "time imbalance",
+        "CR",
+        "CR least",
+        "samples/s",
+    )
+    return table(header, cells) + "\n" + source
+
+
+def packing_size() -> str:
+    rows, source = packing("size")
+    cells = [
+        (
+            f"{r['set']}, {count(r['samples'])}",
+            f"{r['samples_per_s'] / 1e6:.2f}M",
+            f"{r['times_read_and_sort']:.0f}×" if "times_read_and_sort" in r else "",
+            f"{r['times_read_and_argsort']:.1f}×" if "times_read_and_argsort" in r else "",
+            f"{r['peak_gib']:.1f}" if "peak_gib" in r else "",
+            f"{r['padding']:.4%}",
+            f"{r['efficiency']:.3f}",
+        )
+        for r in rows
+    ]
+    header = (
+        "set",
+        "samples/s, planned and written",
+        "time over reading and sorting",
+        "over reading and stable argsort",
+        "peak GiB",
+        "padding",
+        "efficiency",
+    )
+    return table(header, cells) + "\n" + source
+
+
+def packing_streaming() -> str:
+    rows, source = packing("streaming")
+    cells = [
+        (
+            f"{r['set']}, {count(r['samples'])}",
+            count(r["buffer"]),
+            f"{r['padding']:.3%}",
+            f"{r['abr']:.4f}",
+            f"{r['efficiency']:.3f}",
+            f"{r['samples_per_s'] / 1e6:.2f}M",
+        )
+        for r in rows
+    ]
+    return table(("set", "buffer", "padding", "ABR", "efficiency", "samples/s"), cells) + "\n" + source
+
+
+def packing_order() -> str:
+    rows, source = packing("order")
+    cells = [
+        (
+            f"{r['set']}, {count(r['samples'])}",
+            f"{r['windows']}{' (default)' if r['default'] else ''}",
+            f"{r['efficiency']:.4f}",
+            f"{r['speed_given_up']:.2%}",
+            f"{r['travel']:.3f}",
+            f"{r['abr']:.4f}",
+        )
+        for r in rows
+        if "windows" in r
+    ]
+    return table(("set", "windows", "efficiency", "speed given up", "travel", "ABR"), cells) + "\n" + source
+
+
+def packing_drift() -> str:
+    rows, _ = packing("order")
+    rows = [row for row in rows if "global_batch_tokens" in row]
+    cells = []
+    for name in dict.fromkeys(row["set"] for row in rows):
+        for batch in sorted({row["global_batch_tokens"] for row in rows}):
+            here = {r["strategy"]: r for r in rows if r["set"] == name and r["global_batch_tokens"] == batch}
+            random, ours = here["concat"], here["hbp-mixed"]
+            cells.append(
+                (
+                    name,
+                    f"{batch / 2**20:g}M tokens",
+                    f"{random['drift']:.3f}",
+                    f"{ours['drift']:.3f}",
+                    f"{ours['efficiency']:.3f}",
+                )
+            )
+    header = ("set", "global batch", "drift of random packs (`concat`)", "drift of `hbp-mixed`", "efficiency")
+    return table(header, cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "packing-fitting": packing_fitting,
+    "packing-plans": packing_plans,
+    "packing-size": packing_size,
+    "packing-streaming": packing_streaming,
+    "packing-order": packing_order,
+    "packing-drift": packing_drift,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a document is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        filled = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+        if filled != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(filled)
+    if stale:
+        print(("out of date: " if check else "filled: ") + ", ".join(stale), file=sys.stderr)
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
