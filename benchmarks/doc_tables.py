@@ -1,7 +1,7 @@
 """Fill the tables of the documents from the raw results, so that no figure is typed by hand.
 
-A document holds ``<!-- table: NAME -->`` and ``<!-- end -->``; what stands between them is replaced by the table of that
-name made from ``benchmarks/results/``.
+A document holds ``<!-- table: NAME -->`` and ``<!-- end -->``; what stands between them is replaced by the table of
+that name made from ``benchmarks/results/``.
 
     python benchmarks/doc_tables.py [--check]
 """
