@@ -18,7 +18,13 @@ from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning import baselines
 from hbp.planning.curriculum import default_short_steps, order_steps
 from hbp.planning.group_search import search_groups
-from hbp.planning.groups import longest_capacity, longest_settings, published_groups
+from hbp.planning.groups import (
+    SamplesByLength,
+    best_setting,
+    longest_capacity,
+    longest_settings,
+    published_groups,
+)
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
 from hbp.planning.packs import Lengths, Packs
@@ -125,7 +131,7 @@ def make_plan(
     if not len(ids):
         raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
     statics = [static] if static else [choice.group for choice in longest_settings(cost, lengths[ids], longest)]
-    slots = cost.world_size // statics[0].sp_degree
+    batch = global_batch_tokens or default_batch_tokens(cost, lengths[ids], longest)
     plans = []
     for setting in statics[:1] if strategy in OURS else statics:
         problem = Problem(
@@ -136,13 +142,20 @@ def make_plan(
             cost=cost,
             pack_cost=lambda groups: predicted_seconds(cost, lengths, groups),
             world_size=cost.world_size,
-            global_batch_tokens=global_batch_tokens or slots * longest,
+            global_batch_tokens=batch,
             short_steps=short_steps,
             windows=windows,
             rng=np.random.default_rng(seed),
         )
         plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, np.flatnonzero(~keep)))
     return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
+
+
+def default_batch_tokens(cost: CostModel, lengths: Lengths, longest: int) -> int:
+    """The world filled once with packs of the longest length, at the degree where these take least effort."""
+    best = best_setting(cost, SamplesByLength(cost, lengths), longest)
+    assert best is not None
+    return cost.world_size // best.group.sp_degree * longest
 
 
 def predicted_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
