@@ -33,7 +33,19 @@ Float = npt.NDArray[np.float64]
 DAY = 86400.0
 HOUR = 3600.0
 PACK_PARTS = (*PARTS, "unsplit")
-RANK_PARTS = (*PACK_PARTS, "waiting", "optimizer")
+PART_NAMES = {
+    "linear": "matrix products",
+    "attention": "attention",
+    "overhead": "launches",
+    "recompute": "recomputation",
+    "alltoall": "all-to-all",
+    "fsdp": "FSDP traffic",
+    "unsplit": "packs",
+    "waiting": "waiting",
+    "optimizer": "optimizer",
+}
+"""The parts of a rank's time and what tables and pictures call them."""
+RANK_PARTS = tuple(PART_NAMES)
 
 
 @dataclass(frozen=True)

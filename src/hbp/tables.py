@@ -9,18 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PART_NAMES = {
-    "linear": "matrix products",
-    "attention": "attention",
-    "overhead": "launches",
-    "recompute": "recomputation",
-    "alltoall": "all-to-all",
-    "fsdp": "FSDP traffic",
-    "unsplit": "packs",
-    "waiting": "waiting",
-    "optimizer": "optimizer",
-}
-"""As tables and pictures call the parts of a rank's time."""
+from hbp.simulate import PART_NAMES
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
