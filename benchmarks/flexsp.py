@@ -6,7 +6,7 @@ each the degrees of the groups that tile the cluster and the group of every samp
 slowest group finishes soonest, within memory. They solve an integer program, 5 to 15 s of it a batch; here every tiling
 of the cluster by powers of two (beyond 32 ranks: by at most two different ones) is tried, with the samples dealt
 longest first to the group that would finish first. Recomputation is one static setting, as theirs, and every setting
-that fits is planned (:func:`hbp.planning.planner.make_plan` keeps the fastest).
+that fits is planned (:func:`by_hand.plan_by_hand` keeps the fastest).
 
 Trade-off: nothing is known of other batches, so what does not balance within a batch stays unbalanced.
 Complexity: tilings × samples × groups for each micro-batch.
@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from hbp.cost.predict import CostModel
 from hbp.plan import Group
-from hbp.planning.baselines import Problem
 from hbp.planning.packs import join, packs_of
 from hbp.planning.schedule import Schedule
 
@@ -33,11 +33,25 @@ EVERY_TILING_UP_TO = 32
 
 Int = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
+Lengths = npt.NDArray[np.int32]
 
 
-def flexsp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
-    """A strategy like those of :mod:`hbp.planning.baselines`."""
-    static, cost, lengths, world = problem.static, problem.cost, problem.lengths, problem.world_size
+def flexsp(
+    lengths: Lengths, cost: CostModel, static: Group, batch_tokens: int, rng: np.random.Generator
+) -> tuple[Schedule, tuple[Group, ...]]:
+    """Solve every global batch of randomly ordered samples.
+
+    Args:
+        lengths: of all samples, tokens ``[N]``.
+        cost: predicts the run.
+        static: its tokens a rank are every degree's limit, its recomputed layers are every group's.
+        batch_tokens: tokens of a global batch.
+        rng: orders the samples.
+
+    Returns:
+        The schedule and the groups that it uses, one a degree.
+    """
+    world = cost.world_size
     per_rank = static.capacity // static.sp_degree
     degrees = cost.degrees()
     groups = tuple(Group(per_rank * d, d, static.gc_layers) for d in degrees)
@@ -46,9 +60,9 @@ def flexsp(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
     tilings = [np.array(t) for t in _tilings(world, tuple(range(len(degrees))), degrees)]
     capacity = np.array([group.capacity for group in groups])
     parts, steps, micros, starts = [], [], [], []
-    ids = problem.rng.permutation(problem.sample_ids)
+    ids = rng.permutation(len(lengths))
     ends = np.cumsum(lengths[ids], dtype=np.int64)
-    batches = np.split(ids, np.flatnonzero(np.diff((ends - 1) // problem.global_batch_tokens)) + 1)
+    batches = np.split(ids, np.flatnonzero(np.diff((ends - 1) // batch_tokens)) + 1)
     for step, batch in enumerate(batches):
         batch = batch[np.argsort(-lengths[batch], kind="stable")]
         marginal = np.array([s.marginal(cost.work(lengths[batch])) for s in seconds])

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from by_hand import ByHand, Lengths, Made, pack_seconds, plan_by_hand
 from flexsp import flexsp
 from testbed import K, iteration_rows, testbed
 
@@ -37,13 +38,12 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
-from hbp.plan import Group, Plan
-from hbp.planning import planner
-from hbp.planning.baselines import Problem
-from hbp.planning.fill import by_falling_length, first_fit
+from hbp.plan import Group
+from hbp.planning.fill import first_fit
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.packs import Int, packs_of
-from hbp.planning.schedule import Schedule, balance_batches
+from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.schedule import balance_batches
 from hbp.progress import Progress
 from hbp.simulate import DAY
 
@@ -96,63 +96,57 @@ class Bench:
     def _run(
         self, strategy: str, data: str, model: str, gpus: int = 32, length: int = LONGEST, lowest: int | None = 8
     ) -> Run:
-        """Plan and measure; `lowest` None lets the planner choose the static setting."""
+        """Plan and measure; `lowest` None takes the fastest static setting instead of the paper's."""
         lengths = generate(SETS[data], self.samples, seed=0)
-        lengths = lengths[lengths <= length]
-        static = None if lowest is None or strategy.startswith("hbp") else self.static(model, gpus, length, lowest)
-        plan: Plan = planner.make_plan(
-            lengths,
-            self.cost(model, gpus),
-            strategy=strategy,
-            static=static,
-            max_length=length,
-            global_batch_tokens=STEP_TOKENS if gpus == 32 else None,
-        )
+        lengths, cost = lengths[lengths <= length], self.cost(model, gpus)
+        chosen = strategy.startswith("hbp")
+        static = None if lowest is None or chosen else self.static(model, gpus, length, lowest)
+        tokens = STEP_TOKENS if gpus == 32 else None
+        if strategy in BY_HAND:
+            plan = plan_by_hand(strategy, BY_HAND[strategy], lengths, cost, static, STEP_TOKENS, length)
+        else:
+            plan = make_plan(
+                lengths, cost, strategy=strategy, static=static, max_length=length, global_batch_tokens=tokens
+            )
         metrics = dict(plan.info.metrics)
         groups = ", ".join(f"{g.capacity / K:.4g}K SP{g.sp_degree} GC{g.gc_layers}" for g in plan.info.groups)
         return Run(metrics, metrics["predicted_s"] * gpus / DAY / plan.info.n_tokens, groups)
 
 
-def hierarchical(shape: Sequence[tuple[int, int]] | None, balanced: bool) -> Any:
-    """A strategy: hierarchical packing into groups of (length, degree), with or without balance batching."""
+def hierarchical(shape: Sequence[tuple[int, int]] | None, balanced: bool) -> ByHand:
+    """Hierarchical packing into groups of (length, degree), or those of `hbp`, with or without balance batching."""
 
-    def strategy(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
-        lengths, ids, cost = problem.lengths, problem.sample_ids, problem.cost
+    def make(lengths: Lengths, cost: CostModel, static: Group, batch: int, rng: np.random.Generator) -> Made:
         if shape is None:
-            groups = planner.choose_groups(cost, lengths[ids], problem.static.capacity)
+            plan = make_plan(lengths, cost, strategy="hbp", max_length=static.capacity, global_batch_tokens=batch)
+            groups = plan.info.groups
         else:
-            settings = [(length, degree, cost.fewest_gc_layers(length, degree)) for length, degree in shape]
-            if any(gc_layers is None for *_, gc_layers in settings):
+            layers = [cost.fewest_gc_layers(length, degree) for length, degree in shape]
+            if None in layers:
                 raise HbpError(f"the groups {shape} do not fit this memory")
-            groups = tuple(Group(*setting) for setting in settings)
-        packs = hierarchical_packs(lengths, ids, groups, problem.rng)
+            groups = tuple(Group(*pair, k) for pair, k in zip(shape, layers, strict=True))
+        packs = hierarchical_packs(lengths, np.arange(len(lengths)), groups, rng)
         if not balanced:
-            packs = packs.take(problem.rng.permutation(len(packs)))
-        spent = problem.pack_cost(groups)
-        step = problem.global_batch_tokens
-        schedule = balance_batches(
-            packs, spent, groups, lengths, problem.world_size, step, problem.rng, by_cost=balanced
-        )
-        return schedule, groups
+            packs = packs.take(rng.permutation(len(packs)))
+        spent, world = pack_seconds(cost, lengths, groups), cost.world_size
+        return balance_batches(packs, spent, groups, lengths, world, batch, rng, by_cost=balanced), groups
 
-    return strategy
+    return make
 
 
-def packer(fit: Callable[[Int, int], Int], falling: bool = False) -> Any:
-    """A strategy: one packing length, samples in random or falling order, packs in random order."""
+def packer(fit: Callable[[Int, int], Int], falling: bool = False) -> ByHand:
+    """One packing length, samples in random or falling order, packs in random order."""
 
-    def strategy(problem: Problem) -> tuple[Schedule, tuple[Group, ...]]:
-        ids = problem.rng.permutation(problem.sample_ids)
+    def make(lengths: Lengths, cost: CostModel, static: Group, batch: int, rng: np.random.Generator) -> Made:
+        ids = rng.permutation(len(lengths))
         if falling:
-            ids = ids[by_falling_length(problem.lengths[ids], problem.rng)]
-        packs = packs_of(fit(problem.lengths[ids], problem.static.capacity), ids)
-        packs = packs.take(problem.rng.permutation(len(packs)))
-        groups, step = (problem.static,), problem.global_batch_tokens
-        spent, world = problem.pack_cost(groups), problem.world_size
-        schedule = balance_batches(packs, spent, groups, problem.lengths, world, step, problem.rng, by_cost=False)
-        return schedule, groups
+            ids = ids[np.argsort(-lengths[ids], kind="stable")]
+        packs = packs_of(fit(lengths[ids], static.capacity), ids)
+        packs, groups = packs.take(rng.permutation(len(packs))), (static,)
+        spent, world = pack_seconds(cost, lengths, groups), cost.world_size
+        return balance_batches(packs, spent, groups, lengths, world, batch, rng, by_cost=False), groups
 
-    return strategy
+    return make
 
 
 def best_fit(lengths: Int, capacity: int) -> Int:
@@ -184,6 +178,19 @@ def shortest_pack_first(lengths: Int, capacity: int) -> Int:
     return pack_of
 
 
+BY_HAND: dict[str, ByHand] = {
+    "hierarchical": hierarchical(PAPER_GROUPS, False),
+    "balanced": hierarchical(PAPER_GROUPS, True),
+    "manual": hierarchical(MANUAL_GROUPS, True),
+    "hierarchical-own": hierarchical(None, False),
+    "balanced-own": hierarchical(None, True),
+    "ffs": packer(first_fit),
+    "bfs": packer(best_fit),
+    "spfhp": packer(shortest_pack_first, falling=True),
+    "flexsp": flexsp,
+}
+
+
 def tables(bench: Bench, wanted: set[str], quick: bool) -> list[dict[str, Any]]:
     """All rows, on one cluster; GPU-days per token, not yet scaled to a run."""
     rows: list[dict[str, Any]] = []
@@ -196,7 +203,7 @@ def tables(bench: Bench, wanted: set[str], quick: bool) -> list[dict[str, Any]]:
             rows[-1] |= {"data": data, "groups": run.groups} | ({"note": note} if note else {})
 
     mix = "Tulu3 + LongCite"
-    beyond = [name for name in planner.STRATEGIES if name.startswith("hbp") and name != "hbp"]
+    beyond = [name for name in STRATEGIES if name.startswith("hbp") and name != "hbp"]
     if "2" in wanted:
         for length, lowest, abr, cr in ((4, 1, 0.343, 0.0), (32, 4, 0.456, 1.0), (128, 8, 0.506, 1.0)):
             run = bench.run("isf", mix, EIGHT_B, length=length * K, lowest=lowest)
@@ -288,18 +295,6 @@ def main() -> None:
     args = parser.parse_args()
     wanted = set(args.tables.split(",")) | {"5"}  # sets the tokens
     samples = args.samples or (20_000 if args.quick else 100_000)
-    own: dict[str, Any] = {
-        "hierarchical": hierarchical(PAPER_GROUPS, False),
-        "balanced": hierarchical(PAPER_GROUPS, True),
-        "manual": hierarchical(MANUAL_GROUPS, True),
-        "hierarchical-own": hierarchical(None, False),
-        "balanced-own": hierarchical(None, True),
-        "ffs": packer(first_fit),
-        "bfs": packer(best_fit),
-        "spfhp": packer(shortest_pack_first, falling=True),
-        "flexsp": flexsp,
-    }
-    planner.STRATEGIES = {**planner.STRATEGIES, **own}
     with Progress("paper", 2) as progress:
         rows = tables(Bench(samples, built_in=False), wanted, args.quick)
         tokens = common_tokens(rows)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hbp.cost.cluster import ClusterSpec
 from hbp.cost.predict import CostModel, Float, Work
 
 PARTS = ("linear", "attention", "overhead", "recompute", "alltoall", "fsdp")
@@ -25,9 +26,8 @@ NEVER = 1e30
 """A rate so high that it costs nothing."""
 
 NO_COMMUNICATION: Mapping[str, Any] = {
-    "link_bytes_per_s": NEVER,
-    "node_bytes_per_s": NEVER,
-    "collective_latency_s": 0.0,
+    **{field.name: NEVER for field in dataclasses.fields(ClusterSpec) if field.name.endswith("_bytes_per_s")},
+    **{field.name: 0.0 for field in dataclasses.fields(ClusterSpec) if field.name.endswith("_latency_s")},
 }
 NO_ATTENTION: Mapping[str, Any] = {"attention_flops_per_s": NEVER}
 NO_LINEAR: Mapping[str, Any] = {"linear_flops_per_s": NEVER}
