@@ -66,8 +66,31 @@ def test_plan_simulate_report(lengths: Path, tmp_path: Path, capsys: pytest.Capt
     played = output(capsys, "simulate", str(out), str(other), "--json")["plans"]
     assert played[0]["seconds"] == pytest.approx(made["metrics"]["predicted_s"])
     assert played[1]["speedup"] < 1
+    for plan in played:
+        assert sum(plan["parts"].values()) == pytest.approx(plan["seconds"])
     report = output(capsys, "report", str(out), "--json")
     assert Path(report["report"]).read_text().startswith("<!doctype html>")
+
+
+def test_simulate_prices_and_what_if(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "plan")
+    output(capsys, "plan", *planning(lengths, "--out", out, "--json"))
+    [priced] = output(capsys, "simulate", out, "--price", "2.5", "--json")["plans"]
+    assert priced["cost"] == pytest.approx(priced["device_days"] * 24 * 2.5)
+    assert len(priced["ranks"]["waiting"]) == 8
+    places = ["--gpus", "1..16", "--cluster", "h100-nvlink", "h100-ethernet"]
+    rows = output(capsys, "simulate", out, *places, "--json")["rows"]
+    assert [(r["cluster"], r["gpus"]) for r in rows[:2]] == [("h100-nvlink", 1), ("h100-nvlink", 2)]
+    assert len(rows) == 10
+    assert "memory" in rows[0]["error"], "8 billion parameters do not train on one GPU"
+    assert rows[4]["tokens_per_s"] > rows[3]["tokens_per_s"]
+    assert main(["simulate", out, *places, "--price", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "what if" in printed
+    assert "on 1 GPUs" in printed
+    assert "--gpus 0" in refused(capsys, "simulate", out, "--gpus", "0")
+    assert "--price" in refused(capsys, "simulate", out, "--price", "-1")
+    assert "no cluster" in refused(capsys, "simulate", out, "--cluster", "abacus")
 
 
 def test_tables_for_people(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

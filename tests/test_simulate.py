@@ -6,10 +6,22 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plans import hand_plan, tiny_cost
 
-from hbp.planning.planner import make_plan
-from hbp.simulate import DAY, simulate, step_seconds
+from hbp.errors import HbpError
+from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.simulate import (
+    DAY,
+    RANK_PARTS,
+    detailed_json,
+    rank_use,
+    simulate,
+    split_packs,
+    step_seconds,
+    timeline,
+)
 
 ROWS = [
     (0, 0, 0, 2, 100, 0.5, [60, 30]),
@@ -45,3 +57,75 @@ def test_a_made_plan_takes_the_seconds_of_its_metrics() -> None:
     assert result.seconds == pytest.approx(plan.info.metrics["predicted_s"])
     assert result.strategy == "hbp-mixed"
     assert 0 < result.utilization < 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=60),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    world=st.sampled_from([1, 2, 4, 8]),
+    cluster=st.sampled_from(["cpu-local", "h100-nvlink"]),
+)
+def test_parts_add_up_on_every_rank(lengths: list[int], strategy: str, world: int, cluster: str) -> None:
+    cost = tiny_cost(world, 1000, cluster=cluster)
+    plan = make_plan(np.array(lengths), cost, strategy=strategy, max_length=1000)
+    use, result = rank_use(plan), simulate(plan)
+    assert set(use.parts) == set(RANK_PARTS)
+    assert all((seconds >= 0).all() and seconds.shape == (world,) for seconds in use.parts.values())
+    np.testing.assert_allclose(sum(use.parts.values()), result.seconds, rtol=1e-9)
+    np.testing.assert_allclose(sum(split_packs(plan).values()), plan.predicted_s, rtol=1e-6)
+    assert use.tokens.sum() == pytest.approx(sum(lengths))
+    packs = result.seconds - use.parts["waiting"] - use.parts["optimizer"]
+    assert packs.mean() / result.seconds == pytest.approx(result.utilization, abs=1e-6)
+    assert use.peak_bytes is not None
+    assert use.peak_bytes.max() <= cost.cluster.memory_bytes * (1 + 1e-9), "the plan promised to fit"
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 1000), min_size=5, max_size=60),
+    strategy=st.sampled_from(["concat", "dcp", "hbp"]),
+    first=st.integers(0, 10),
+    count=st.integers(0, 10),
+)
+def test_a_window_is_a_piece_of_the_whole_timeline(lengths: list[int], strategy: str, first: int, count: int) -> None:
+    plan = make_plan(np.array(lengths), tiny_cost(4, 1000), strategy=strategy, max_length=1000)
+    whole = timeline(plan, 0, 10**6, 4)
+    micro_steps = simulate(plan).micro_steps
+    assert whole.row.shape == (4, micro_steps)
+    assert whole.begin_s[-1] + whole.wall_s[-1] + plan.info.cluster["step_overhead_s"] == pytest.approx(
+        simulate(plan).seconds
+    )
+    assert (whole.begin_s[1:] >= (whole.begin_s + whole.wall_s)[:-1] - 1e-9).all()
+    assert (whole.busy_s() <= whole.wall_s * (1 + 1e-6)).all()
+    idle = whole.row < 0
+    assert (whole.busy_s()[idle] == 0).all(), "a rank without a pack waits"
+    first = min(first, micro_steps)
+    window = timeline(plan, first, count, 2)
+    piece = slice(first, first + count)
+    np.testing.assert_array_equal(window.row, whole.row[:2, piece])
+    np.testing.assert_allclose(window.begin_s, whole.begin_s[piece])
+    for name, seconds in window.parts.items():
+        np.testing.assert_allclose(seconds, whole.parts[name][:2, piece], rtol=1e-6, atol=1e-12)
+
+
+def test_ranks_of_a_plan_without_a_cost_model() -> None:
+    plan = hand_plan(ROWS, world=4, step_overhead_s=0.5)
+    use = rank_use(plan)
+    np.testing.assert_allclose(use.parts["unsplit"], [0.5 + 2 + 0.25 + 1, 0.5 + 2, 0.75 + 2, 2 + 0.125])
+    np.testing.assert_allclose(use.parts["optimizer"], 1.5)
+    np.testing.assert_allclose(use.parts["waiting"], 4.0 - use.parts["unsplit"])
+    np.testing.assert_allclose(use.tokens, [45 + 42.5 + 50 + 50, 45 + 42.5, 40 + 42.5, 42.5 + 25])
+    assert use.peak_bytes is None
+    data = detailed_json(plan, price=2.0)
+    assert data["cost"] == pytest.approx(simulate(plan).seconds * 4 / 3600 * 2.0)
+    assert set(data["parts"]) == {"unsplit", "waiting", "optimizer"}
+    assert data["ranks"]["tokens"] == use.tokens.tolist()
+    assert "peak_bytes" not in data
+
+
+def test_a_damaged_cost_model_is_one_line() -> None:
+    plan = make_plan(np.arange(1, 50), tiny_cost(2))
+    info = dataclasses.replace(plan.info, cluster={**plan.info.cluster, "link_bytes_per_s": "fast"})
+    with pytest.raises(HbpError, match="link_bytes_per_s is 'fast'"):
+        rank_use(dataclasses.replace(plan, info=info))

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hbp.cost.cluster import ClusterSpec
     from hbp.cost.predict import CostModel
+    from hbp.plan import Plan
 
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
@@ -76,9 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
 
-    simulate = commands.add_parser("simulate", parents=[common], help="predicted time and utilization of plans")
+    simulate = commands.add_parser(
+        "simulate", parents=[common], help="predicted time, its parts, memory and cost of plans, here or elsewhere"
+    )
     simulate.add_argument(
         "plans", type=Path, nargs="+", metavar="PLAN", help="plan folders; the first is the reference"
+    )
+    simulate.add_argument("--price", type=float, metavar="PER_HOUR", help="of one GPU for an hour, to give the cost")
+    simulate.add_argument("--gpus", metavar="N,N|N..N", help='"what if": plan anew for these numbers of GPUs')
+    simulate.add_argument(
+        "--cluster", nargs="+", action="extend", default=[], metavar="NAME|FILE", help='"what if": on these clusters'
+    )
+    simulate.add_argument(
+        "--global-batch-tokens", type=int, metavar="TOKENS", help='"what if": of a step (default: as the plan)'
     )
     simulate.set_defaults(run=_simulate)
 
@@ -225,19 +237,63 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.plan import read_plan
-    from hbp.simulate import simulate
+    from hbp.simulate import detailed_json
 
+    for name in ("price", "global_batch_tokens"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise HbpError(f"--{name.replace('_', '-')} {value:g}: give more than 0")
     plans = [read_plan(folder) for folder in args.plans]
+    if args.gpus is not None or args.cluster:
+        return _what_if(args, plans)
     rows = [
-        (str(folder), plan.info.metrics, simulate(plan).to_json())
+        (str(folder), plan.info.metrics, detailed_json(plan, args.price))
         for folder, plan in zip(args.plans, plans, strict=True)
     ]
     if not args.json:
-        from hbp.tables import metrics_table
+        from hbp.tables import metrics_table, parts_table
 
         metrics_table(rows)
+        parts_table([(name, row) for name, _, row in rows])
     first = rows[0][2]["tokens_per_s"]
     return {"plans": [{"plan": name, **row, "speedup": row["tokens_per_s"] / first} for name, _, row in rows]}
+
+
+def _what_if(args: argparse.Namespace, plans: Sequence[Plan]) -> dict[str, Any]:
+    from hbp.cost.cluster import load_cluster
+    from hbp.progress import Progress
+    from hbp.simulate import detailed_json
+    from hbp.what_if import parse_counts, plan_elsewhere
+
+    counts = parse_counts(args.gpus) if args.gpus is not None else [plans[0].info.world_size]
+    clusters: list[ClusterSpec | None] = [load_cluster(name) for name in args.cluster]
+    clusters = clusters or [None]
+    places = [(cluster, gpus) for cluster in clusters for gpus in counts]
+    rows: list[dict[str, Any]] = []
+    with Progress("what if", len(places) * len(plans)) as progress:
+        for cluster, gpus in places:
+            first = None
+            for folder, plan in zip(args.plans, plans, strict=True):
+                name = cluster.name if cluster else plan.info.cluster.get("name", "")
+                row: dict[str, Any] = {"plan": str(folder), "cluster": name, "gpus": gpus}
+                try:
+                    made = plan_elsewhere(plan, gpus, cluster, args.global_batch_tokens)
+                except HbpError as error:
+                    rows.append(row | {"error": str(error)})
+                else:
+                    played = detailed_json(made, args.price)
+                    del played["ranks"]
+                    first = first or played["tokens_per_s"]
+                    speedup = played["tokens_per_s"] / first
+                    rows.append(row | {"metrics": dict(made.info.metrics), **played, "speedup": speedup})
+                progress.advance(f"{row['cluster']}, {gpus} GPUs")
+    if all("error" in row for row in rows):
+        raise HbpError(rows[0]["error"])
+    if not args.json:
+        from hbp.tables import what_if_table
+
+        what_if_table(rows)
+    return {"rows": rows}
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,21 +1,51 @@
-"""Play a plan by its predicted seconds: when each rank works and waits, and how long the run takes.
+"""Play a plan by its predicted seconds: what each rank does when, how long the run takes, what it costs.
 
 Under FSDP a micro-step lasts as long as its slowest pack, on every rank. So a plan's timeline is a running sum of
-maxima, and playing 10,000 steps on 1,024 ranks is a few array operations. Rank-by-rank bars are made only for the
-window that is drawn.
+maxima, what a rank did in it is a sum over its rows, and playing 10,000 steps on 1,024 ranks is a few array operations
+(`benchmarks/simulator.py` times them). Rank-by-rank bars are made only for the window that is drawn.
+
+A rank's time has these parts: those of :mod:`hbp.cost.parts` for the packs that it runs, waiting (for the slowest pack
+of the micro-step, or for all of it where the plan leaves the rank idle) and the optimizer. They add up to the run's
+seconds on every rank. The seconds of a pack are the plan's own (``predicted_s``); the cost model that the plan carries
+says what they consist of. A plan that carries none, as one from another program may, has them all under ``unsplit``.
+
+Legend: ``P`` packs (rows), ``W`` ranks of the world, ``R`` ranks drawn, ``M`` micro-steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hbp.cost.cluster import cluster_from_json
+from hbp.cost.model_spec import ModelSpec
+from hbp.cost.parts import PARTS, pack_parts
+from hbp.cost.predict import CostModel
+from hbp.errors import HbpError
 from hbp.plan import Plan
 
+Float = npt.NDArray[np.float64]
+
 DAY = 86400.0
+HOUR = 3600.0
+PACK_PARTS = (*PARTS, "unsplit")
+PART_NAMES = {
+    "linear": "matrix products",
+    "attention": "attention",
+    "overhead": "launches",
+    "recompute": "recomputation",
+    "alltoall": "all-to-all",
+    "fsdp": "FSDP traffic",
+    "unsplit": "packs",
+    "waiting": "waiting",
+    "optimizer": "optimizer",
+}
+"""The parts of a rank's time and what tables and pictures call them."""
+RANK_PARTS = tuple(PART_NAMES)
 
 
 @dataclass(frozen=True)
@@ -41,13 +71,59 @@ class Simulation:
         return asdict(self)
 
 
-def step_seconds(plan: Plan) -> npt.NDArray[np.float64]:
+@dataclass(frozen=True, eq=False)
+class RankUse:
+    """What each rank spends its time on, and the most memory it needs."""
+
+    parts: Mapping[str, Float]
+    """Seconds of each of :data:`RANK_PARTS`, ``[W]``."""
+    tokens: Float
+    """``[W]``; a pack's tokens are shared evenly by the ranks of its group."""
+    peak_bytes: Float | None
+    """``[W]``; None where the plan carries no cost model."""
+
+    def mean_parts(self) -> dict[str, float]:
+        """Seconds of each part, mean over the ranks, parts that are nothing left out."""
+        return {name: float(seconds.mean()) for name, seconds in self.parts.items() if seconds.any()}
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """A window of micro-steps on some ranks."""
+
+    begin_s: Float
+    """When each micro-step begins, ``[M]``."""
+    wall_s: Float
+    """How long it lasts, ``[M]``."""
+    parts: Mapping[str, Float]
+    """Seconds of each of :data:`PACK_PARTS`, ``[R, M]``; what is left of ``wall_s`` is waiting."""
+    row: npt.NDArray[np.int64]
+    """The plan's row that each rank runs, ``[R, M]``; -1 where it idles."""
+
+    def busy_s(self) -> Float:
+        """Seconds in packs, ``[R, M]``."""
+        return np.asarray(sum(self.parts.values()))
+
+
+def plan_cost_model(plan: Plan) -> CostModel | None:
+    """The cost model that a plan was made with; None if it carries none.
+
+    Raises:
+        HbpError: it carries one that is damaged.
+    """
+    info = plan.info
+    if not info.model:
+        return None
+    try:
+        return CostModel(ModelSpec.from_json(info.model), cluster_from_json(info.cluster), info.world_size)
+    except (TypeError, ValueError) as error:
+        raise HbpError(f"the plan's cluster is damaged ({error}); make the plan again with `hbp plan`") from None
+
+
+def step_seconds(plan: Plan) -> Float:
     """Predicted seconds of each optimizer step, the optimizer's own included."""
-    index = plan.micro_step_index()
-    first_row = np.unique(index, return_index=True)[1]
-    overhead = float(plan.info.cluster.get("step_overhead_s", 0.0))
     weights = plan.micro_step_seconds().astype(np.float64)
-    return np.bincount(plan.step[first_row], weights, plan.n_steps).astype(np.float64) + overhead
+    return np.bincount(_step_of_micro_step(plan), weights, plan.n_steps).astype(np.float64) + _optimizer_seconds(plan)
 
 
 def simulate(plan: Plan) -> Simulation:
@@ -60,7 +136,7 @@ def simulate(plan: Plan) -> Simulation:
         strategy=plan.info.strategy,
         world_size=world,
         steps=plan.n_steps,
-        micro_steps=len(plan.micro_step_seconds()),
+        micro_steps=len(_step_of_micro_step(plan)),
         packs=plan.n_packs,
         tokens=plan.info.n_tokens,
         seconds=seconds,
@@ -70,3 +146,109 @@ def simulate(plan: Plan) -> Simulation:
         slowest_step_s=float(steps.max(initial=0.0)),
         median_step_s=float(np.median(steps)) if len(steps) else 0.0,
     )
+
+
+def detailed_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
+    """The simulation as plain data, with the parts of its time, of each rank's too, and with what it costs.
+
+    Args:
+        plan: to be played.
+        price: of a device for an hour; None leaves ``cost`` out.
+    """
+    simulation, use = simulate(plan), rank_use(plan)
+    data = simulation.to_json() | {"parts": use.mean_parts()}
+    if price is not None:
+        data["cost"] = simulation.device_days * DAY / HOUR * price
+    ranks = {**{name: seconds for name, seconds in use.parts.items() if seconds.any()}, "tokens": use.tokens}
+    if use.peak_bytes is not None:
+        data["peak_bytes"] = float(use.peak_bytes.max())
+        ranks["peak_bytes"] = use.peak_bytes
+    return data | {"ranks": {name: values.tolist() for name, values in ranks.items()}}
+
+
+def split_packs(plan: Plan, first: int = 0, end: int | None = None) -> dict[str, Float]:
+    """Seconds of each of :data:`PACK_PARTS` of rows ``[first, end)``; for each row they add up to ``predicted_s``."""
+    end = plan.n_packs if end is None else end
+    cost, predicted = plan_cost_model(plan), plan.predicted_s[first:end].astype(np.float64)
+    parts = {name: np.zeros(len(predicted)) for name in PACK_PARTS}
+    if cost is None:
+        return parts | {"unsplit": predicted}
+    offsets = plan.sample_offsets[first : end + 1]
+    work = cost.work(plan.lengths[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+    for degree, gc_layers, rows in _settings(plan.sp_degree[first:end], plan.gc_layers[first:end]):
+        mine = pack_parts(cost, work[rows], degree, gc_layers)
+        scale = predicted[rows] / np.maximum(sum(mine.values()), 1e-300)
+        for name, seconds in mine.items():
+            parts[name][rows] = seconds * scale
+    return parts
+
+
+def rank_use(plan: Plan) -> RankUse:
+    """What each rank of a plan's world does with its time."""
+    parts = {name: _sum_over_ranks(plan, seconds) for name, seconds in split_packs(plan).items()}
+    # The slowest pack's float64 sum of parts may miss its float32 seconds in the last bit: no negative waiting.
+    waiting = np.maximum(0.0, float(plan.micro_step_seconds().sum()) - np.asarray(sum(parts.values())))
+    parts["waiting"] = waiting
+    parts["optimizer"] = np.full(plan.info.world_size, plan.n_steps * _optimizer_seconds(plan))
+    return RankUse(parts, _sum_over_ranks(plan, plan.tokens() / plan.sp_degree), _peak_bytes(plan))
+
+
+def timeline(plan: Plan, first: int, count: int, ranks: int) -> Timeline:
+    """Micro-steps ``[first, first + count)``, counted over the whole plan, on the first `ranks` ranks."""
+    walls = plan.micro_step_seconds().astype(np.float64)
+    begin = np.concatenate([[0.0], np.cumsum(walls)])[:-1] + _optimizer_seconds(plan) * _step_of_micro_step(plan)
+    window = slice(first, min(first + count, len(walls)))
+    micro = plan.micro_step_index()
+    a, b = (int(i) for i in np.searchsorted(micro, [window.start, window.stop]))
+    row = np.full((min(ranks, plan.info.world_size), max(0, window.stop - window.start)), -1, np.int64)
+    for i in range(a, b):
+        start = int(plan.rank_start[i])
+        row[start : start + int(plan.sp_degree[i]), micro[i] - window.start] = i
+    parts = {}
+    for name, seconds in split_packs(plan, a, b).items():
+        if seconds.any():
+            parts[name] = np.where(row >= 0, seconds[np.maximum(row - a, 0)], 0.0)
+    return Timeline(begin[window], walls[window], parts, row)
+
+
+def _optimizer_seconds(plan: Plan) -> float:
+    return float(plan.info.cluster.get("step_overhead_s", 0.0))
+
+
+def _step_of_micro_step(plan: Plan) -> npt.NDArray[np.integer]:
+    first_row = np.flatnonzero(np.diff(plan.micro_step_index(), prepend=-1))
+    return plan.step[first_row]
+
+
+def _settings(
+    degrees: npt.NDArray[np.integer], gc_layers: npt.NDArray[np.integer]
+) -> list[tuple[int, int, npt.NDArray[np.int64]]]:
+    """The (SP degree, recomputed layers) that rows use, each with its rows."""
+    keys = degrees.astype(np.int64) << 16 | gc_layers
+    return [(int(key >> 16), int(key & 0xFFFF), np.flatnonzero(keys == key)) for key in np.unique(keys)]
+
+
+def _sum_over_ranks(plan: Plan, per_row: npt.NDArray[np.floating]) -> Float:
+    """Sum of a quantity of each row over the rows that each rank runs, ``[W]``."""
+    world = plan.info.world_size
+    total = np.zeros(world)
+    for degree in np.unique(plan.sp_degree):
+        rows = plan.sp_degree == degree
+        groups = np.bincount(plan.rank_start[rows] // degree, per_row[rows], -(-world // int(degree)))
+        total += np.repeat(groups, degree)[:world]
+    return total
+
+
+def _peak_bytes(plan: Plan) -> Float | None:
+    cost = plan_cost_model(plan)
+    if cost is None:
+        return None
+    world, tokens = plan.info.world_size, plan.tokens()
+    peak = np.full(world, cost.bytes(1, 1, 0))  # an idle rank runs a one-token pack
+    for degree, gc_layers, rows in _settings(plan.sp_degree, plan.gc_layers):
+        most = np.zeros(-(-world // degree), np.int64)
+        np.maximum.at(most, plan.rank_start[rows] // degree, tokens[rows])
+        values, where = np.unique(most, return_inverse=True)
+        size = np.array([cost.bytes(int(n), degree, gc_layers) if n else 0.0 for n in values])
+        peak = np.maximum(peak, np.repeat(size[where], degree)[:world])
+    return peak

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hbp.simulate import PART_NAMES
+
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """One table on standard output; the first column is text, the others are numbers."""
@@ -53,6 +55,43 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, An
         "speed-up",
     )
     table("predicted", header, cells)
+
+
+def parts_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Where the ranks' time goes, by :func:`hbp.simulate.detailed_json`: a column a plan; shares of the mean rank."""
+    cells = []
+    for part, name in PART_NAMES.items():
+        shares = [row["parts"].get(part, 0.0) / max(row["seconds"], 1e-300) for _, row in rows]
+        if any(shares):
+            cells.append((name, *(f"{share:.1%}" for share in shares)))
+    for name, values in zip(
+        ("peak GiB", "GPU days", "cost"), zip(*(_rent(row) for _, row in rows), strict=True), strict=True
+    ):
+        cells.append((name, *values))
+    table("where the time goes, mean of all ranks", ("", *(title for title, _ in rows)), cells)
+
+
+def what_if_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Plans on other hardware. Speed-ups are over the first plan on the same hardware."""
+    cells = []
+    for row in rows:
+        place = (row["plan"], row["cluster"], f"{row['gpus']:,}")
+        if "error" in row:
+            cells.append((*place, *["–"] * 7))
+            continue
+        waiting = row["parts"].get("waiting", 0.0) / max(row["seconds"], 1e-300)
+        seconds, speed = duration(row["seconds"]), f"{row['tokens_per_s']:,.0f}"
+        cells.append((*place, seconds, speed, f"{waiting:.1%}", *_rent(row), f"{row['speedup']:.2f}×"))
+    rent = ("peak GiB", "GPU days", "cost")
+    table("what if", ("plan", "cluster", "GPUs", "predicted", "tokens/s", "waiting", *rent, "speed-up"), cells)
+    for row in rows:
+        if "error" in row:
+            print(f"{row['plan']} on {row['gpus']} GPUs ({row['cluster']}): {row['error']}")
+
+
+def _rent(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    memory = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "–"
+    return memory, f"{row['device_days']:.3g}", f"{row['cost']:,.2f}" if "cost" in row else "–"
 
 
 def run_table(summary: Mapping[str, Any]) -> None:

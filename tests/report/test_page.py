@@ -96,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page_of_a_run_shows_measurements_and_needs_nothing_else(run: Path) -> None:
     report = write_report(run)
     page = report.html.read_text()
-    for picture in ("timelines", "lengths", "loss", "time", "peak memory"):
+    for picture in ("timelines", "parts", "lengths", "loss", "time", "peak memory"):
         assert f'class="{picture}"' in page, picture
     for text in ("against concat, measured", "a test device", "Dropped samples", "longer than the longest group"):
         assert text in page, text
@@ -162,7 +162,7 @@ def test_looks_right_in_a_browser(run: Path, tmp_path: Path, width: int) -> None
     assert title
     seen = json.loads(title[1])
     assert seen["overflow"] <= 0, "the page scrolls sideways"
-    assert seen["svgs"] == 5
+    assert seen["svgs"] == 6
     assert seen["small"] == 0, "a picture collapsed"
     assert seen["bar"] > 0
     assert seen["ink"].startswith("rgb"), "pictures take their ink from the page"

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from hbp.plan import Group
+from hbp.simulate import PART_NAMES
 
 Float = npt.NDArray[np.float64]
 
@@ -28,6 +29,17 @@ INK, FAINT, WAIT = "#010203", "#040506", "#070809"
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--rule)", WAIT: "var(--wait)"}
 LIGHT = {INK: "#1c2430", FAINT: "#d5dae1", WAIT: "#f3c6bf"}
 PALETTE = ("#2f7fc1", "#e3912f", "#7d5fb8", "#3b9b78", "#c2557f", "#6f7f2e", "#35a0b5", "#9a6a44")
+PART_COLOURS = {
+    "linear": "#2f7fc1",
+    "attention": "#7d5fb8",
+    "overhead": "#8b97a6",
+    "recompute": "#e3912f",
+    "alltoall": "#c2557f",
+    "fsdp": "#35a0b5",
+    "unsplit": "#2f7fc1",
+    "waiting": WAIT,
+    "optimizer": "#6f7f2e",
+}
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -102,6 +114,31 @@ def _draw_lane(axis: Axes, lane: Lane, longest: float) -> None:
     axis.tick_params(length=0)
     if lane.end_s <= longest * 1.001:
         axis.axvline(lane.end_s, color=INK, linewidth=1.2)
+
+
+def time_parts(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str = "seconds") -> str:
+    """What the mean rank's time goes into, one stacked bar a row, all on one axis.
+
+    Args:
+        rows: name, and the amount of each part of :data:`hbp.simulate.PART_NAMES` that there is.
+        unit: of the amounts.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 0.9 + 0.36 * len(rows)), layout="constrained")
+        axis = figure.subplots()
+        at = np.zeros(len(rows))
+        for part, name in PART_NAMES.items():
+            amounts = np.array([parts.get(part, 0.0) for _, parts in rows])
+            if amounts.any():
+                axis.barh(range(len(rows)), amounts, left=at, height=0.72, color=PART_COLOURS[part], label=name)
+            at += amounts
+        axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(length=0)
+        axis.set_xlabel(unit)
+        figure.legend(loc="outside lower left", ncols=6)
+        return _svg(figure, "parts")
 
 
 def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) -> str:

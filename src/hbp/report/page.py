@@ -20,8 +20,9 @@ from markupsafe import Markup
 from hbp.errors import HbpError
 from hbp.plan import JSON_NAME, Group, Plan, read_plan
 from hbp.report import figures
+from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
 from hbp.report.figures import Lane
-from hbp.simulate import Simulation, simulate, step_seconds
+from hbp.simulate import Simulation, rank_use, simulate, step_seconds
 
 DRAWN_RANKS = 16
 DRAWN_MICRO_STEPS = 240
@@ -41,6 +42,8 @@ class _Part:
 
     plan: Plan
     simulation: Simulation
+    parts: Mapping[str, float]
+    """Seconds of each part of the mean rank's time."""
     steps: list[dict[str, Any]]
     result: Mapping[str, Any] | None
 
@@ -72,13 +75,17 @@ def write_report(target: Path, out: Path | None = None) -> Report:
     profile = _json(target / "profile.json")
     numbers = _numbers(target, parts, summary, profile)
     out = out or target / "report.html"
-    pictures = _pictures(target, parts, profile)
+    groups, lanes, explorer = _timelines(parts)
+    pictures = _pictures(target, parts, groups, lanes, profile)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"count": lambda x: f"{x:,.0f}", "gib": lambda x: f"{x / 2**30:.3f}", "percent": _percent}
     page = environment.get_template("page.html").render(
-        **numbers, pictures={name: Markup(svg) for name, svg in pictures.items()}
+        **numbers,
+        pictures={name: Markup(svg) for name, svg in pictures.items()},
+        explorer=Markup(json.dumps(explorer).replace("<", "\\u003c")),
+        explorer_script=Markup(Path(__file__).with_name("explorer.js").read_text()),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
@@ -97,7 +104,7 @@ def _part(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> _Part:
                 steps.append(json.loads(line))
             except ValueError:  # the last line of a run that was killed while it wrote
                 break
-    return _Part(plan, simulate(plan), steps, results.get(plan.info.strategy))
+    return _Part(plan, simulate(plan), rank_use(plan).mean_parts(), steps, results.get(plan.info.strategy))
 
 
 def _json(path: Path) -> Any:
@@ -124,6 +131,7 @@ def _numbers(
                 ],
                 "metrics": dict(info.metrics),
                 "predicted": part.simulation.to_json(),
+                "parts": dict(part.parts),
                 "steps_done": len(part.steps),
                 "tokens_per_s": tokens_per_s,
                 "seconds": done["seconds"] if done else None,
@@ -180,21 +188,32 @@ def _predicted_speedup(parts: list[_Part]) -> float | None:
     return parts[0].simulation.tokens_per_s / parts[1].simulation.tokens_per_s
 
 
-def _pictures(target: Path, parts: list[_Part], profile: Mapping[str, Any] | None) -> dict[str, str]:
+def _timelines(parts: list[_Part]) -> tuple[list[Group], list[Lane], dict[str, Any]]:
+    """All groups, the lanes of the picture, and the data of the zoomable one."""
     groups: list[Group] = []
     for part in parts:
         groups += [g for g in part.plan.info.groups if g not in groups]
-    lanes = []
+    lanes, zoomable = [], []
     for part in parts:
-        group = _group_of(part.plan, groups)
+        every = _group_of(part.plan, groups, *window(part.plan))
+        group = _group_of(part.plan, groups, DRAWN_RANKS, DRAWN_MICRO_STEPS)
         lanes.append(_predicted_lane(part, group))
+        zoomable.append(predicted_lane(part.plan, f"{part.plan.info.strategy}, predicted", groups))
         if part.steps:
             lanes.append(_measured_lane(part, group))
+            zoomable.append(measured_lane(_measured_lane(part, every), zoomable[-1]["step"]))
+    return groups, lanes, explorer_data(zoomable, groups)
+
+
+def _pictures(
+    target: Path, parts: list[_Part], groups: list[Group], lanes: list[Lane], profile: Mapping[str, Any] | None
+) -> dict[str, str]:
     lengths = parts[0].plan.lengths
     if (target / "lengths.npy").is_file():
         lengths = np.load(target / "lengths.npy")
     pictures = {
         "timelines": figures.timelines(lanes, groups),
+        "parts": figures.time_parts([(part.plan.info.strategy, part.parts) for part in parts]),
         "lengths": figures.length_histogram(lengths, parts[0].plan.info.groups),
     }
     curves = {
@@ -216,11 +235,11 @@ def _pictures(target: Path, parts: list[_Part], profile: Mapping[str, Any] | Non
     return pictures
 
 
-def _group_of(plan: Plan, groups: list[Group]) -> npt.NDArray[np.int64]:
+def _group_of(plan: Plan, groups: list[Group], ranks: int, micro_steps: int) -> npt.NDArray[np.int64]:
     """Index of the group that each drawn rank runs in each drawn micro-step, ``[R, M]``, -1 where it idles."""
     micro = plan.micro_step_index()
-    n_micro = min(DRAWN_MICRO_STEPS, int(micro[-1]) + 1 if len(micro) else 0)
-    table = np.full((min(DRAWN_RANKS, plan.info.world_size), n_micro), -1, np.int64)
+    n_micro = min(micro_steps, int(micro[-1]) + 1 if len(micro) else 0)
+    table = np.full((min(ranks, plan.info.world_size), n_micro), -1, np.int64)
     number = {(g.capacity, g.sp_degree, g.gc_layers): i for i, g in enumerate(groups)}
     for row in np.flatnonzero((micro < n_micro) & (plan.rank_start < len(table))):
         start, degree = int(plan.rank_start[row]), int(plan.sp_degree[row])

@@ -1,0 +1,336 @@
+"""The paper's tables again: each published figure beside ours, with the relative difference.
+
+Lengths come from the generators of `hbp.data.length_sets`, which mirror the published mixes; times from the cost model
+on the testbed that `testbed.py` fits to the paper's iteration times (Tables 4, 18, 19: `ours`), and on the built-in,
+uncorrected `h100-nvlink` (`built_in`). An optimizer step holds 512K tokens, on 256 GPUs the world filled once.
+
+What is not published is set once for all rows: the tokens of a run, one number a data set, so that ours and the
+published GPU-days agree in the geometric mean over all dense models' rows of that set. So the absolute GPU-days of a
+set say one number less than there are rows; speed-ups, ABR, CR, PR and DBR do not depend on it at all.
+
+The naive plan is the paper's: ISF to the longest length at the smallest degree from 8 up that fits, the fewest
+recomputed layers. Left out: rows without packing (Tables 3 and 13), whose batch size is not published.
+
+    python benchmarks/paper.py [--quick] [--json] [--tables 2,5,6] [--out benchmarks/results/paper.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import datetime
+import heapq
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from by_hand import ByHand, Lengths, Made, pack_seconds, plan_by_hand
+from flexsp import flexsp
+from testbed import K, iteration_rows, testbed
+
+from hbp.cost.cluster import CLUSTERS
+from hbp.cost.model_spec import load_model_spec
+from hbp.cost.predict import CostModel
+from hbp.data.length_sets import generate
+from hbp.errors import HbpError
+from hbp.plan import Group
+from hbp.planning.fill import first_fit
+from hbp.planning.hierarchical import hierarchical_packs
+from hbp.planning.packs import Int, packs_of
+from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.schedule import balance_batches
+from hbp.progress import Progress
+from hbp.simulate import DAY
+
+LONGEST, STEP_TOKENS = 128 * K, 512 * K
+SETS = {"Tulu3 + LongCite": "tulu3-longcite", "OpenHermes + LongCite": "openhermes-longcite"}
+SETS |= {"Tulu3 + LongWriter": "tulu3-longwriter"}
+DENSE = [  # table, row, model, data, naive, HBP
+    ("5", "LLaMA-3.1-8B", "llama-3.1-8b", "Tulu3 + LongCite", 5.22, 3.73),
+    ("5", "Qwen2.5-32B", "qwen2.5-32b", "Tulu3 + LongCite", 21.33, 16.00),
+    ("5", "LLaMA-3.1-70B", "llama-3.1-70b", "Tulu3 + LongCite", 44.40, 31.10),
+    ("5", "Qwen2.5-72B", "qwen2.5-72b", "Tulu3 + LongCite", 47.10, 33.70),
+    ("22", "LLaMA-3.1-8B, OpenHermes", "llama-3.1-8b", "OpenHermes + LongCite", 2.95, 2.04),
+    ("23", "LLaMA-3.1-8B, LongWriter", "llama-3.1-8b", "Tulu3 + LongWriter", 4.4, 3.5),
+]
+PAPER_GROUPS = ((16 * K, 1), (LONGEST, 8))
+MANUAL_GROUPS = ((32 * K, 2), (LONGEST, 8))
+EIGHT_B = "llama-3.1-8b"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What of a plan stands in a table."""
+
+    metrics: dict[str, float]
+    days_per_token: float
+    groups: str
+
+
+class Bench:
+    """Plans by name, each made once, on samples of a size."""
+
+    def __init__(self, samples: int, built_in: bool) -> None:
+        self.samples, self.built_in = samples, built_in
+        self.run = cache(self._run)
+
+    def cost(self, model: str, gpus: int) -> CostModel:
+        """The paper's testbed, or the built-in cluster."""
+        spec = load_model_spec(model)
+        return CostModel(spec, CLUSTERS["h100-nvlink"] if self.built_in else testbed(spec), gpus)
+
+    def static(self, model: str, gpus: int, length: int, lowest: int) -> Group:
+        """The smallest degree from `lowest` up that fits, with the fewest recomputed layers."""
+        cost = self.cost(model, gpus)
+        for degree in cost.degrees():
+            gc_layers = cost.fewest_gc_layers(length, degree)
+            if degree >= lowest and gc_layers is not None:
+                return Group(length, degree, gc_layers)
+        raise HbpError(f"{model} does not fit {gpus} GPUs at {length} tokens")
+
+    def _run(
+        self, strategy: str, data: str, model: str, gpus: int = 32, length: int = LONGEST, lowest: int | None = 8
+    ) -> Run:
+        """Plan and measure; `lowest` None takes the fastest static setting instead of the paper's."""
+        lengths = generate(SETS[data], self.samples, seed=0)
+        lengths, cost = lengths[lengths <= length], self.cost(model, gpus)
+        chosen = strategy.startswith("hbp")
+        static = None if lowest is None or chosen else self.static(model, gpus, length, lowest)
+        tokens = STEP_TOKENS if gpus == 32 else None
+        if strategy in BY_HAND:
+            plan = plan_by_hand(strategy, BY_HAND[strategy], lengths, cost, static, STEP_TOKENS, length)
+        else:
+            plan = make_plan(
+                lengths, cost, strategy=strategy, static=static, max_length=length, global_batch_tokens=tokens
+            )
+        metrics = dict(plan.info.metrics)
+        groups = ", ".join(f"{g.capacity / K:.4g}K SP{g.sp_degree} GC{g.gc_layers}" for g in plan.info.groups)
+        return Run(metrics, metrics["predicted_s"] * gpus / DAY / plan.info.n_tokens, groups)
+
+
+def hierarchical(shape: Sequence[tuple[int, int]] | None, balanced: bool) -> ByHand:
+    """Hierarchical packing into groups of (length, degree), or those of `hbp`, with or without balance batching."""
+
+    def make(lengths: Lengths, cost: CostModel, static: Group, batch: int, rng: np.random.Generator) -> Made:
+        if shape is None:
+            plan = make_plan(lengths, cost, strategy="hbp", max_length=static.capacity, global_batch_tokens=batch)
+            groups = plan.info.groups
+        else:
+            layers = [cost.fewest_gc_layers(length, degree) for length, degree in shape]
+            if None in layers:
+                raise HbpError(f"the groups {shape} do not fit this memory")
+            groups = tuple(Group(*pair, k) for pair, k in zip(shape, layers, strict=True))
+        packs = hierarchical_packs(lengths, np.arange(len(lengths)), groups, rng)
+        if not balanced:
+            packs = packs.take(rng.permutation(len(packs)))
+        spent, world = pack_seconds(cost, lengths, groups), cost.world_size
+        return balance_batches(packs, spent, groups, lengths, world, batch, rng, by_cost=balanced), groups
+
+    return make
+
+
+def packer(fit: Callable[[Int, int], Int], falling: bool = False) -> ByHand:
+    """One packing length, samples in random or falling order, packs in random order."""
+
+    def make(lengths: Lengths, cost: CostModel, static: Group, batch: int, rng: np.random.Generator) -> Made:
+        ids = rng.permutation(len(lengths))
+        if falling:
+            ids = ids[np.argsort(-lengths[ids], kind="stable")]
+        packs = packs_of(fit(lengths[ids], static.capacity), ids)
+        packs, groups = packs.take(rng.permutation(len(packs))), (static,)
+        spent, world = pack_seconds(cost, lengths, groups), cost.world_size
+        return balance_batches(packs, spent, groups, lengths, world, batch, rng, by_cost=False), groups
+
+    return make
+
+
+def best_fit(lengths: Int, capacity: int) -> Int:
+    """Best fit in the order given: the fullest pack with room."""
+    rooms: list[tuple[int, int]] = []
+    pack_of, count = np.empty(len(lengths), np.int64), 0
+    for i, length in enumerate(lengths.tolist()):
+        at = bisect.bisect_left(rooms, (length, -1))
+        room, pack = rooms.pop(at) if at < len(rooms) else (capacity, count)
+        count += pack == count
+        pack_of[i] = pack
+        bisect.insort(rooms, (room - length, pack))
+    return pack_of
+
+
+def shortest_pack_first(lengths: Int, capacity: int) -> Int:
+    """SPFHP (Krell et al., https://arxiv.org/abs/2107.02027): samples of falling length, each to the emptiest pack."""
+    heap: list[tuple[int, int]] = []
+    pack_of, count = np.empty(len(lengths), np.int64), 0
+    for i, length in enumerate(lengths.tolist()):
+        if heap and heap[0][0] + length <= capacity:
+            used, pack = heap[0]
+            heapq.heapreplace(heap, (used + length, pack))
+        else:
+            used, pack = 0, count
+            count += 1
+            heapq.heappush(heap, (length, pack))
+        pack_of[i] = pack
+    return pack_of
+
+
+BY_HAND: dict[str, ByHand] = {
+    "hierarchical": hierarchical(PAPER_GROUPS, False),
+    "balanced": hierarchical(PAPER_GROUPS, True),
+    "manual": hierarchical(MANUAL_GROUPS, True),
+    "hierarchical-own": hierarchical(None, False),
+    "balanced-own": hierarchical(None, True),
+    "ffs": packer(first_fit),
+    "bfs": packer(best_fit),
+    "spfhp": packer(shortest_pack_first, falling=True),
+    "flexsp": flexsp,
+}
+
+
+def tables(bench: Bench, wanted: set[str], quick: bool) -> list[dict[str, Any]]:
+    """All rows, on one cluster; GPU-days per token, not yet scaled to a run."""
+    rows: list[dict[str, Any]] = []
+    dense = DENSE[:1] if quick else DENSE
+
+    def add(table: str, row: str, run: Run, data: str, published: dict[str, float | None], note: str = "") -> None:
+        for metric, figure in published.items():
+            ours = run.days_per_token if metric == "gpu_days" else run.metrics[metric]
+            rows.append({"table": table, "row": row, "metric": metric, "published": figure, "ours": ours})
+            rows[-1] |= {"data": data, "groups": run.groups} | ({"note": note} if note else {})
+
+    mix = "Tulu3 + LongCite"
+    beyond = [name for name in STRATEGIES if name.startswith("hbp") and name != "hbp"]
+    if "2" in wanted:
+        for length, lowest, abr, cr in ((4, 1, 0.343, 0.0), (32, 4, 0.456, 1.0), (128, 8, 0.506, 1.0)):
+            run = bench.run("isf", mix, EIGHT_B, length=length * K, lowest=lowest)
+            add("2", f"{length}K SP{lowest}", run, mix, {"abr": abr, "cr": cr, "pr": 0.0, "dbr": 0.003})
+    if wanted & {"5", "22", "23"}:
+        for table, name, model, data, naive, ours in dense:
+            add(table, f"{name}, naive", bench.run("isf", data, model), data, {"gpu_days": naive})
+            add(table, f"{name}, HBP", bench.run("hbp", data, model), data, {"gpu_days": ours})
+            for other in beyond:
+                add(table, f"{name}, {other}", bench.run(other, data, model), data, {"gpu_days": None})
+            fastest = bench.run("isf", data, model, lowest=None)
+            add(table, f"{name}, fastest static setting", fastest, data, {"gpu_days": None})
+        if not quick and "5" in wanted:
+            name, model, note = "DeepSeek-V2 236B, 32K, 256 GPUs", "deepseek-v2-236b", "expert parallelism not modelled"
+            for label, strategy, figure in (("naive", "isf", 57.10), ("HBP", "hbp", 23.80)):
+                run = bench.run(strategy, mix, model, 256, 32 * K, 4)
+                add("5", f"{name}, {label}", run, mix, {"gpu_days": figure}, note)
+            for other in beyond:
+                add(
+                    "5", f"{name}, {other}", bench.run(other, mix, model, 256, 32 * K, 4), mix, {"gpu_days": None}, note
+                )
+    if "6" in wanted:
+        naive = {"abr": 0.506, "cr": 1.0, "gpu_days": 5.22}
+        add("6", "naive", bench.run("isf", mix, EIGHT_B), mix, naive)
+        for suffix, origin in (("", "the paper's groups"), ("-own", "our groups")):
+            run = bench.run(f"hierarchical{suffix}", mix, EIGHT_B)
+            add("6", f"+ hierarchical, {origin}", run, mix, {"abr": 0.288, "cr": 0.173, "gpu_days": 4.51})
+            run = bench.run(f"balanced{suffix}", mix, EIGHT_B)
+            add("6", f"+ balance, {origin}", run, mix, {"abr": 0.002, "cr": 0.173, "gpu_days": 3.73})
+    if "11" in wanted:
+        add("11", "[16K, 128K], SP [1, 8]", bench.run("balanced", mix, EIGHT_B), mix, {"gpu_days": 3.73})
+        add("11", "[32K, 128K], SP [2, 8]", bench.run("manual", mix, EIGHT_B), mix, {"gpu_days": 4.25})
+        add("11", "our Algorithm 1", bench.run("hbp", mix, EIGHT_B), mix, {"gpu_days": None})
+    if "12" in wanted:
+        published = {"pr": 0.04, "dbr": 0.064, "cr": 0.171, "abr": 0.36, "gpu_days": 4.35}
+        run = bench.run("flexsp", mix, EIGHT_B, lowest=None)
+        add("12", "FlexSP", run, mix, published, "without its time of solving")
+        add("12", "HBP", bench.run("hbp", mix, EIGHT_B), mix, {"gpu_days": 3.73})
+    if "13" in wanted:
+        for name, strategy, abr, days in (
+            ("random", "concat", 0.53, 5.57),
+            ("ISF", "isf", 0.506, 5.22),
+            ("FFS", "ffs", 0.508, 5.24),
+            ("FFD", "ffd", 0.515, 5.48),
+            ("BFS", "bfs", 0.508, 5.24),
+            ("SPFHP", "spfhp", 0.512, 5.40),
+        ):
+            add("13", name, bench.run(strategy, mix, EIGHT_B), mix, {"abr": abr, "gpu_days": days})
+    if "17" in wanted:
+        for data in SETS:
+            add("17", data, bench.run("balanced", data, EIGHT_B), data, {"abr": 0.004}, "published: .001 to .004")
+    return rows
+
+
+def scale(rows: list[dict[str, Any]], tokens: dict[str, float]) -> list[dict[str, Any]]:
+    """GPU-days of whole runs, then the speed-ups of each table's last rows over its first."""
+    for row in rows:
+        if row["metric"] == "gpu_days":
+            row["ours"] *= tokens[row["data"]]
+    days = {(r["table"], r["row"]): r for r in rows if r["metric"] == "gpu_days"}
+    speedups = []
+    for (table, name), row in days.items():
+        model, _, kind = name.rpartition(", ")
+        first = days.get((table, f"{model}, naive")) if model else None
+        if first is not None and kind != "naive":
+            published = first["published"] / row["published"] if row["published"] else None
+            ours = first["ours"] / row["ours"]
+            speedups.append({**row, "metric": "speedup", "published": published, "ours": ours})
+    return rows + speedups
+
+
+def common_tokens(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The one token count of each data set, from all its dense models' rows of Tables 5, 22 and 23."""
+    logs: dict[str, list[float]] = {data: [] for data in SETS}
+    for row in rows:
+        known = row["metric"] == "gpu_days" and row["published"] and row["table"] in ("5", "22", "23")
+        if known and "note" not in row:
+            logs[row["data"]].append(math.log(row["published"] / row["ours"]))
+    return {data: math.exp(float(np.mean(values))) if values else math.nan for data, values in logs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="20,000 samples, LLaMA-3.1-8B alone in Table 5")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--tables", default="2,4,5,6,11,12,13,17,18,19,22,23", help="comma-separated (default all)")
+    parser.add_argument("--samples", type=int, help="drawn from each set (default 100,000)")
+    parser.add_argument("--out", type=Path, help="also write the JSON to a file")
+    args = parser.parse_args()
+    wanted = set(args.tables.split(",")) | {"5"}  # sets the tokens
+    samples = args.samples or (20_000 if args.quick else 100_000)
+    with Progress("paper", 2) as progress:
+        rows = tables(Bench(samples, built_in=False), wanted, args.quick)
+        tokens = common_tokens(rows)
+        rows = scale(rows, tokens)
+        progress.advance("on the paper's testbed")
+        for row, other in zip(rows, scale(tables(Bench(samples, True), wanted, args.quick), tokens), strict=True):
+            row |= {"built_in": other["ours"], "built_in_groups": other["groups"]}
+        progress.advance("on h100-nvlink")
+    if wanted & {"4", "18", "19"}:
+        rows = iteration_rows() + rows
+    for row in rows:
+        if row["published"] and row["ours"] is not None:
+            row["relative"] = row["ours"] / row["published"] - 1
+    result = {
+        "command": "python benchmarks/paper.py" + (" --quick" if args.quick else ""),
+        "date": datetime.date.today().isoformat(),
+        "samples": samples,
+        "tokens_of_a_run": tokens,
+        "testbed": testbed(load_model_spec(EIGHT_B)).to_json(),
+        "rows": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{'table':6} {'row':50} {'metric':12} {'published':>9} {'ours':>8} {'relative':>8} {'built-in':>8}")
+    for r in rows:
+        figures = [f"{r[k]:.3f}" if r[k] is not None else "-" for k in ("published", "ours", "built_in")]
+        relative = f"{r['relative']:+.1%}" if "relative" in r else ""
+        print(
+            f"{r['table']:6} {r['row']:50} {r['metric']:12} "
+            f"{figures[0]:>9} {figures[1]:>8} {relative:>8} {figures[2]:>8}"
+        )
+    print({data: f"{count:,.0f} tokens" for data, count in tokens.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""Is the simulator right? Plans run for real on CPU processes, beside what the profile alone predicts of them.
+
+For each number of processes: micro-batches are profiled on the training engine as `hbp profile` does, plans of several
+strategies are made with the fitted constants, and `hbp.train.loop.train` runs each on the embedded data set. Nothing of
+the runs flows back into the prediction. A shared machine's speed drifts by more than what is to be measured, so
+profile and runs alternate, round after round, within a few seconds of each other; every figure is the median of its
+rounds. The optimizer's own seconds are profiled too. The first round warms up and is left out.
+
+- `step_time_error`: median over the steps of |predicted / measured − 1|.
+- `ratio_error`: largest |predicted ratio / measured ratio − 1| of two strategies' run times: what a choice between them
+  rests on; `median_ratio_error` over all pairs.
+- `noise`: median over the steps of (slowest − fastest round) / median, what no prediction can be better than.
+
+Where there are more processes than cores, a rank that waits hands its core to the others, which no GPU does; the row
+says so (`oversubscribed`) and `shared_*` are the errors after every micro-step is stretched by sharing the cores.
+
+`speed` is how long the simulator itself takes for 10,000 steps on 1,024 ranks.
+
+    python benchmarks/simulator.py [--quick] [--json] [--processes 2,4] [--strategies concat,hbp] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hbp.cost.cluster import CLUSTERS, GIB
+from hbp.cost.model_spec import load_model_spec
+from hbp.cost.predict import CostModel
+from hbp.data.store import open_store
+from hbp.plan import Plan, PlanInfo, read_plan, write_plan
+from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.progress import say
+from hbp.simulate import rank_use, simulate, step_seconds
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "examples" / "quickstart-model")
+BASELINES = ("concat", "lb", "dcp")
+LONGEST, STEP_TOKENS, MEMORY = 6144, 12288, 0.25 * GIB
+
+
+def run_for_real(processes: int, strategies: list[str], samples: int, rounds: int) -> list[dict[str, Any]]:
+    """Profile, plan and train with so many processes; one row a strategy."""
+    from hbp.data.stdlib_sft import train_tokenizer, write_dataset
+    from hbp.data.tokenize import prepare_store
+    from hbp.train.launch import CPU_ENVIRONMENT
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data, tokenizer = folder / "data.jsonl", folder / "tokenizer"
+        write_dataset(data, seed=0, short_samples=samples, long_samples=6, longest_chars=28_000)
+        train_tokenizer(data, tokenizer, vocab_size=4096)
+        prepare_store(str(data), str(tokenizer), folder / "store")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        work = [__file__, "--worker", scratch, "--strategies", ",".join(strategies), "--rounds", str(rounds)]
+        done = subprocess.run([*launch, *work], env={**os.environ, **CPU_ENVIRONMENT}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        measured = json.loads((folder / "measured.json").read_text())
+        cost, error = _fitted(measured["points"], measured["seconds"], measured["optimizer_s"], processes, folder)
+        rows = []
+        for name in strategies:
+            plan = _with_cost(read_plan(folder / name), cost)
+            row = _row(plan, processes, np.array(measured["steps"][name])) | {"profile_error": error}
+            rows.append(row)
+            say(f"{processes} processes, {name}: {row['measured_s']:.1f} s, {row['predicted_s']:.1f} predicted")
+    return rows
+
+
+def worker(folder: Path, strategies: list[str], rounds: int) -> None:
+    """One rank: alternate between the profile's micro-batches and whole short runs of every plan."""
+    import torch
+    import torch.distributed as dist
+
+    from hbp.config import TrainConfig
+    from hbp.cost.fit import grid
+    from hbp.parallel.mesh import make_mesh
+    from hbp.train.batch import micro_batch_of
+    from hbp.train.launch import process_group
+    from hbp.train.loop import train
+    from hbp.train.model import load_model, shard
+    from hbp.train.profile import forward_backward
+
+    with process_group() as device:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        store, cost = open_store(folder / "store"), _cost(folder, world)
+        lengths = np.asarray(store.lengths)
+        mesh = make_mesh(world, cost.degrees(), device.type)
+        model = load_model(MODEL, vocab_size=store.vocab_size)
+        shard(model, mesh.world, by_layer=cost.model.sharded_by_layer)
+        rng = np.random.default_rng(0)
+        wanted = grid(cost, lengths, min(LONGEST, int(lengths.max())), rng)
+        batches = []
+        for pack, degree, gc_layers in wanted:
+            documents = [(rng.integers(0, store.vocab_size, n).astype(np.int32), np.ones(n, np.uint8)) for n in pack]
+            batches.append(micro_batch_of(documents, 0, degree, rank % degree, gc_layers, mesh, device))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, foreach=True)
+
+        def timed(run: Any) -> float:
+            dist.barrier()
+            start = time.perf_counter()
+            run()
+            dist.barrier()
+            seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(seconds, dist.ReduceOp.MAX)
+            return float(seconds)
+
+        def optimize() -> None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        def profile() -> tuple[list[float], float]:
+            seconds = []
+            for batch in batches:
+                seconds.append(timed(lambda batch=batch: forward_backward(model, batch)))
+                model.zero_grad(set_to_none=True)
+            forward_backward(model, batches[0])
+            spent = timed(optimize)
+            optimizer.zero_grad(set_to_none=True)
+            return seconds, spent
+
+        profile()
+        first, optimizer_s = profile()
+        if rank == 0:
+            fitted, _ = _fitted(wanted, [first], [optimizer_s], world, folder)
+            for name in strategies:
+                options = {"strategy": name, "max_length": LONGEST, "global_batch_tokens": STEP_TOKENS}
+                write_plan(make_plan(lengths, fitted, **options), folder / name)
+        dist.barrier()
+        plans = {name: read_plan(folder / name) for name in strategies}
+        measured: dict[str, Any] = {"points": wanted, "seconds": [], "optimizer_s": [], "steps": {n: [] for n in plans}}
+        for turn in range(rounds + 1):
+            for name, plan in plans.items():
+                records = train(model, plan, store, store.loss_tokens, mesh, TrainConfig(), device)
+                if turn:
+                    measured["steps"][name].append([record.seconds for record in records])
+            seconds, spent = profile()
+            if turn:
+                measured["seconds"].append(seconds)
+                measured["optimizer_s"].append(spent)
+        if rank == 0:
+            (folder / "measured.json").write_text(json.dumps(measured))
+
+
+def _cost(folder: Path, world: int) -> CostModel:
+    spec = dataclasses.replace(load_model_spec(MODEL), vocab=open_store(folder / "store").vocab_size)
+    return CostModel(spec, dataclasses.replace(CLUSTERS["cpu-local"], memory_bytes=MEMORY), world)
+
+
+def _fitted(
+    wanted: list[Any], seconds: list[list[float]], optimizer_s: list[float], world: int, folder: Path
+) -> tuple[CostModel, float]:
+    """The cost model of a profile and its held-out error; memory is left as modelled."""
+    from hbp.cost.fit import Point, fit_cluster
+
+    cost = _cost(folder, world)
+    points = [
+        Point(tuple(pack), degree, gc_layers, spent, cost.bytes(sum(pack), degree, gc_layers))
+        for (pack, degree, gc_layers), spent in zip(wanted, np.median(seconds, axis=0).tolist(), strict=True)
+    ]
+    fit = fit_cluster(cost.cluster, cost.model, world, points, "benchmark")
+    cluster = dataclasses.replace(fit.cluster, step_overhead_s=statistics.median(optimizer_s), memory_bytes=MEMORY)
+    return dataclasses.replace(cost, cluster=cluster), fit.held_out_error
+
+
+def _with_cost(plan: Plan, cost: CostModel) -> Plan:
+    """The same plan, predicted by another profile."""
+    work, seconds = cost.work(plan.lengths, plan.sample_offsets), np.empty(plan.n_packs, np.float32)
+    for degree, gc_layers in set(zip(plan.sp_degree.tolist(), plan.gc_layers.tolist(), strict=True)):
+        rows = np.flatnonzero((plan.sp_degree == degree) & (plan.gc_layers == gc_layers))
+        seconds[rows] = cost.seconds(degree, gc_layers).of(work[rows])
+    info = dataclasses.replace(plan.info, cluster=cost.cluster.to_json())
+    return dataclasses.replace(plan, info=info, predicted_s=seconds)
+
+
+def _row(plan: Plan, processes: int, measured: np.ndarray) -> dict[str, Any]:
+    """A strategy's figures; `measured` are seconds, ``[rounds, steps]``."""
+    predicted, shared = step_seconds(plan), _shared_step_seconds(plan, os.cpu_count() or 1)
+    seconds = np.median(measured, axis=0)
+    return {
+        "processes": processes,
+        "strategy": plan.info.strategy,
+        "groups": [dataclasses.asdict(group) for group in plan.info.groups],
+        "tokens": plan.info.n_tokens,
+        "utilization": simulate(plan).utilization,
+        "noise": float(np.median(np.ptp(measured, axis=0) / seconds)),
+        "measured_s": float(seconds.sum()),
+        "predicted_s": float(predicted.sum()),
+        "shared_s": float(shared.sum()),
+        "step_rounds_s": np.round(measured, 4).tolist(),
+        "step_measured_s": np.round(seconds, 4).tolist(),
+        "step_predicted_s": np.round(predicted, 4).tolist(),
+        "step_shared_s": np.round(shared, 4).tolist(),
+    }
+
+
+def _shared_step_seconds(plan: Plan, cores: int) -> np.ndarray:
+    """Predicted seconds of each step where ranks share cores: a rank that is done leaves its share to the others.
+
+    The profile was measured with every rank at work, so that ranks ran at cores ÷ ranks of a core's speed. With fewer
+    left they speed up, to at most a whole core each.
+    """
+    world = plan.info.world_size
+    speed = min(1.0, cores / world)
+    micro = plan.micro_step_index()
+    seconds = np.zeros(plan.n_steps)
+    for index in range(int(micro[-1]) + 1):
+        rows = np.flatnonzero(micro == index)
+        # Work of each rank that runs a pack, in seconds of a whole core, shortest first.
+        work = np.sort(np.repeat(plan.predicted_s[rows] * speed, plan.sp_degree[rows]))
+        left = np.arange(len(work), 0, -1)
+        seconds[plan.step[rows[0]]] += float((np.diff(work, prepend=0.0) / np.minimum(1.0, cores / left)).sum())
+    return seconds + float(plan.info.cluster.get("step_overhead_s", 0.0))
+
+
+def errors(rows: list[dict[str, Any]], prefix: str = "predicted") -> dict[str, float]:
+    """Step-time and ratio errors of rows of one number of processes."""
+    steps = [abs(p / m - 1) for r in rows for p, m in zip(r[f"step_{prefix}_s"], r["step_measured_s"], strict=True)]
+    runs = [r[f"{prefix}_s"] / r["measured_s"] for r in rows]
+    ratios = [abs(a / b - 1) for a, b in itertools.combinations(runs, 2)]
+    return {
+        "step_time_error": statistics.median(steps),
+        "run_time_error": max(abs(run - 1) for run in runs),
+        "ratio_error": max(ratios, default=0.0),
+        "median_ratio_error": statistics.median(ratios) if ratios else 0.0,
+    }
+
+
+def simulator_speed(steps: int, world: int) -> dict[str, Any]:
+    """Seconds to play a plan of one pack a rank: time, parts, memory of every rank."""
+    rng = np.random.default_rng(0)
+    cost = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], world)
+    degree = 2 ** rng.integers(0, 4, steps)
+    packs = world // degree
+    rows = int(packs.sum())
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 6, rows))])
+    lengths = rng.integers(100, 3000, offsets[-1]).astype(np.int32)
+    info = PlanInfo(
+        "benchmark",
+        0,
+        world,
+        (),
+        len(lengths),
+        int(lengths.sum()),
+        "",
+        model=cost.model.to_json(),
+        cluster=cost.cluster.to_json(),
+    )
+    plan = Plan(
+        info,
+        step=np.repeat(np.arange(steps, dtype=np.int32), packs),
+        micro_step=np.zeros(rows, np.int16),
+        rank_start=((np.arange(rows) - np.repeat(np.cumsum(packs) - packs, packs)) * np.repeat(degree, packs)),
+        sp_degree=np.repeat(degree, packs).astype(np.int16),
+        gc_layers=np.full(rows, 4, np.int16),
+        capacity=np.full(rows, 16384, np.int32),
+        predicted_s=rng.uniform(0.5, 1.0, rows).astype(np.float32),
+        sample_offsets=offsets,
+        sample_ids=np.arange(len(lengths)),
+        lengths=lengths,
+    )
+    start = time.perf_counter()
+    simulate(plan)
+    rank_use(plan)
+    return {"steps": steps, "ranks": world, "packs": rows, "samples": len(lengths), "s": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two processes, two strategies, few samples, two rounds")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--processes", default="2,4", help="numbers of processes, comma-separated (default 2,4)")
+    parser.add_argument("--strategies", help=f"comma-separated (default {','.join(BASELINES)} and every hbp)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each plan and of the profile (default 5)")
+    parser.add_argument("--out", type=Path, help="also write the JSON to a file, beside its other process counts' rows")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    names = [*BASELINES, *(name for name in STRATEGIES if name.startswith("hbp"))]
+    if args.strategies:
+        names = args.strategies.split(",")
+    elif args.quick:
+        names = ["concat", "hbp"]
+    if args.worker:
+        worker(args.worker, names, args.rounds)
+        return
+    processes = [2] if args.quick else [int(n) for n in args.processes.split(",")]
+    samples, rounds = (20, 2) if args.quick else (60, args.rounds)
+    rows = [row for n in processes for row in run_for_real(n, names, samples, rounds)]
+    if args.out and args.out.is_file():
+        rows = [r for r in json.loads(args.out.read_text())["rows"] if r["processes"] not in processes] + rows
+    summary = {}
+    for n in sorted({r["processes"] for r in rows}):
+        mine = [r for r in rows if r["processes"] == n]
+        shared = {f"shared_{key}": value for key, value in errors(mine, "shared").items()}
+        summary[str(n)] = {
+            **errors(mine),
+            **shared,
+            "noise": statistics.median(r["noise"] for r in mine),
+            "profile_error": mine[0]["profile_error"],
+            "oversubscribed": n > (os.cpu_count() or 1),
+        }
+    speed = simulator_speed(*((1_000, 256) if args.quick else (10_000, 1_024)))
+    fair = [s for s in summary.values() if not s["oversubscribed"]] or list(summary.values())
+    result = {
+        "command": "python benchmarks/simulator.py" + (" --quick" if args.quick else ""),
+        "date": datetime.date.today().isoformat(),
+        "device": f"{os.cpu_count()} cores, {_processor()}",
+        "step_time_error": max(s["step_time_error"] for s in fair),
+        "ratio_error": max(s["ratio_error"] for s in fair),
+        "by_processes": summary,
+        "speed": speed,
+        "rows": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{'processes':>9} {'strategy':10} {'measured s':>10} {'predicted':>10} {'shared':>8} {'utilization':>11}")
+    for r in rows:
+        print(
+            f"{r['processes']:9} {r['strategy']:10} {r['measured_s']:10.2f} {r['predicted_s']:10.2f} "
+            f"{r['shared_s']:8.2f} {r['utilization']:11.1%}"
+        )
+    for n, s in summary.items():
+        print(f"{n} processes: " + ", ".join(f"{k} {v:.1%}" for k, v in s.items() if isinstance(v, float)))
+    print(f"{speed['steps']:,} steps x {speed['ranks']:,} ranks played in {speed['s']:.1f} s")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "unknown processor"
+
+
+if __name__ == "__main__":
+    main()

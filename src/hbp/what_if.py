@@ -1,0 +1,71 @@
+"""What a plan's samples would take on other hardware: planned anew, since the best groups change with it, and played.
+
+The samples, model, strategy, seed, longest packing length, curriculum and tokens of an optimizer step stay those of the
+plan: the same training run on more or fewer devices. A step cannot hold less than one micro-step of the whole world,
+though, so with very many devices its tokens grow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hbp.cost.cluster import ClusterSpec, cluster_from_json
+from hbp.cost.model_spec import ModelSpec
+from hbp.cost.predict import CostModel
+from hbp.errors import HbpError
+from hbp.plan import Plan
+from hbp.planning.planner import STRATEGIES, make_plan
+
+
+def parse_counts(text: str) -> list[int]:
+    """Numbers of devices: ``8,24,32``, or ``8..256`` for doublings from the first up to the last.
+
+    Raises:
+        HbpError: neither of these, or a number below 1.
+    """
+    try:
+        if ".." in text:
+            first, last = (int(end) for end in text.split(".."))
+            counts = [first << i for i in range(max(0, last.bit_length())) if first << i <= last]
+        else:
+            counts = [int(count) for count in text.split(",") if count.strip()]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise HbpError(f"--gpus {text}: give numbers from 1 up, such as 8,24,32, or doublings such as 8..256")
+    return counts
+
+
+def plan_elsewhere(
+    plan: Plan, gpus: int, cluster: ClusterSpec | None = None, global_batch_tokens: int | None = None
+) -> Plan:
+    """The plan's samples planned anew.
+
+    Args:
+        plan: says samples, model, strategy and settings; samples that it dropped stay dropped.
+        gpus: world size.
+        cluster: the plan's own if None.
+        global_batch_tokens: tokens of an optimizer step; the plan's own if None.
+
+    Raises:
+        HbpError: nothing fits these devices, or the plan does not say how it was made.
+    """
+    info = plan.info
+    if info.strategy not in STRATEGIES or not info.model:
+        raise HbpError(
+            f"the plan (strategy {info.strategy!r}) does not say how to plan it anew; make one with `hbp plan`"
+        )
+    where = cluster_from_json(info.cluster) if cluster is None else cluster
+    lengths = plan.lengths[np.argsort(plan.sample_ids, kind="stable")]
+    settings: dict[str, Any] = dict(info.settings)
+    return make_plan(
+        lengths,
+        CostModel(ModelSpec.from_json(info.model), where, gpus),
+        strategy=info.strategy,
+        seed=info.seed,
+        max_length=settings.get("max_length"),
+        global_batch_tokens=global_batch_tokens or settings.get("global_batch_tokens"),
+        short_steps=settings.get("short_steps"),
+    )
