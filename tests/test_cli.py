@@ -108,6 +108,37 @@ def test_compare_has_a_row_for_every_strategy(lengths: Path, capsys: pytest.Capt
     assert ours["efficiency"] == max(row["efficiency"] for row in rows)
 
 
+def test_compare_over_cluster_sizes_with_a_plot(
+    lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "compare.svg"
+    arguments = ["--gpus", "2..8", "--strategies", "bfd,hbp-mixed", "--plot", str(plot), "--json"]
+    rows = output(capsys, "compare", *planning(lengths, *arguments))["rows"]
+    assert [(row["gpus"], row["strategy"]) for row in rows] == [
+        (gpus, name) for gpus in (2, 4, 8) for name in ("bfd", "hbp-mixed")
+    ]
+    for gpus in (2, 4, 8):
+        first, ours = (row for row in rows if row["gpus"] == gpus)
+        assert first["speedup"] == 1
+        assert ours["speedup"] == pytest.approx(first["predicted_s"] / ours["predicted_s"])
+    picture = plot.read_text()
+    assert picture.startswith("<svg")
+    assert all(word in picture for word in ("bfd", "hbp-mixed", "speed over bfd"))
+
+
+def test_plan_explains_its_groups(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = planning(lengths, "--out", str(tmp_path / "plan"), "--explain")
+    made = output(capsys, "plan", *arguments, "--json")
+    assert [reason["group"] for reason in made["explain"]] == made["groups"]
+    homes = sum(reason["samples"] for reason in made["explain"] if reason["micro_steps"] > 1 or reason["above"])
+    assert homes == made["samples"]
+    assert sum(reason["time_share"] for reason in made["explain"]) == pytest.approx(1)
+    assert main(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "home of" in text
+    assert "time with SP" in text
+
+
 @pytest.mark.parametrize("command", ["plan", "compare", "simulate", "report"])
 def test_planning_half_runs_without_torch(command: str, lengths: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> None:

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", parents=[common], help="turn lengths into a plan folder")
     _add_planning(plan)
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
     plan.add_argument("--strategy", default="hbp-mixed", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp-mixed)")
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
     plan.add_argument("--explain", action="store_true", help="say why each group is there and runs as it does")
@@ -74,8 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", parents=[common], help="plan with every strategy, one table")
     _add_planning(compare)
     compare.add_argument(
+        "--gpus", required=True, metavar="N|N,N|N..N", help="ranks to plan for, one number or several (8..256 doubles)"
+    )
+    compare.add_argument(
         "--strategies", default=",".join(STRATEGY_NAMES), help="comma-separated (default: all of them)"
     )
+    compare.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw efficiency and speed-up over GPUs")
     compare.set_defaults(run=_compare)
 
     simulate = commands.add_parser(
@@ -142,7 +147,6 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="NAME|DIR", help="built-in name, or a transformers config folder"
     )
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
     parser.add_argument("--cluster", default="h100-nvlink", metavar="NAME|FILE", help="built-in name or profile file")
     parser.add_argument(
         "--memory-gib", type=float, metavar="GIB", help="memory budget of a device (default: the cluster's)"
@@ -170,7 +174,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.planning.planner import make_plan
     from hbp.simulate import simulate
 
-    lengths, cost = _lengths(args), _cost(args)
+    lengths, cost = _lengths(args), _cost(args, args.gpus)
     plan = make_plan(lengths, cost, strategy=args.strategy, **_options(args))
     write_plan(plan, args.out)
     result = {
@@ -211,28 +215,34 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.planning.planner import make_plan
     from hbp.progress import Progress
     from hbp.simulate import simulate
+    from hbp.what_if import parse_counts
 
-    lengths, cost = _lengths(args), _cost(args)
     names = [name.strip() for name in args.strategies.split(",") if name.strip()]
     if not names:
         raise HbpError(f"--strategies names none; give some of {','.join(STRATEGY_NAMES)}")
-    rows = []
-    with Progress("compare", len(names)) as progress:
-        for name in names:
-            plan = make_plan(lengths, cost, strategy=name, **_options(args))
-            rows.append((name, plan.info.metrics, simulate(plan).to_json()))
-            progress.advance(name)
+    sizes, rows = parse_counts(args.gpus), []
+    lengths, options = _lengths(args), _options(args)
+    with Progress("compare", len(names) * len(sizes)) as progress:
+        for gpus in sizes:
+            cost, first = _cost(args, gpus), None
+            for name in names:
+                plan = make_plan(lengths, cost, strategy=name, **options)
+                metrics = plan.info.metrics
+                first = first or metrics["predicted_s"]
+                speedup = first / metrics["predicted_s"]
+                rows.append({"strategy": name, "gpus": gpus, **metrics, **simulate(plan).to_json(), "speedup": speedup})
+                progress.advance(f"{name}, {gpus} GPUs")
     if not args.json:
-        from hbp.tables import metrics_table
+        from hbp.tables import compare_table
 
-        metrics_table(rows)
-    slowest = rows[0][1]["predicted_s"]
-    return {
-        "rows": [
-            {"strategy": name, **metrics, **simulated, "speedup": slowest / metrics["predicted_s"]}
-            for name, metrics, simulated in rows
-        ]
-    }
+        compare_table(rows)
+    if args.plot is not None:
+        from hbp.report.comparison import strategies_over_gpus
+        from hbp.report.figures import standalone
+
+        args.plot.write_text(standalone(strategies_over_gpus(rows)))
+        print(f"hbp: plot: {args.plot}", file=sys.stderr)
+    return {"rows": rows}
 
 
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
@@ -410,17 +420,17 @@ def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
     return np.asarray(prepare_store(args.data, tokenizer, folder).lengths)
 
 
-def _cost(args: argparse.Namespace) -> CostModel:
+def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
     from hbp.cost.cluster import GIB, load_cluster
     from hbp.cost.model_spec import load_model_spec
     from hbp.cost.predict import CostModel
 
-    if args.gpus < 1:
-        raise HbpError(f"--gpus {args.gpus}: give at least 1")
+    if gpus < 1:
+        raise HbpError(f"--gpus {gpus}: give at least 1")
     cluster = load_cluster(args.cluster)
     if args.memory_gib is not None:
         cluster = dataclasses.replace(cluster, memory_bytes=args.memory_gib * GIB)
-    return CostModel(load_model_spec(args.model), cluster, args.gpus)
+    return CostModel(load_model_spec(args.model), cluster, gpus)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

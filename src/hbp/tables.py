@@ -11,12 +11,15 @@ from rich.table import Table
 
 from hbp.simulate import PART_NAMES
 
+BAR = 10
+"""Characters of a full bar."""
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """One table on standard output; the first column is text, the others are numbers."""
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> None:
+    """One table on standard output; the first column and number `left` are text, the others are numbers."""
     made = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
-        made.add_column(name, justify="left" if index == 0 else "right")
+        made.add_column(name, justify="left" if index in (0, left) else "right")
     for row in rows:
         made.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(made)
@@ -55,6 +58,28 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, An
         "speed-up",
     )
     table("predicted", header, cells)
+
+
+def compare_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Strategies side by side, for each number of GPUs; a bar shows the efficiency."""
+    cells = [
+        (
+            r["strategy"],
+            f"{r['gpus']:,}",
+            f"{r['pr']:.3%}",
+            f"{r['abr']:.4f}",
+            f"{r['cr']:.3f}",
+            f"{r['ave_tokens']:,.0f}",
+            duration(r["predicted_s"]),
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['speedup']:.2f}×",
+            f"{r['efficiency']:.3f}",
+            "█" * round(r["efficiency"] * BAR),
+        )
+        for r in rows
+    ]
+    header = ("strategy", "GPUs", "PR", "ABR", "CR", "Ave-T", "predicted", "tokens/s", "speed-up", "efficiency")
+    table("predicted", (*header, "of best".ljust(BAR)), cells, left=len(header))
 
 
 def parts_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
