@@ -45,15 +45,23 @@ def _scatter(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 4.2), layout="constrained")
         axis = figure.subplots()
-        values = np.array([*measured, *predicted])
-        ends = np.array([values.min() * 0.85, values.max() * 1.18])
+        both = np.array([*measured, *predicted])
+        ends = np.array([both.min() * 0.85, both.max() * 1.18])
         axis.fill_between(ends, ends * (1 - WITHIN), ends * (1 + WITHIN), color=FAINT, alpha=0.6, linewidth=0)
         axis.plot(ends, ends, color=INK, linewidth=1)
         colours = _colours([p.sp_degree for p in points])
-        for point, x, y in zip(points, measured, predicted, strict=True):
-            colour = colours[point.sp_degree]
-            face = "none" if point.gc_layers else colour
-            axis.scatter([x], [y], s=30, facecolors=face, edgecolors=colour, linewidths=1.3, alpha=0.9)
+        for degree, colour in colours.items():
+            for recomputes, face in ((False, colour), (True, "none")):
+                mine = [i for i, p in enumerate(points) if p.sp_degree == degree and (p.gc_layers > 0) == recomputes]
+                at = ([values[i] for values in (measured, predicted)] for i in mine)
+                xs, ys = zip(*at, strict=True) if mine else ((), ())
+                style: Any = {
+                    "markerfacecolor": face,
+                    "markeredgecolor": colour,
+                    "markeredgewidth": 1.3,
+                    "markersize": 5.5,
+                }
+                axis.plot(xs, ys, linestyle="", marker="o", alpha=0.9, **style)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(_round_ticks(ends))

@@ -20,6 +20,9 @@ from hbp.cost.fit import Collective
 SIZES = (2**16, 2**20, 2**23)
 """Bytes that a rank receives, about."""
 REPEATS = 5
+# Their names since torch 2.13, and before.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def measure_collectives(degrees: Iterable[int], device: torch.device) -> list[Collective]:
@@ -45,8 +48,8 @@ def measure_collectives(degrees: Iterable[int], device: torch.device) -> list[Co
             if ranks in degrees:
                 runs["all_to_all"] = _bound(dist.all_to_all_single, target, whole, group)
             if ranks == world:
-                runs["all_gather"] = _bound(dist.all_gather_into_tensor, target, part, group)
-                runs["reduce_scatter"] = _bound(dist.reduce_scatter_tensor, part, whole, group)
+                runs["all_gather"] = _bound(ALL_GATHER, target, part, group)
+                runs["reduce_scatter"] = _bound(REDUCE_SCATTER, part, whole, group)
             received = float(elements * 4 * (ranks - 1))
             measured += [Collective(kind, ranks, received, _seconds(run, device)) for kind, run in runs.items()]
     return measured

@@ -64,10 +64,9 @@ def cut_config(config: Mapping[str, Any], n_layers: int) -> dict[str, Any]:
     Raises:
         HbpError: it has fewer, or none are asked for.
     """
-    if not 1 <= n_layers <= config["num_hidden_layers"]:
-        raise HbpError(
-            f"the model has {config['num_hidden_layers']} layers; a stack of {n_layers} cannot be cut from it"
-        )
+    every = config["num_hidden_layers"]
+    if not 1 <= n_layers <= every:
+        raise HbpError(f"the model has {every} layers, so a stack of {n_layers} cannot be cut from it")
     cut = {**config, "num_hidden_layers": n_layers}
     if cut.get("layer_types"):
         cut["layer_types"] = list(cut["layer_types"])[:n_layers]

@@ -43,7 +43,7 @@ class LiveProfile:
     seconds: float
     """That measuring took."""
     skipped: int
-    """Packs that the time limit left out."""
+    """Packs that the time limit left out, or for which a single device had not the memory."""
 
 
 def packs_to_measure(
@@ -103,6 +103,17 @@ def live_profile(
         limit_s: no pack is begun later than this, each stack having its share of it.
     """
     began, points, skipped = time.monotonic(), list[Point](), 0
+
+    def measure(model: CausalLMWithLoss, pack: Pack, repeats: int) -> Point | None:
+        try:
+            return measure_point(model, mesh, *pack, device=device, repeats=repeats)
+        except torch.OutOfMemoryError:
+            if cost.world_size > 1:  # the other ranks wait in a collective
+                raise
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            return None
+
     collectives = measure_collectives({p[1] for every in packs.values() for p in every}, device)
     total = sum(map(len, packs.values()))
     with Progress("profile", total) as progress:
@@ -110,12 +121,15 @@ def live_profile(
             model = make_model(height)
             end = limit_s * (len(points) + skipped + len(every)) / total
             # The largest first, once and unrecorded: later points then find a warm allocator, as training does.
-            measure_point(model, mesh, *every[-1], device=device, repeats=0)
+            measure(model, every[-1], repeats=0)
             for index, (lengths, degree, gc_layers) in enumerate(every):
                 if index and highest(time.monotonic() - began, device) > end:
                     skipped += len(every) - index
                     break
-                point = measure_point(model, mesh, lengths, degree, gc_layers, device=device)
+                point = measure(model, (lengths, degree, gc_layers), repeats=3)
+                if point is None:
+                    skipped += 1
+                    continue
                 points.append(replace(point, n_layers=height))
                 stack = f"{height} layers " if height else ""
                 progress.advance(f"{stack}{sum(lengths)} tokens SP{degree} GC{gc_layers}: {point.seconds:.2f} s")
@@ -123,5 +137,5 @@ def live_profile(
     fit = fit_cluster(cost.cluster, cost.model, cost.world_size, points, device_name(device), collectives)
     say(f"cost model fitted to {len(points)} micro-batches; held-out median error {fit.held_out_error:.1%}")
     if skipped:
-        say(f"{skipped} micro-batches were left out, since {limit_s:.0f} s had passed")
+        say(f"{skipped} micro-batches were left out: {limit_s:.0f} s had passed, or they did not fit the device")
     return LiveProfile(fit, tuple(points), tuple(collectives), time.monotonic() - began, skipped)
