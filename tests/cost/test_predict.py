@@ -67,7 +67,8 @@ def test_seconds_by_hand() -> None:
     )
     layers, lengths, again = 6, [10, 20], 2 / 6
     flops = 2 * layers * (256 * 32 * (12 + 4 + 4 + 12) + 3 * 256 * SMALL.intermediate)
-    linear = 30 * (flops * (3 + again) + 2 * 256 * 1000 * 4) / 2
+    last = 2 * layers * 256 * SMALL.intermediate  # the MLP's way down, which is not recomputed
+    linear = 30 * (flops * (3 + again) - last * again + 2 * 256 * 1000 * 4) / 2
     attention = (55 + 210) * 2 * layers * 12 * 64 * (3.5 + again) / 3
     launches = layers * (3 + again) * (5 + 2 * 7)
     alone = linear + attention + launches
@@ -77,10 +78,11 @@ def test_seconds_by_hand() -> None:
     assert seconds(CostModel(SMALL, few_rows, 1), lengths, 1, 2) == pytest.approx(more)
 
     # On four ranks: each has a quarter of the tokens and pairs, three quarters of the heads' bytes travel, twice a
-    # layer and pass; FSDP gathers twice and reduces once.
+    # layer and pass; FSDP gathers layers twice, the rest once, and reduces all once.
     sent = 30 / 4 * layers * (32 * 4 * 2 * (12 + 4)) * 3 / 4 * (2 + again) / 11
     latency = layers * 2 * (2 + again) * 13
-    fsdp = SMALL.parameters() * 3 / 4 * (2 * 4 + 4) / 11 + 3 * (layers + 1) * 13
+    twice = layers * SMALL.layer_parameters(0)
+    fsdp = (SMALL.parameters() * (4 + 4) + twice * 4) * 3 / 4 / 11 + (3 * layers + 2) * 13
     busy = (linear + attention) / 4 + launches + sent + latency
     assert seconds(CostModel(SMALL, cluster, 4), lengths, 4, 2) == pytest.approx(busy + fsdp)
     for overlap in (0.25, 1.0):

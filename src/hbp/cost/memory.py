@@ -83,9 +83,8 @@ def moments(
 def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> tuple[float, float, float, float]:
     """Bytes that no token causes: always, and more at the loss, in backward, at the end."""
     b, total = cluster.dtype_bytes, m.parameters()
-    layers = [m.layer_parameters(i) for i in range(m.n_layers)]
-    largest, head_gradient = max(layers), m.vocab * m.hidden * b
-    root = total - sum(layers) if m.sharded_by_layer else total
+    largest, head_gradient = max(map(m.layer_parameters, range(m.n_layers))), m.vocab * m.hidden * b
+    root = total - m.layers_parameters() if m.sharded_by_layer else total
     states = total * STATE_BYTES_PER_PARAMETER / world_size + cluster.fixed_bytes + root * b
     backward = head_gradient + largest * b
     if m.sharded_by_layer:

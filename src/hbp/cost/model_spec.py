@@ -200,6 +200,11 @@ class ModelSpec:
         """All of the model."""
         return self.parameter_count.total
 
+    def layers_parameters(self) -> int:
+        """All of the layers: all of the model but embedding, head and last norm."""
+        count = self.parameter_count
+        return count.total - count.embedding - count.lm_head - self.hidden
+
     @property
     def sharded_by_layer(self) -> bool:
         """Whether each layer is gathered apart, or, its layers being small, the model in one piece."""
@@ -231,6 +236,17 @@ class ModelSpec:
             active = 3 * e.intermediate * (e.experts_per_token + e.n_shared) + e.n_experts
             total += self.n_moe_layers * self.hidden * active
         return 2.0 * total
+
+    def recomputed_flops_per_token(self) -> float:
+        """Of :meth:`linear_flops_per_token`, what a recomputed layer does once more, for all layers recomputed.
+
+        Recomputation stops at the last tensor that backward needs, so a layer's last product, the MLP's way down (with
+        experts: the shared experts'; routed outputs are weighted, so their backward does need them), is not repeated.
+        """
+        skipped = self.intermediate * (self.n_layers - self.n_moe_layers)
+        if self.experts is not None:
+            skipped += self.experts.intermediate * self.experts.n_shared * self.n_moe_layers
+        return self.linear_flops_per_token() - 2.0 * self.hidden * skipped
 
     def head_flops_per_token(self) -> float:
         """FLOPs of the vocabulary projection."""

@@ -7,18 +7,19 @@ sums.
 
 Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers recomputed:
 
-- linear: ``S/d`` tokens × FLOPs × (1 forward + 2 backward + k/n recomputed); the vocabulary projection counts 4 passes,
-  since the chunked loss recomputes it. Small products do not reach the rate of large ones: a product of ``r`` rows runs
-  at ``r / (r + h)`` of it (``h`` is :attr:`~hbp.cost.cluster.ClusterSpec.half_rate_tokens`), which is the time of ``h``
-  more rows, whatever ``r``: a fixed part. With experts each has its own ``h``, so few tokens an expert are slow;
+- linear: ``S/d`` tokens × FLOPs × (1 forward + 2 backward + k/n recomputed, all but each layer's last product); the
+  vocabulary projection counts 4 passes, since the chunked loss recomputes it. Small products do not reach the rate of
+  large ones: a product of ``r`` rows runs at ``r / (r + h)`` of it (``h`` is
+  :attr:`~hbp.cost.cluster.ClusterSpec.half_rate_tokens`), which is the time of ``h`` more rows, whatever ``r``: a fixed
+  part. With experts each has its own ``h``, so few tokens an expert are slow;
 - attention: pairs/d × FLOPs × (1 + backward + k/n), flash attention's backward being 2.5 forwards where keys and values
   have heads of one size;
 - all-to-all, twice a layer and pass: the bytes of queries, keys, values and outputs; beyond the heads, gathered keys
   and values (the pack is cut so that every rank has an equal share of the pairs);
-- FSDP: parameters gathered for forward and for backward (once where the model is one piece,
-  :attr:`~hbp.cost.model_spec.ModelSpec.sharded_by_layer`), gradients reduced in float32; the part that does not hide
-  behind compute is added. Experts are sharded like everything else, so tokens never travel to them: there is no expert
-  all-to-all, and every expert's parameters are gathered.
+- FSDP: layers gathered for forward and for backward (once where the model is one piece,
+  :attr:`~hbp.cost.model_spec.ModelSpec.sharded_by_layer`, as embedding and head are), gradients reduced in float32; the
+  part that does not hide behind compute is added. Experts are sharded like everything else, so tokens never travel to
+  them: there is no expert all-to-all, and every expert's parameters are gathered.
 
 Bytes: :mod:`hbp.cost.memory`.
 """
@@ -105,7 +106,8 @@ class CostModel:
         """The cost of packs at a degree and a number of recomputed layers."""
         m, c, d = self.model, self.cluster, sp_degree
         again = gc_layers / m.n_layers
-        linear = m.linear_flops_per_token() * (3 + again) + m.head_flops_per_token() * HEAD_PASSES
+        linear = 3 * m.linear_flops_per_token() + again * m.recomputed_flops_per_token()
+        linear += m.head_flops_per_token() * HEAD_PASSES
         pair = m.attention_flops_per_pair() * (1 + again) + m.attention_backward_flops_per_pair()
         few = c.half_rate_tokens * 2.0 * m.matrix_parameters() * (3 + again)
         sent, waiting = self._sp_seconds(d)
@@ -137,12 +139,12 @@ class CostModel:
     def _fsdp_seconds(self) -> float:
         if self.world_size == 1:
             return 0.0
-        c = self.cluster
-        received = self.model.parameters() * (self.world_size - 1) / self.world_size
-        # Layers are gathered for forward and again for backward; a model in one piece stays gathered in between.
-        gathers, pieces = (2, self.model.n_layers + 1) if self.model.sharded_by_layer else (1, 1)
-        traffic = received * (gathers * c.dtype_bytes + REDUCE_BYTES) / c.ring(self.world_size)
-        return traffic + (gathers + 1) * pieces * c.latency(self.world_size)
+        m, c, share = self.model, self.cluster, (self.world_size - 1) / self.world_size
+        # Layers are gathered for forward and again for backward; what is in one piece stays gathered in between.
+        layers = m.n_layers if m.sharded_by_layer else 0
+        gathered = (m.parameters() + m.layers_parameters() * (layers > 0)) * c.dtype_bytes
+        traffic = share * (gathered + m.parameters() * REDUCE_BYTES) / c.ring(self.world_size)
+        return traffic + (3 * layers + 2) * c.latency(self.world_size)
 
     def static_bytes(self) -> float:
         """Peak bytes that no token causes: states, gathered parameters, and their gradients."""
