@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hbp.plan import Plan
 
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
+PROFILE_LIMIT_S = 170.0
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
 STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed")
 
@@ -128,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("config", type=Path, metavar="CONFIG.yaml", help="as for train: its model, data and cluster")
     profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
     profile.add_argument("--out", type=Path, help="file to write (default: profile.json in run_dir)")
+    profile.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="measure stacks of N and 2N layers and scale to all (default: the whole model, or for a large one N = 2)",
+    )
     profile.set_defaults(run=_profile)
 
     if {"train", "profile"} & set(sys.argv[1:2]):  # the options' list needs pydantic and yaml, plan does not
@@ -367,40 +374,32 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
 
     config = load_config(args.config, args.overrides)
     out = args.out or Path(config.run_dir) / "profile.json"
+    if args.layers is not None and args.layers < 1:
+        raise HbpError(f"--layers {args.layers}: give at least 1")
     if not launch.under_torchrun():
         _check_before_launch(config)
-        launch.launch_local(["profile", str(args.config), *args.overrides, "--out", str(out)], config.cluster.processes)
+        layers = [] if args.layers is None else ["--layers", str(args.layers)]
+        arguments = ["profile", str(args.config), *args.overrides, "--out", str(out), *layers]
+        launch.launch_local(arguments, config.cluster.processes)
     else:
-        from hbp.job import live_profile, make_engine
+        from hbp.cluster_profile import profile_cluster
+        from hbp.job import make_engine
 
         with launch.process_group() as device:
-            live_profile(make_engine(config, device), out)
+            heights = None if args.layers is None else (args.layers, 2 * args.layers)
+            profile_cluster(make_engine(config, device), out, heights, PROFILE_LIMIT_S)
             if not launch.reports_here():
                 return None
-    profile: dict[str, Any] = json.loads(out.read_text())
-    if not args.json:
-        from hbp.tables import table
+    from hbp.report.cost_page import write_cost_page
 
-        rows = [
-            (
-                f"{sum(p['lengths']):,}",
-                f"{len(p['lengths']):,}",
-                str(p["sp_degree"]),
-                str(p["gc_layers"]),
-                f"{p['seconds']:.3f}",
-                f"{p['predicted_s']:.3f}",
-                f"{p['peak_bytes'] / 2**30:.3f}",
-                f"{p['predicted_bytes'] / 2**30:.3f}",
-            )
-            for p in profile["points"]
-        ]
-        table(
-            f"profile of {profile['device']}",
-            ("tokens", "documents", "SP", "GC", "seconds", "predicted", "GiB", "predicted"),
-            rows,
-        )
-        print(f"held-out median error {profile['median_error']:.1%} → {out}")
-    return {"profile": str(out), **profile}
+    profile: dict[str, Any] = json.loads(out.read_text())
+    page = write_cost_page(out)
+    if not args.json:
+        from hbp.tables import profile_table
+
+        profile_table(profile)
+        print(f"profile: {out}\npictures: {page}")
+    return {"profile": str(out), "page": str(page), **profile}
 
 
 def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:

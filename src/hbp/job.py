@@ -23,9 +23,9 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from hbp.cluster_profile import profile_cluster
 from hbp.config import Config, DataConfig
 from hbp.cost.cluster import GIB, load_cluster
-from hbp.cost.fit import Fit, Point, fit_cluster, grid
 from hbp.cost.model_spec import spec_from_config
 from hbp.cost.predict import CostModel
 from hbp.data.stdlib_sft import train_tokenizer, write_dataset
@@ -40,7 +40,7 @@ from hbp.train.checkpoint import export_model
 from hbp.train.launch import device_name, rank_zero_first
 from hbp.train.loop import StepRecord, evaluate, train
 from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model, shard
-from hbp.train.profile import measure_point, measure_rows
+from hbp.train.profile import measure_rows
 
 MEMORY_ROUNDS = 4
 TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -165,8 +165,8 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
         _clear(run, config.plan.path)
         np.save(run / "lengths.npy", engine.samples.lengths)
     if config.plan.path is None and config.cluster.profile:
-        fit, _ = live_profile(engine, run / "profile.json")
-        engine = dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=fit.cluster))
+        cluster = profile_cluster(engine, run / "profile.json")
+        engine = dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster))
 
     plan, engine = _plan(engine, run)
     eval_plan = _eval_plan(engine)
@@ -221,45 +221,6 @@ def split_samples(
     fits = lengths[order] <= (config.data.max_length or lengths.max())
     eval_ids = order[fits][:held]
     return np.setdiff1d(np.arange(n), eval_ids), np.sort(eval_ids)
-
-
-def live_profile(engine: Engine, out: Path | None) -> tuple[Fit, list[Point]]:
-    """Measure micro-batches of this data on this engine and fit the cost model to them; rank 0 writes the file."""
-    lengths = engine.samples.lengths
-    longest = min(engine.config.data.max_length or int(lengths.max()), int(lengths.max()))
-    rng = np.random.default_rng(engine.config.seed)
-    wanted = grid(engine.cost, lengths, longest, rng)
-    model = engine.fresh_model()
-    points = []
-    # The largest first, once and unrecorded: later points then find a warm allocator, as training does.
-    warm = wanted[-1]
-    measure_point(model, engine.mesh, warm[0], warm[1], warm[2], device=engine.device, repeats=0)
-    with Progress("profile", len(wanted)) as progress:
-        for pack, degree, gc_layers in wanted:
-            points.append(measure_point(model, engine.mesh, pack, degree, gc_layers, device=engine.device))
-            last = points[-1]
-            progress.advance(f"{sum(pack)} tokens SP{degree} GC{gc_layers}: {last.seconds:.2f} s")
-    fit = fit_cluster(
-        engine.cost.cluster, engine.cost.model, engine.cost.world_size, points, device_name(engine.device)
-    )
-    say(f"cost model fitted to {len(points)} micro-batches; held-out median error {fit.held_out_error:.1%}")
-    if out is not None and dist.get_rank() == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(profile_json(fit, points), indent=1) + "\n")
-    return fit, points
-
-
-def profile_json(fit: Fit, points: list[Point]) -> dict[str, Any]:
-    """A profile file: the fitted cluster (usable as `--cluster FILE`) and the raw points."""
-    return {
-        "device": fit.cluster.device,
-        "cluster": fit.cluster.to_json(),
-        "median_error": fit.held_out_error,
-        "points": [
-            {**dataclasses.asdict(point), "predicted_s": seconds, "predicted_bytes": size}
-            for point, seconds, size in zip(points, fit.predicted_s, fit.predicted_bytes, strict=True)
-        ],
-    }
 
 
 def _plan(engine: Engine, run: Path) -> tuple[Plan, Engine]:

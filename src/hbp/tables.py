@@ -119,6 +119,30 @@ def _rent(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return memory, f"{row['device_days']:.3g}", f"{row['cost']:,.2f}" if "cost" in row else "–"
 
 
+def profile_table(profile: Mapping[str, Any]) -> None:
+    """What a live profile measured and what the fit says of it, from its file."""
+    gib = 2.0**30
+    rows = [
+        (
+            f"{sum(p['lengths']):,}",
+            str(len(p["lengths"])),
+            str(p["sp_degree"]),
+            f"{p['gc_layers']} of {p['n_layers'] or profile['model']['n_layers']}",
+            f"{p['seconds']:.3f}",
+            f"{p['held_out_s']:.3f}",
+            f"{p['held_out_s'] / p['seconds'] - 1:+.0%}",
+            f"{p['peak_bytes'] / gib:.3f}",
+            f"{p['predicted_bytes'] / gib:.3f}",
+        )
+        for p in profile["points"]
+    ]
+    header = ("tokens", "documents", "SP", "GC", "seconds", "held out", "error", "GiB", "predicted")
+    table(f"profile of {profile['device']}", header, rows)
+    degrees = [(str(d["sp_degree"]), f"{d['seconds']:.3f}", d["source"]) for d in profile["degrees"]]
+    table(f"one document of {profile['degrees'][0]['tokens']:,} tokens", ("SP", "seconds", "source"), degrees)
+    print(f"held-out error: median {profile['median_error']:.1%}, nine in ten below {profile['p90_error']:.1%}")
+
+
 def run_table(summary: Mapping[str, Any]) -> None:
     """What a run measured, from its ``summary.json``."""
     rows = []

@@ -109,3 +109,8 @@ def test_links() -> None:
     assert [slow.ring(n) for n in (1, 2, 8, 16, 64)] == [330 * GB] * 3 + [8 * GB] * 2
     fast = cluster(10 * GB, 4000 * GB)  # the link within the node stays the bottleneck
     assert fast.link(16) == fast.ring(16) == 10 * GB
+
+
+def test_latency_of_a_collective_that_leaves_the_node() -> None:
+    cluster = dataclasses.replace(H100, collective_latency_s=2.0, node_latency_s=3.0)
+    assert [cluster.latency(n) for n in (2, 8, 16)] == [2.0, 2.0, 5.0]

@@ -301,7 +301,6 @@ def test_activation_bytes_are_the_mean_over_layers() -> None:
 
 def test_alltoall_bytes() -> None:
     spec = load_model_spec("llama-3.1-8b")  # 32 query heads, 8 key/value heads, head size 128
-    assert spec.max_ulysses_degree == 32
     for degree in (1, 2, 4, 8, 16, 32):
         assert spec.kv_heads_at(degree) == max(8, degree)
         assert spec.alltoall_bytes_per_token(degree, 2) == 2 * 128 * (2 * 32 + 2 * max(8, degree))
@@ -310,10 +309,30 @@ def test_alltoall_bytes() -> None:
     assert dataclasses.replace(spec, heads=12, kv_heads=6).kv_heads_at(4) == 12
 
 
-@pytest.mark.parametrize("degree", [0, 3, 64])
-def test_degree_that_does_not_divide_the_heads_is_refused(degree: int) -> None:
-    with pytest.raises(HbpError, match=f"SP degree {degree} does not divide the 32 attention heads"):
-        load_model_spec("llama-3.1-8b").alltoall_bytes_per_token(degree, 2)
+def test_degrees_beyond_the_heads_gather_keys_and_values() -> None:
+    spec = load_model_spec("llama-3.1-8b")
+    for degree, ulysses, gather in ((8, 8, 1), (32, 32, 1), (64, 32, 2), (256, 32, 8)):
+        assert (spec.ulysses_degree(degree), spec.gather_degree(degree)) == (ulysses, gather)
+        # All heads' keys and values, once repeated to 32, of each of the other slices; 128 per head and bfloat16.
+        received = (gather - 1) * max(8, ulysses) * (128 + 128) * 2
+        assert spec.gather_bytes_per_token(degree, 2) == received
+        assert spec.alltoall_bytes_per_token(degree, 2) == 2 * 128 * (2 * 32 + 2 * max(8, ulysses))
+    odd = load_model_spec("qwen2.5-32b")  # 40 heads
+    assert (odd.ulysses_degree(16), odd.gather_degree(16), odd.kv_heads_at(16)) == (8, 2, 8)
+
+
+# Cut to a few layers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_first_layers_are_those_of_the_configuration_with_fewer(name: str) -> None:
+    spec = spec_from_config(CONFIGS[name])
+    for count in range(1, spec.n_layers + 1):
+        config = {**CONFIGS[name], "num_hidden_layers": count}
+        assert spec.with_layers(count).parameters() == build(config, "meta").num_parameters()
+    for count in (0, spec.n_layers + 1):
+        with pytest.raises(HbpError, match=f"stack of {count} cannot be cut"):
+            spec.with_layers(count)
 
 
 # As plain data

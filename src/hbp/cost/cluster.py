@@ -52,6 +52,10 @@ class ClusterSpec:
     """Memory that no pack length explains: allocator slack, runtime context, measured."""
     step_overhead_s: float = 0.0
     """Optimizer and bookkeeping of one optimizer step."""
+    half_rate_tokens: float = 0.0
+    """Rows with which a matrix product reaches half of ``linear_flops_per_s``."""
+    node_latency_s: float = 0.0
+    """Added to ``collective_latency_s`` by a collective that leaves its node."""
     origin: str = "analytic, published figures"
 
     def link(self, ranks: int) -> float:
@@ -66,11 +70,28 @@ class ClusterSpec:
             return self.link_bytes_per_s
         return min(self.link_bytes_per_s, self.node_bytes_per_s)
 
+    def latency(self, ranks: int) -> float:
+        """Seconds of a collective of `ranks` adjacent devices, however few its bytes."""
+        return self.collective_latency_s + (self.node_latency_s if ranks > self.devices_per_node else 0.0)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, for ``plan.json`` and profile files."""
         return dataclasses.asdict(self)
 
 
+# Published figures, no measurement of ours (a profile replaces them):
+# - data sheets: H100 SXM5 80 GB (989 TFLOP/s dense bfloat16, 3.35 TB/s, NVLink 450 GB/s each way), A100 PCIe 80 GB (312
+#   TFLOP/s, 1.94 TB/s, PCIe 4.0 x16 32 GB/s each way); ConnectX-7 at 400 Gb/s a GPU is 50 GB/s.
+# - matrix products: large cuBLAS ones reach 60 to 75 % of the data sheet in bfloat16; 600 and 210 also carry the norms
+#   and activations between them, which have no term of their own.
+# - attention: the FlashAttention-3 paper (https://arxiv.org/abs/2407.08608) puts FlashAttention-2, which torch brings,
+#   at 35 % of an H100's data sheet and its own forward at 75 %; FlashAttention-2's reports up to 225 TFLOP/s on A100,
+#   two thirds of which a causal mask and backward leave.
+# - links: NCCL's own tests show 330 to 370 GB/s of bus bandwidth of all-gather within eight H100s, about 45 GB/s a GPU
+#   over 400 Gb/s InfiniBand, and about 20 GB/s over PCIe 4.0; small collectives take 20 to 30 us, some 15 more between
+#   nodes.
+# - half rate: as many rows as it takes to compute as long as to read the weights, rate / memory bandwidth at two bytes
+#   a weight.
 _H100 = ClusterSpec(
     name="h100-nvlink",
     device="NVIDIA H100 80GB",
@@ -78,7 +99,7 @@ _H100 = ClusterSpec(
     memory_bytes=74 * GIB,
     dtype_bytes=2,
     linear_flops_per_s=600e12,
-    attention_flops_per_s=400e12,
+    attention_flops_per_s=350e12,
     layer_overhead_s=60e-6,
     document_overhead_s=0.0,
     link_bytes_per_s=330 * GB,
@@ -86,6 +107,8 @@ _H100 = ClusterSpec(
     collective_latency_s=25e-6,
     fsdp_overlap=0.8,
     step_overhead_s=0.03,
+    half_rate_tokens=180,
+    node_latency_s=15e-6,
 )
 
 CLUSTERS: Mapping[str, ClusterSpec] = {
@@ -99,6 +122,7 @@ CLUSTERS: Mapping[str, ClusterSpec] = {
         attention_flops_per_s=150e12,
         link_bytes_per_s=20 * GB,
         node_bytes_per_s=23 * GB,
+        half_rate_tokens=110,
     ),
     "cpu-local": ClusterSpec(
         name="cpu-local",

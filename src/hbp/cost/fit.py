@@ -1,14 +1,23 @@
 """Fit the cost model's constants to measured micro-batches.
 
-Predicted seconds are linear in the reciprocal rates and the overheads as long as no communication hides behind compute,
-so a fit is one non-negative least squares problem, weighted to count relative errors. Its columns come from the cost
-model itself: the seconds it predicts when one constant is 1 and the others are nothing. So there is no second copy of
-the formulas to keep in step.
+Predicted seconds are linear in the reciprocal rates and the overheads, but for the FSDP traffic that hides behind
+compute: given which micro-batches hide theirs, a fit is one non-negative least squares problem, weighted to count
+relative errors. Who hides it follows from the fit, so both are found in turn, for each of a few shares of compute that
+can hide anything (``fsdp_overlap``), and the share that explains the points best is kept. The columns come from the
+cost model itself: the seconds it predicts when one constant is 1 and the others are nothing. So there is no second copy
+of the formulas to keep in step.
 
-Memory has one scale (measured over modelled activation bytes) and one constant, taken so that no measured point is
-predicted too small, because a budget is a promise.
+Measured collectives are further rows: bytes over the link's rate plus its latency. They hold the link's constants where
+the micro-batches barely depend on them, and they are all there is to say of degrees that the machine cannot run.
 
-Complexity: points × constants, nothing.
+A point may have run fewer layers than the model has. Its row is then that of the shorter model, so the constants come
+out the same, and a model too large for the machine is fitted from stacks of a few of its layers.
+
+Memory has one scale (measured over modelled activation bytes) and one constant, taken so that nine in ten measured
+points are not predicted too small, and the others the least too large. The tenth is left out because over gloo a peak
+depends on when another process takes its messages; a trainer measures the fullest packs of its plan before it starts.
+
+Complexity: points × (overlaps × a few least squares problems of points × constants), for the leave-one-out errors.
 """
 
 from __future__ import annotations
@@ -23,11 +32,20 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from hbp.cost.cluster import ClusterSpec
+from hbp.cost.memory import moments
 from hbp.cost.model_spec import ModelSpec
 from hbp.cost.predict import CostModel
 
+Float = npt.NDArray[np.float64]
+
 RATES = ("linear_flops_per_s", "attention_flops_per_s", "link_bytes_per_s")
 OVERHEADS = ("layer_overhead_s", "document_overhead_s", "collective_latency_s")
+CONSTANTS = (*RATES, *OVERHEADS)
+OVERLAPS = tuple(i / 10 for i in range(11))
+WORTH = 0.95
+"""A larger overlap must bring the squared error below this share of a smaller one's."""
+NOT_TOO_SMALL = 0.9
+"""Share of the points that memory is never predicted too small for."""
 SCALES = np.linspace(0.2, 3.0, 561)
 """Candidates for measured over modelled activation bytes."""
 NEVER = 1e30
@@ -43,6 +61,19 @@ class Point:
     gc_layers: int
     seconds: float
     peak_bytes: float
+    n_layers: int | None = None
+    """Of the stack that ran; None for the whole model."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One measured collective of adjacent ranks, all of which ran it at once."""
+
+    kind: str
+    ranks: int
+    received_bytes: float
+    """By each rank, from the others."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -51,58 +82,85 @@ class Fit:
 
     cluster: ClusterSpec
     predicted_s: tuple[float, ...]
+    held_out_s: tuple[float, ...]
+    """Each point's seconds, predicted from a fit to the others; empty for a single point."""
     predicted_bytes: tuple[float, ...]
     held_out_error: float
-    """Median relative error of each point's seconds, predicted from a fit to the others."""
+    """Median relative error of the held-out seconds."""
 
 
-def fit_cluster(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point], device: str) -> Fit:
+@dataclass(frozen=True)
+class _Rows:
+    """Seconds per unit of each constant. ``P`` points and collectives, ``C`` constants."""
+
+    busy: Float  # [P, C]
+    fsdp: Float  # [P, C] traffic that may hide behind it
+    seconds: Float  # [P]
+
+    def __getitem__(self, index: npt.NDArray[np.bool_]) -> _Rows:
+        return _Rows(self.busy[index], self.fsdp[index], self.seconds[index])
+
+    def predict(self, constants: Float, overlap: float) -> Float:
+        busy = self.busy @ constants
+        return np.asarray(busy + np.maximum(0.0, self.fsdp @ constants - overlap * busy))
+
+
+def fit_cluster(
+    base: ClusterSpec,
+    model: ModelSpec,
+    world_size: int,
+    points: Sequence[Point],
+    device: str,
+    collectives: Sequence[Collective] = (),
+) -> Fit:
     """Replace a cluster's rates, overheads and memory constants by those that explain the points.
 
     Args:
         base: keeps its memory budget, topology and data types.
-        model: that the points were measured with.
-        world_size: ranks that ran them.
-        points: at least one; constants that they do not exercise keep the base's values.
+        model: that the points were measured with, whole.
+        world_size: ranks that ran them; taken for neighbours.
+        points: at least one; constants that nothing exercises keep the base's values.
         device: name for the record.
+        collectives: measured on the same ranks.
     """
-    features = _features(base, model, world_size, points)
-    seconds = np.array([p.seconds for p in points])
-    constants = _solve(features, seconds)
-    used = features.max(axis=0) > 0
+    rows = _rows(base, model, world_size, points, collectives)
+    constants, overlap = _solve(rows)
+    used = (rows.busy + rows.fsdp).max(axis=0) > 0
     cluster = dataclasses.replace(
         _with_memory(base, model, world_size, points),
         device=device,
-        fsdp_overlap=0.0,
+        fsdp_overlap=overlap if rows.fsdp.any() else base.fsdp_overlap,
         origin=f"profiled on {device}",
-        **_named(base, constants, used),
+        **_named(base, world_size, constants, used),
     )
+    held_out = _held_out(rows, len(points))
+    errors = np.abs(held_out / rows.seconds[: len(held_out)] - 1)
     cost = CostModel(model, cluster, world_size)
-    held_out = []
-    for i in range(len(points)):
-        others = np.arange(len(points)) != i
-        if others.any():
-            guess = features[i] @ _solve(features[others], seconds[others])
-            held_out.append(abs(guess / seconds[i] - 1))
     return Fit(
         cluster,
         tuple(predict_point(cost, p) for p in points),
-        tuple(cost.bytes(sum(p.lengths), p.sp_degree, p.gc_layers) for p in points),
-        float(np.median(held_out)) if held_out else 0.0,
+        tuple(held_out.tolist()),
+        tuple(predict_bytes(cost, p) for p in points),
+        float(np.median(errors)) if len(errors) else 0.0,
     )
 
 
 def grid(
-    cost: CostModel, lengths: npt.NDArray[np.integer], longest: int, rng: np.random.Generator
+    cost: CostModel,
+    lengths: npt.NDArray[np.integer],
+    longest: int,
+    rng: np.random.Generator,
+    shares: Sequence[int] = (16, 8, 4, 2),
 ) -> list[tuple[tuple[int, ...], int, int]]:
     """What to measure: (document lengths, SP degree, recomputed layers) of a dozen or two packs, shortest first.
 
-    Each degree gets packs of a sixteenth to a half of the longest length a rank, filled with documents of the data
-    (linear part and overheads) or with a single one (attention), with no layer recomputed and with all of them.
+    Each degree gets packs of some shares of the longest length a rank, filled with documents of the data (linear part
+    and overheads) or with a single one (attention), with no layer recomputed and with all of them; the longest packs,
+    which take most memory, with all.
     """
     points = []
     for degree in cost.degrees():
-        for share in (16, 8, 4, 2):
+        for share in shares:
             capacity = max(degree, longest * degree // share)
             documents = rng.permutation(lengths[lengths <= capacity])
             filled = documents[np.cumsum(documents) <= capacity].tolist() or [capacity]
@@ -114,61 +172,135 @@ def grid(
 
 def predict_point(cost: CostModel, point: Point) -> float:
     """Seconds that the model predicts for a point."""
+    busy, fsdp, overlap = _parts(_of_stack(cost, point), point)
+    return busy + max(0.0, fsdp - overlap * busy)
+
+
+def predict_bytes(cost: CostModel, point: Point) -> float:
+    """Peak bytes that the model predicts for a point."""
+    return _of_stack(cost, point).bytes(sum(point.lengths), point.sp_degree, point.gc_layers)
+
+
+def predict_collective(cluster: ClusterSpec, collective: Collective) -> float:
+    """Seconds that the model predicts for a collective."""
+    return collective.received_bytes / cluster.link(collective.ranks) + cluster.latency(collective.ranks)
+
+
+def _of_stack(cost: CostModel, point: Point) -> CostModel:
+    if point.n_layers is None:
+        return cost
+    return dataclasses.replace(cost, model=cost.model.with_layers(point.n_layers))
+
+
+def _parts(cost: CostModel, point: Point) -> tuple[float, float, float]:
+    """Seconds of compute and of FSDP traffic, and the share of compute that can hide it."""
     lengths = np.array(point.lengths)
-    work = cost.work(lengths, np.array([0, len(lengths)]))
-    return float(cost.seconds(point.sp_degree, point.gc_layers).of(work)[0])
+    spent = cost.seconds(point.sp_degree, point.gc_layers)
+    return float(spent.compute(cost.work(lengths, np.array([0, len(lengths)])))[0]), spent.fsdp, spent.overlap
 
 
-def _features(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> npt.NDArray[np.float64]:
+def _rows(
+    base: ClusterSpec,
+    model: ModelSpec,
+    world_size: int,
+    points: Sequence[Point],
+    collectives: Sequence[Collective],
+) -> _Rows:
     nothing: dict[str, Any] = {
         **dict.fromkeys(RATES, NEVER),
         **dict.fromkeys(OVERHEADS, 0.0),
         "node_bytes_per_s": NEVER,
-        "fsdp_overlap": 0.0,
+        "node_latency_s": 0.0,
+        "devices_per_node": max(world_size, base.devices_per_node),  # ranks that measured are neighbours
     }
-    columns = []
-    for name in (*RATES, *OVERHEADS):
-        unit = dataclasses.replace(base, **{**nothing, name: 1.0})
-        if name == "link_bytes_per_s":  # one machine: its ranks are neighbours
-            unit = dataclasses.replace(unit, devices_per_node=max(world_size, 1))
-        cost = CostModel(model, unit, world_size)
-        columns.append([predict_point(cost, p) for p in points])
-    features = np.array(columns).T
-    features[features < 1e-6] = 0.0  # what is left of the rates that cost nothing
-    return features
+    busy, fsdp = [], []
+    for name in CONSTANTS:
+        cluster = dataclasses.replace(base, **{**nothing, name: 1.0})
+        cost = CostModel(model, cluster, world_size)
+        parts = [_parts(_of_stack(cost, p), p) for p in points]
+        sent = [
+            predict_collective(cluster, c) if name in ("link_bytes_per_s", "collective_latency_s") else 0.0
+            for c in collectives
+        ]
+        busy.append([part[0] for part in parts] + sent)
+        fsdp.append([part[1] for part in parts] + [0.0] * len(collectives))
+    seconds = [p.seconds for p in points] + [c.seconds for c in collectives]
+    # What is left of the rates that cost nothing.
+    tidy = [np.where(x < 1e-6, 0.0, x) for x in (np.array(busy).T, np.array(fsdp).T)]
+    return _Rows(tidy[0], tidy[1], np.array(seconds))
 
 
-def _solve(features: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _solve(rows: _Rows) -> tuple[Float, float]:
+    """The constants, and the overlap of the smallest error."""
+    best = _solve_at(rows, 0.0)
+    overlap = 0.0
+    for candidate in OVERLAPS[1:] if rows.fsdp.any() else ():
+        found = _solve_at(rows, candidate)
+        if found[1] < WORTH * best[1]:
+            best, overlap = found, candidate
+    return best[0], overlap
+
+
+def _solve_at(rows: _Rows, overlap: float) -> tuple[Float, float]:
+    """Constants for an overlap, and their squared relative error."""
+    shown: npt.NDArray[np.bool_] = np.asarray(rows.fsdp.any(axis=1))  # whose traffic is too long to hide
+    for _ in range(len(OVERLAPS)):
+        constants = _least_squares(
+            rows.busy * (1 - overlap * shown)[:, None] + rows.fsdp * shown[:, None], rows.seconds
+        )
+        now = rows.fsdp @ constants > overlap * (rows.busy @ constants)
+        if (now == shown).all():
+            break
+        shown = now
+    return constants, float(np.square(rows.predict(constants, overlap) / rows.seconds - 1).sum())
+
+
+def _least_squares(features: Float, seconds: Float) -> Float:
     scale = np.maximum(features.max(axis=0), 1e-300)
     solution, _ = nnls(features / scale / seconds[:, None], np.ones(len(seconds)))
     return np.asarray(solution / scale)
 
 
-def _named(base: ClusterSpec, constants: npt.NDArray[np.float64], used: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def _held_out(rows: _Rows, n_points: int) -> Float:
+    """Each point's seconds from a fit to all other rows, ``[P]``; empty where there are none."""
+    predicted = []
+    for i in range(n_points):
+        others = np.arange(len(rows.seconds)) != i
+        if others.any():
+            predicted.append(rows[~others].predict(*_solve(rows[others]))[0])
+    return np.array(predicted)
+
+
+def _named(base: ClusterSpec, world_size: int, constants: Float, used: npt.NDArray[np.bool_]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name, value, seen in zip((*RATES, *OVERHEADS), constants, used, strict=True):
+    for name, value, seen in zip(CONSTANTS, constants, used, strict=True):
         if not seen:
             values[name] = getattr(base, name)
         elif name in RATES:
             values[name] = float(1 / value) if value > 0 else NEVER
         else:
             values[name] = float(value)
-    values["node_bytes_per_s"] = max(base.node_bytes_per_s, values["link_bytes_per_s"])
+    if world_size > base.devices_per_node:  # the ranks of several nodes were taken for neighbours
+        values |= {"node_bytes_per_s": values["link_bytes_per_s"] * base.devices_per_node, "node_latency_s": 0.0}
     return values
 
 
 def _with_memory(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> ClusterSpec:
-    """The scale and constant that predict no point too small and, of those that do not, the least too large."""
+    """Of the scales and constants that predict nine in ten points not too small, those closest to all."""
     measured = np.array([p.peak_bytes for p in points])
 
-    def predicted(scale: float) -> npt.NDArray[np.float64]:
+    def at(scale: float) -> Float:
         cluster = dataclasses.replace(base, activation_scale=scale, fixed_bytes=0.0)
-        cost = CostModel(model, cluster, world_size)
-        return np.array([cost.bytes(sum(p.lengths), p.sp_degree, p.gc_layers) for p in points])
+        sizes = []
+        for p in points:
+            stack = _of_stack(CostModel(model, cluster, world_size), p).model
+            tokens = sum(p.lengths) / p.sp_degree
+            sizes.append([m.bytes(tokens) for m in moments(stack, cluster, world_size, p.sp_degree, p.gc_layers)])
+        return np.array(sizes)  # [points, moments]
 
-    none, one = predicted(0.0), predicted(1.0)
-    sizes = none + SCALES[:, None] * (one - none)  # [scales, points]
-    fixed = np.maximum(0.0, (measured - sizes).max(axis=1))
-    excess = ((sizes + fixed[:, None]) / measured).mean(axis=1)
-    best = int(excess.argmin())
+    none, one = at(0.0), at(1.0)
+    sizes = (none + SCALES[:, None, None] * (one - none)).max(axis=2)  # [scales, points]
+    fixed = np.maximum(0.0, np.quantile(measured - sizes, NOT_TOO_SMALL, axis=1, method="higher"))
+    distance = np.abs((sizes + fixed[:, None]) / measured - 1).mean(axis=1)
+    best = int(distance.argmin())
     return dataclasses.replace(base, activation_scale=float(SCALES[best]), fixed_bytes=float(fixed[best]))

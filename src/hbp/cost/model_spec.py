@@ -17,7 +17,8 @@ norms, rotary embedding and gated MLP, per token; ``b`` bytes an element, ``h`` 
   output); router: ``4e`` probabilities, ``32k`` indices, ``bk`` weights, DeepSeek's float32 input copy;
 - MLA: norms of the compressed queries and keys/values; values are a view of the up-projection's output, so
   its content-key half stays too;
-- Ulysses above degree 1: repeated keys/values, and attention's output once more after the exchange.
+- above SP degree 1: repeated keys/values, and attention's output once more after the exchange;
+- a degree beyond the heads: keys/values of as many times the tokens as ranks gather them.
 
 What it trades: no fused kernels (Liger, Apex) in the activation count, and MLA as trained (not absorbed).
 """
@@ -122,6 +123,19 @@ class ModelSpec:
         """Layers with experts."""
         return sum(self.is_moe(layer) for layer in range(self.n_layers))
 
+    def with_layers(self, count: int) -> ModelSpec:
+        """The same model cut to its first ``count`` layers: what a profile of a layer stack measures.
+
+        Raises:
+            HbpError: the model has fewer layers, or none are asked for.
+        """
+        if not 1 <= count <= self.n_layers:
+            raise HbpError(f"{self.name} has {self.n_layers} layers, so a stack of {count} cannot be cut from it")
+        experts = self.experts
+        if experts is not None:
+            experts = dataclasses.replace(experts, dense_layers=tuple(i for i in experts.dense_layers if i < count))
+        return dataclasses.replace(self, n_layers=count, windows=self.windows[:count], experts=experts)
+
     # Parameters
 
     @cached_property
@@ -186,6 +200,11 @@ class ModelSpec:
         """All of the model."""
         return self.parameter_count.total
 
+    def layers_parameters(self) -> int:
+        """All of the layers: all of the model but embedding, head and last norm."""
+        count = self.parameter_count
+        return count.total - count.embedding - count.lm_head - self.hidden
+
     @property
     def sharded_by_layer(self) -> bool:
         """Whether each layer is gathered apart, or, its layers being small, the model in one piece."""
@@ -200,6 +219,12 @@ class ModelSpec:
         idle = (e.n_experts - e.experts_per_token) * 3 * self.hidden * e.intermediate
         return self.parameters() - self.n_moe_layers * idle
 
+    def matrix_parameters(self) -> int:
+        """Entries of the matrices of all layers, every expert's included: what a pass reads, however few its tokens."""
+        count = self.parameter_count
+        biases = self._attention_extras[0]
+        return count.attention - self.n_layers * biases + count.dense_mlp + count.moe_mlp
+
     # FLOPs, forward
 
     def linear_flops_per_token(self) -> float:
@@ -212,6 +237,17 @@ class ModelSpec:
             total += self.n_moe_layers * self.hidden * active
         return 2.0 * total
 
+    def recomputed_flops_per_token(self) -> float:
+        """Of :meth:`linear_flops_per_token`, what a recomputed layer does once more, for all layers recomputed.
+
+        Recomputation stops at the last tensor that backward needs, so a layer's last product, the MLP's way down (with
+        experts: the shared experts'; routed outputs are weighted, so their backward does need them), is not repeated.
+        """
+        skipped = self.intermediate * (self.n_layers - self.n_moe_layers)
+        if self.experts is not None:
+            skipped += self.experts.intermediate * self.experts.n_shared * self.n_moe_layers
+        return self.linear_flops_per_token() - 2.0 * self.hidden * skipped
+
     def head_flops_per_token(self) -> float:
         """FLOPs of the vocabulary projection."""
         return 2.0 * self.hidden * self.vocab
@@ -223,6 +259,14 @@ class ModelSpec:
         whatever windows the layers have.
         """
         return 2.0 * self.n_layers * self.heads * (self.qk_head_dim + self.v_head_dim)
+
+    def attention_backward_flops_per_pair(self) -> float:
+        """FLOPs of the backward of :meth:`attention_flops_per_pair`, as flash attention does it.
+
+        Five products: scores once more, and the gradients of queries and keys over the keys' head size; the
+        gradients of probabilities and values over the values'. 2.5 forwards where both sizes are the same.
+        """
+        return 2.0 * self.n_layers * self.heads * (3 * self.qk_head_dim + 2 * self.v_head_dim)
 
     def attention_pairs(self, lengths: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
         """Query-key pairs that the causal mask keeps, per document, mean over the layers.
@@ -243,11 +287,11 @@ class ModelSpec:
     # Activation bytes
 
     def layer_activation_bytes(self, layer: int, dtype_bytes: int, degree: int = 1) -> float:
-        """Bytes per local token that autograd keeps of a layer not recomputed, at a Ulysses degree."""
+        """Bytes per local token that autograd keeps of a layer not recomputed, at an SP degree."""
         b, h, heads = dtype_bytes, self.hidden, self.heads
         total = 2 * _norm_bytes(h, b) + 2 * h * b  # both layer norms, and their outputs into the projections
         total += heads * (self.qk_head_dim + self.v_head_dim) * b + heads * FLOAT32  # queries, output, log-sum-exp
-        total += self.kv_heads_at(degree) * (self.qk_head_dim + self.v_head_dim) * b
+        total += self.kv_heads_at(degree) * self.gather_degree(degree) * (self.qk_head_dim + self.v_head_dim) * b
         if degree > 1:
             total += heads * self.v_head_dim * b
         if self.qk_norm:
@@ -283,43 +327,52 @@ class ModelSpec:
         total = sum(count * self.layer_activation_bytes(layer, dtype_bytes, degree) for layer, count in kinds)
         return total / self.n_layers
 
+    @cached_property
+    def widest_mlp(self) -> int:
+        """Elements of a token between an MLP's projections, in the layer where they are most."""
+        e = self.experts
+        routed = e.intermediate * (e.experts_per_token + e.n_shared) if e is not None and self.n_moe_layers else 0
+        return max(routed, self.intermediate if self.n_moe_layers < self.n_layers else 0)
+
     def checkpoint_bytes_per_token(self, dtype_bytes: int) -> float:
         """Bytes per token kept by one layer that is recomputed: its input."""
         return self.hidden * dtype_bytes
 
     # Communication
 
-    @property
-    def max_ulysses_degree(self) -> int:
-        """The highest Ulysses degree: the number of query heads, which every degree must divide."""
-        return self.heads
+    def ulysses_degree(self, degree: int) -> int:
+        """The part of an SP degree that Ulysses takes: the largest divisor of it that divides the query heads."""
+        return math.gcd(degree, self.heads)
+
+    def gather_degree(self, degree: int) -> int:
+        """The rest of an SP degree, 1 up to the heads: ranks that gather each other's keys and values."""
+        return degree // self.ulysses_degree(degree)
 
     def kv_heads_at(self, degree: int) -> int:
-        """Key/value heads after repeating them for a Ulysses degree: the fewest that it divides.
+        """Key/value heads after repeating them for an SP degree: the fewest that its Ulysses part divides.
 
         For powers of two this is ``max(kv_heads, degree)``.
-
-        Raises:
-            HbpError: the degree does not divide the query heads.
         """
-        if degree < 1 or self.heads % degree:
-            raise HbpError(
-                f"SP degree {degree} does not divide the {self.heads} attention heads of {self.name}; "
-                "choose a degree that does"
-            )
-        return math.lcm(self.kv_heads, degree)
+        return math.lcm(self.kv_heads, self.ulysses_degree(degree))
 
     def alltoall_bytes_per_token(self, degree: int, dtype_bytes: int) -> float:
         """Bytes per layer, forward pass and local token that a rank hands to Ulysses' all-to-alls.
 
         Queries, keys and values on the way in, the output on the way back, all heads; keys and values
-        repeated (:meth:`kv_heads_at`). ``(degree - 1) / degree`` of it leaves the rank: not multiplied in.
-
-        Raises:
-            HbpError: the degree does not divide the query heads.
+        repeated (:meth:`kv_heads_at`). ``(u - 1) / u`` of it leaves the rank at Ulysses degree ``u``: not
+        multiplied in. Backward sends the same the other way.
         """
         heads = self.heads + self.kv_heads_at(degree)
         return float(heads * (self.qk_head_dim + self.v_head_dim) * dtype_bytes)
+
+    def gather_bytes_per_token(self, degree: int, dtype_bytes: int) -> float:
+        """Bytes per layer, forward pass and local token that a rank receives of other ranks' keys and values.
+
+        After Ulysses' exchange a rank holds its share of the key/value heads for one of ``g`` slices of the
+        pack, and gathers the other ``g - 1``. Backward reduce-scatters as many bytes. Zero up to the heads.
+        """
+        others = self.gather_degree(degree) - 1
+        return float(others * self.kv_heads_at(degree) * (self.qk_head_dim + self.v_head_dim) * dtype_bytes)
 
 
 def _norm_bytes(width: int, dtype_bytes: int) -> float:

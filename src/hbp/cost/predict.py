@@ -7,16 +7,21 @@ sums.
 
 Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers recomputed:
 
-- linear: ``S/d`` tokens × FLOPs × (1 forward + 2 backward + k/n recomputed); the vocabulary projection counts 4 passes,
-  since the chunked loss recomputes it;
-- attention: pairs/d × FLOPs × (1 + 2.5 + k/n), flash attention's backward being 2.5 forwards;
-- all-to-all, twice a layer and pass: the bytes of queries, keys, values and outputs;
-- FSDP: parameters gathered for forward and for backward (once where the model is one piece,
-  :attr:`~hbp.cost.model_spec.ModelSpec.sharded_by_layer`), gradients reduced in float32; the part that does not hide
-  behind compute is added.
+- linear: ``S/d`` tokens × FLOPs × (1 forward + 2 backward + k/n recomputed, all but each layer's last product); the
+  vocabulary projection counts 4 passes, since the chunked loss recomputes it. Small products do not reach the rate of
+  large ones: a product of ``r`` rows runs at ``r / (r + h)`` of it (``h`` is
+  :attr:`~hbp.cost.cluster.ClusterSpec.half_rate_tokens`), which is the time of ``h`` more rows, whatever ``r``: a fixed
+  part. With experts each has its own ``h``, so few tokens an expert are slow;
+- attention: pairs/d × FLOPs × (1 + backward + k/n), flash attention's backward being 2.5 forwards where keys and values
+  have heads of one size;
+- all-to-all, twice a layer and pass: the bytes of queries, keys, values and outputs; beyond the heads, gathered keys
+  and values (the pack is cut so that every rank has an equal share of the pairs);
+- FSDP: layers gathered for forward and for backward (once where the model is one piece,
+  :attr:`~hbp.cost.model_spec.ModelSpec.sharded_by_layer`, as embedding and head are), gradients reduced in float32; the
+  part that does not hide behind compute is added. Experts are sharded like everything else, so tokens never travel to
+  them: there is no expert all-to-all, and every expert's parameters are gathered.
 
-Bytes: sharded parameters, gradients and AdamW states in float32, gathered layers, activations (what an ordinary layer
-saves and a recomputed layer keeps, at least one whole layer), and a chunk of logits.
+Bytes: :mod:`hbp.cost.memory`.
 """
 
 from __future__ import annotations
@@ -27,15 +32,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hbp.cost.cluster import ClusterSpec
+from hbp.cost.memory import REDUCE_BYTES, moments
 from hbp.cost.model_spec import ModelSpec
 
 Float = npt.NDArray[np.float64]
 
-ATTENTION_BACKWARD = 2.5
-STATE_BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and AdamW's two moments
-REDUCE_BYTES = 4
-LOSS_CHUNK_TOKENS = 1024
-LOSS_COPIES = 2  # logits and their gradient
+HEAD_PASSES = 4
+"""Of the vocabulary projection: forward, two in backward, and one more since the chunked loss recomputes it."""
 
 
 @dataclass(frozen=True)
@@ -103,72 +106,62 @@ class CostModel:
         """The cost of packs at a degree and a number of recomputed layers."""
         m, c, d = self.model, self.cluster, sp_degree
         again = gc_layers / m.n_layers
-        linear = m.linear_flops_per_token() * (3 + again) + m.head_flops_per_token() * 4
-        pair = m.attention_flops_per_pair() * (1 + ATTENTION_BACKWARD + again)
-        sent, messages = 0.0, 0.0
-        if d > 1:
-            sent = m.n_layers * m.alltoall_bytes_per_token(d, c.dtype_bytes) * (d - 1) / d / c.link(d) * (2 + again)
-            messages = m.n_layers * 2 * (2 + again) * c.collective_latency_s
+        linear = 3 * m.linear_flops_per_token() + again * m.recomputed_flops_per_token()
+        linear += m.head_flops_per_token() * HEAD_PASSES
+        pair = m.attention_flops_per_pair() * (1 + again) + m.attention_backward_flops_per_pair()
+        few = c.half_rate_tokens * 2.0 * m.matrix_parameters() * (3 + again)
+        sent, waiting = self._sp_seconds(d)
         passes = m.n_layers * (3 + again)
         return Seconds(
-            fixed=passes * c.layer_overhead_s + messages,
+            fixed=passes * c.layer_overhead_s + few / c.linear_flops_per_s + waiting * m.n_layers * (2 + again),
             per_document=passes * c.document_overhead_s,
-            per_token=(linear / c.linear_flops_per_s + sent) / d,
+            per_token=(linear / c.linear_flops_per_s + sent * m.n_layers * (2 + again)) / d,
             per_pair=pair / c.attention_flops_per_s / d,
             fsdp=self._fsdp_seconds(),
             overlap=c.fsdp_overlap,
         )
 
+    def _sp_seconds(self, degree: int) -> tuple[float, float]:
+        """Seconds of one layer's sequence-parallel communication in one pass: per local token, and to begin it."""
+        m, c = self.model, self.cluster
+        ulysses, gather = m.ulysses_degree(degree), m.gather_degree(degree)
+        per_token, waiting = 0.0, 0.0
+        if ulysses > 1:
+            sent = m.alltoall_bytes_per_token(degree, c.dtype_bytes) * (ulysses - 1) / ulysses
+            per_token += sent / c.link(ulysses)
+            waiting += 2 * c.latency(ulysses)
+        if gather > 1:
+            # Ranks that gather are a Ulysses group apart: once the whole group leaves a node, so do they.
+            per_token += m.gather_bytes_per_token(degree, c.dtype_bytes) / c.link(degree)
+            waiting += c.latency(degree)
+        return per_token, waiting
+
     def _fsdp_seconds(self) -> float:
         if self.world_size == 1:
             return 0.0
-        c = self.cluster
-        received = self.model.parameters() * (self.world_size - 1) / self.world_size
-        # Layers are gathered for forward and again for backward; a model in one piece stays gathered in between.
-        gathers, pieces = (2, self.model.n_layers + 1) if self.model.sharded_by_layer else (1, 1)
-        traffic = received * (gathers * c.dtype_bytes + REDUCE_BYTES) / c.ring(self.world_size)
-        return traffic + (gathers + 1) * pieces * c.collective_latency_s
+        m, c, share = self.model, self.cluster, (self.world_size - 1) / self.world_size
+        # Layers are gathered for forward and again for backward; what is in one piece stays gathered in between.
+        layers = m.n_layers if m.sharded_by_layer else 0
+        gathered = (m.parameters() + m.layers_parameters() * (layers > 0)) * c.dtype_bytes
+        traffic = share * (gathered + m.parameters() * REDUCE_BYTES) / c.ring(self.world_size)
+        return traffic + (3 * layers + 2) * c.latency(self.world_size)
 
     def static_bytes(self) -> float:
-        """Memory that does not depend on the pack: sharded states and gathered parameters."""
-        m, c = self.model, self.cluster
-        total = m.parameters()
-        layers = [m.layer_parameters(i) for i in range(m.n_layers)]
-        root = total - sum(layers)
-        if m.sharded_by_layer:
-            gathered = (2 * max(layers) + root) * c.dtype_bytes + max(max(layers), root) * REDUCE_BYTES
-        else:
-            gathered = total * (c.dtype_bytes + REDUCE_BYTES)
-        return total * STATE_BYTES_PER_PARAMETER / self.world_size + gathered + c.fixed_bytes
-
-    def bytes_per_token(self, sp_degree: int, gc_layers: int) -> float:
-        """Activation bytes per token of a rank, those of the loss apart."""
-        m, c = self.model, self.cluster
-        saved = m.activation_bytes_per_token_per_layer(c.dtype_bytes, sp_degree)
-        kept = m.checkpoint_bytes_per_token(c.dtype_bytes)
-        ends = 4 * m.hidden * c.dtype_bytes  # embedding, last hidden state, and their gradients
-        # Recomputation runs one layer at a time, after the backward of the ordinary layers has freed theirs.
-        whole_layers = max(m.n_layers - gc_layers, 1)
-        return c.activation_scale * (whole_layers * saved + gc_layers * kept) + ends
-
-    def loss_bytes_per_token(self) -> float:
-        """Bytes per token of a chunk of the loss, which holds at most :data:`LOSS_CHUNK_TOKENS`."""
-        return self.model.vocab * 4.0 * LOSS_COPIES
+        """Peak bytes that no token causes: states, gathered parameters, and their gradients."""
+        return self.bytes(0, 1, 0)
 
     def bytes(self, tokens: int, sp_degree: int, gc_layers: int) -> float:
         """Peak bytes on a rank that runs a pack of `tokens` tokens."""
-        mine = tokens / sp_degree
-        loss = min(mine, LOSS_CHUNK_TOKENS) * self.loss_bytes_per_token()
-        return self.static_bytes() + mine * self.bytes_per_token(sp_degree, gc_layers) + loss
+        at = moments(self.model, self.cluster, self.world_size, sp_degree, gc_layers)
+        return max(moment.bytes(tokens / sp_degree) for moment in at)
 
     def longest_packs(self, sp_degree: int) -> Float:
         """Most tokens of a pack within the memory budget with 0, 1, … n layers recomputed, float64 ``[n + 1]``."""
-        room = max(0.0, self.cluster.memory_bytes - self.static_bytes())
-        per_token = np.array([self.bytes_per_token(sp_degree, k) for k in range(self.model.n_layers + 1)])
-        loss = self.loss_bytes_per_token()
-        within_chunk = room / (per_token + loss)
-        beyond = (room - LOSS_CHUNK_TOKENS * loss) / per_token
-        mine = np.where(within_chunk <= LOSS_CHUNK_TOKENS, within_chunk, beyond)
+        budget = self.cluster.memory_bytes
+        every = (
+            moments(self.model, self.cluster, self.world_size, sp_degree, k) for k in range(self.model.n_layers + 1)
+        )
+        mine = np.array([min(moment.most_tokens(budget) for moment in at) for at in every])
         return np.maximum.accumulate(mine * sp_degree)
 
     def fewest_gc_layers(self, tokens: int, sp_degree: int) -> int | None:
@@ -177,7 +170,6 @@ class CostModel:
         return fewest if fewest <= self.model.n_layers else None
 
     def degrees(self) -> list[int]:
-        """Powers of two that divide both the world and the model's attention heads."""
-        most = min(self.world_size, self.model.max_ulysses_degree)
-        powers = (2**i for i in range(most.bit_length()))
-        return [d for d in powers if self.world_size % d == 0 and self.model.max_ulysses_degree % d == 0]
+        """Powers of two that divide the world; beyond the model's heads, keys and values are gathered."""
+        powers = (2**i for i in range(self.world_size.bit_length()))
+        return [d for d in powers if self.world_size % d == 0]

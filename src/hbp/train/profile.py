@@ -1,10 +1,10 @@
 """Measure micro-batches on the engine that trains: same model, same sharding, same attention, same loss.
 
-Each point is a forward and a backward of packs with the given documents, one pack on every SP group at once.
-Seconds are the slowest rank's, the median of the repeats. Bytes are the peak of what the allocator had given out, plus
-the states that stay (parameters and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the
-profiler's allocation events, which sees every tensor including temporaries, in a run of its own so as not to disturb
-the clock.
+Each point is a forward and a backward of packs with the given documents, one pack on every SP group at once, into
+gradients that exist already, as in all but the first micro-step of training. Seconds are the slowest rank's, the median
+of the repeats. Bytes are the peak of what the allocator had given out, plus the states that stay (parameters, gradients
+and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the profiler's allocation events,
+which sees every tensor including temporaries, in a run of its own so as not to disturb the clock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hbp.plan import Plan
 from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
 from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
 
-MOMENTS = 2  # of AdamW, each as large as the parameters
+STATES = 4  # parameters, gradients, and AdamW's two moments, each as large
 ENOUGH_S = 1.0
 """Seconds after which a micro-batch has been measured well enough."""
 
@@ -50,8 +50,9 @@ def measure_point(
 
     def run() -> None:
         forward_backward(model, batch)
-        model.zero_grad(set_to_none=True)
 
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     peak = _peak_bytes(run, device)  # also warms up kernels, collectives and the allocator
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
@@ -59,10 +60,11 @@ def measure_point(
         start = time.perf_counter()
         run()
         _wait(device)
-        seconds.append(_highest(time.perf_counter() - start, device))
-    states = (1 + MOMENTS) * local_parameter_bytes(model)
+        seconds.append(highest(time.perf_counter() - start, device))
+    model.zero_grad(set_to_none=True)
+    states = STATES * local_parameter_bytes(model)
     median = float(np.median(seconds)) if seconds else 0.0
-    return Point(tuple(lengths), sp_degree, gc_layers, median, _highest(peak + states, device))
+    return Point(tuple(lengths), sp_degree, gc_layers, median, highest(peak + states, device))
 
 
 def measure_rows(
@@ -99,8 +101,8 @@ def _wait(device: torch.device) -> None:
     dist.barrier()
 
 
-def _highest(value: float, device: torch.device) -> float:
-    """The highest of all ranks' values."""
+def highest(value: float, device: torch.device) -> float:
+    """The highest of all ranks' values, on every rank."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return float(tensor)

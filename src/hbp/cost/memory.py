@@ -1,0 +1,92 @@
+"""Peak bytes of one micro-batch on one rank, by the moments at which it can peak.
+
+Always there: parameters, gradients and AdamW's two moments in float32, sharded over all ranks, and what the embedding,
+the head and the last norm take while they are gathered. On top of that, per token of the rank:
+
+- *loss*: everything that the layers keep (an ordinary layer what autograd saves, a recomputed one its input), the last
+  norm, and for a chunk of tokens the logits, their log-softmax and gradients, in float32;
+- *backward*: what the layers keep, at least one whole layer (recomputation runs one at a time, after the ordinary
+  layers' backward has freed theirs), two gradients inside one layer's MLP, two gathered layers and one layer's
+  gradients before and during their reduction;
+- *end*: nothing per token, but the gradients of embedding and head before and during their reduction.
+
+A model that is gathered in one piece holds all of its parameters throughout and all gradients at the end.
+
+Each moment is affine in the tokens, but for the chunk's end, so the longest pack within a budget is a closed form.
+Held against the allocator's own record in ``benchmarks/cost_model.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hbp.cost.cluster import ClusterSpec
+from hbp.cost.model_spec import ModelSpec
+
+STATE_BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and AdamW's two moments
+REDUCE_BYTES = 4
+LOSS_CHUNK_TOKENS = 1024
+LOSS_COPIES = 3  # log-softmax, its gradient, the logits' gradient
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes on a rank at one moment of a micro-batch, affine in its tokens."""
+
+    constant: float
+    per_token: float = 0.0
+    per_chunk_token: float = 0.0
+    """For each of the first :data:`LOSS_CHUNK_TOKENS`."""
+
+    def bytes(self, tokens: float) -> float:
+        """With this many tokens on the rank."""
+        return self.constant + tokens * self.per_token + min(tokens, LOSS_CHUNK_TOKENS) * self.per_chunk_token
+
+    def most_tokens(self, budget: float) -> float:
+        """Tokens on the rank that just fit a budget; 0 if none do, infinite if any number does."""
+        room = budget - self.constant
+        if room < 0:
+            return 0.0
+        if not self.per_token:
+            return float("inf")
+        within_chunk = room / (self.per_token + self.per_chunk_token)
+        if within_chunk <= LOSS_CHUNK_TOKENS:
+            return within_chunk
+        return (room - LOSS_CHUNK_TOKENS * self.per_chunk_token) / self.per_token
+
+
+def moments(
+    model: ModelSpec, cluster: ClusterSpec, world_size: int, sp_degree: int, gc_layers: int
+) -> tuple[Moment, Moment, Moment]:
+    """Loss, backward and end of a micro-batch at an SP degree and a number of recomputed layers."""
+    m, b = model, cluster.dtype_bytes
+    states, loss, backward, end = _constants(m, cluster, world_size)
+    saved = m.activation_bytes_per_token_per_layer(b, sp_degree)
+    kept, whole = gc_layers * m.checkpoint_bytes_per_token(b), m.n_layers - gc_layers
+    hidden = m.hidden * b
+    last_norm = m.hidden * (FLOAT32 + b) + hidden
+    return (
+        Moment(
+            states + loss,
+            cluster.activation_scale * (whole * saved + kept) + last_norm + hidden,
+            m.vocab * float(FLOAT32) * LOSS_COPIES,
+        ),
+        Moment(
+            states + backward,
+            cluster.activation_scale * (max(whole, 1) * saved + kept) + 2 * m.widest_mlp * b + 2 * hidden,
+        ),
+        Moment(states + end),
+    )
+
+
+def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> tuple[float, float, float, float]:
+    """Bytes that no token causes: always, and more at the loss, in backward, at the end."""
+    b, total = cluster.dtype_bytes, m.parameters()
+    largest, head_gradient = max(map(m.layer_parameters, range(m.n_layers))), m.vocab * m.hidden * b
+    root = total - m.layers_parameters() if m.sharded_by_layer else total
+    states = total * STATE_BYTES_PER_PARAMETER / world_size + cluster.fixed_bytes + root * b
+    backward = head_gradient + largest * b
+    if m.sharded_by_layer:
+        backward += largest * (2 * b + REDUCE_BYTES)
+    return states, head_gradient, backward, root * (b + REDUCE_BYTES)

@@ -1,0 +1,62 @@
+"""`hbp profile` end to end on two local processes: the file, its page, and its use as a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from workers import LLAMA, write_config
+
+from hbp.cost.profile_file import read_profile
+from hbp.data.stdlib_sft import train_tokenizer
+
+
+def hbp(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "hbp", *arguments], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def test_profile_of_stacks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with (tmp_path / "data.jsonl").open("w") as out:
+        for i in range(40):
+            said = " ".join(rng.choice(["pack", "rank", "step"], 5 + 10 * (i % 7)))
+            out.write(json.dumps({"prompt": f"Say {i}.", "completion": said}) + "\n")
+    train_tokenizer(tmp_path / "data.jsonl", tmp_path / "tokenizer", vocab_size=300)
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "data": {"source": str(tmp_path / "data.jsonl"), "tokenizer": str(tmp_path / "tokenizer"), "eval_samples": 2},
+        "model": {"path": write_config(tmp_path / "model", {**LLAMA, "vocab_size": 300})},
+    }
+    (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(config))
+    wrong = hbp("profile", str(tmp_path / "cfg.yaml"), "--layers", "0")
+    assert (wrong.returncode, wrong.stderr) == (2, "hbp: error: --layers 0: give at least 1\n")
+    too_high = hbp("profile", str(tmp_path / "cfg.yaml"), "--layers", "2")
+    assert too_high.returncode == 2
+    assert "3 layers, so a stack of 4 cannot be cut from it" in too_high.stderr
+    file = tmp_path / "out" / "machine.json"
+    done = hbp("profile", str(tmp_path / "cfg.yaml"), "--layers", "1", "--out", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    profile = read_profile(file)
+    assert {p.n_layers for p in profile.points} == {1, 2}
+    assert profile.model.n_layers == 3
+    assert profile.world_size == 2
+    assert {c.kind for c in profile.collectives} == {"all_to_all", "all_gather", "reduce_scatter"}
+    printed = json.loads(done.stdout)
+    assert printed["median_error"] == profile.data["median_error"] >= 0
+    assert {d["sp_degree"] for d in printed["degrees"] if d["source"] == "measured"} == {1, 2}
+    assert Path(printed["page"]).read_text().count("<svg") == 4
+    lengths = tmp_path / "lengths.npy"
+    np.save(lengths, np.full(20, 100))
+    made = hbp("plan", "--lengths", str(lengths), "--model", str(tmp_path / "model"), "--cluster", str(file),
+               "--gpus", "4", "--out", str(tmp_path / "plan"), "--json")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert plan["cluster"]["origin"].startswith("profiled on")
