@@ -94,5 +94,5 @@ def test_no_plan_beats_the_bound(
     cost = tiny_cost(world, 3000)
     cluster = dataclasses.replace(cost.cluster, fsdp_overlap=overlap, link_bytes_per_s=link_bytes_per_s)
     cost = dataclasses.replace(cost, cluster=cluster)
-    plan = make_plan(np.array(lengths), cost, strategy=strategy, global_batch_tokens=4000)
+    plan = make_plan(np.array(lengths), cost, strategy=strategy, global_batch_tokens=4000, max_length=3000)
     assert lower_bound_seconds(cost, plan.lengths) <= float(plan.micro_step_seconds().sum()) * (1 + 1e-6)

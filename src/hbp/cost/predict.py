@@ -27,6 +27,7 @@ Bytes: :mod:`hbp.cost.memory`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +105,17 @@ class CostModel:
 
     def seconds(self, sp_degree: int, gc_layers: int) -> Seconds:
         """The cost of packs at a degree and a number of recomputed layers."""
+        key = sp_degree, gc_layers
+        if key not in self._seconds:
+            self._seconds[key] = self._find_seconds(*key)
+        return self._seconds[key]
+
+    @cached_property
+    def _seconds(self) -> dict[tuple[int, int], Seconds]:
+        """What :meth:`seconds` has found so far."""
+        return {}
+
+    def _find_seconds(self, sp_degree: int, gc_layers: int) -> Seconds:
         m, c, d = self.model, self.cluster, sp_degree
         again = gc_layers / m.n_layers
         linear = 3 * m.linear_flops_per_token() + again * m.recomputed_flops_per_token()
@@ -157,6 +169,17 @@ class CostModel:
 
     def longest_packs(self, sp_degree: int) -> Float:
         """Most tokens of a pack within the memory budget with 0, 1, … n layers recomputed, float64 ``[n + 1]``."""
+        if sp_degree not in self._longest:
+            self._longest[sp_degree] = self._find_longest(sp_degree)
+            self._longest[sp_degree].flags.writeable = False
+        return self._longest[sp_degree]
+
+    @cached_property
+    def _longest(self) -> dict[int, Float]:
+        """What :meth:`longest_packs` has found so far: planning asks a thousand times."""
+        return {}
+
+    def _find_longest(self, sp_degree: int) -> Float:
         budget = self.cluster.memory_bytes
         every = (
             moments(self.model, self.cluster, self.world_size, sp_degree, k) for k in range(self.model.n_layers + 1)
