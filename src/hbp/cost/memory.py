@@ -19,6 +19,7 @@ Held against the allocator's own record in ``benchmarks/cost_model.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hbp.cost.cluster import ClusterSpec
 from hbp.cost.model_spec import ModelSpec
@@ -62,7 +63,7 @@ def moments(
     """Loss, backward and end of a micro-batch at an SP degree and a number of recomputed layers."""
     m, b = model, cluster.dtype_bytes
     states, loss, backward, end = _constants(m, cluster, world_size)
-    saved = m.activation_bytes_per_token_per_layer(b, sp_degree)
+    saved = _saved_per_layer(m, b, sp_degree)
     kept, whole = gc_layers * m.checkpoint_bytes_per_token(b), m.n_layers - gc_layers
     hidden = m.hidden * b
     last_norm = m.hidden * (FLOAT32 + b) + hidden
@@ -80,6 +81,12 @@ def moments(
     )
 
 
+@lru_cache
+def _saved_per_layer(model: ModelSpec, dtype_bytes: int, sp_degree: int) -> float:
+    return model.activation_bytes_per_token_per_layer(dtype_bytes, sp_degree)
+
+
+@lru_cache
 def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> tuple[float, float, float, float]:
     """Bytes that no token causes: always, and more at the loss, in backward, at the end."""
     b, total = cluster.dtype_bytes, m.parameters()

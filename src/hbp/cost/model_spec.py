@@ -205,7 +205,7 @@ class ModelSpec:
         count = self.parameter_count
         return count.total - count.embedding - count.lm_head - self.hidden
 
-    @property
+    @cached_property
     def sharded_by_layer(self) -> bool:
         """Whether each layer is gathered apart, or, its layers being small, the model in one piece."""
         return max(map(self.layer_parameters, range(self.n_layers))) >= SMALL_LAYER_PARAMETERS

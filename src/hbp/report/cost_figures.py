@@ -1,7 +1,7 @@
 """The pictures of a cost model: how well it predicts what was measured, and what it says of lengths, degrees and GC.
 
 As in :mod:`hbp.report.figures`, every function takes plain data and returns one ``<svg>`` in the page's inks.
-Colour is the SP degree; a full line or mark recomputes no layer, a dashed line or hollow mark all of them.
+Colour is the SP degree; a full line or mark recomputes no layer, a dashed line all of them, a hollow mark some or all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from hbp.cost.fit import Point
 from hbp.cost.predict import CostModel
 from hbp.report.figures import FAINT, INK, PALETTE, STYLE, Float, _count, as_svg
 
-SHORTEST = 256
+SPAN = 64
+"""The longest length drawn over the shortest."""
 SAMPLES = 200
 """Lengths at which a curve is drawn."""
 WITHIN = 0.1
@@ -70,7 +71,7 @@ def _scatter(
         axis.set_xlabel(f"measured {quantity}")
         axis.set_ylabel("predicted")
         marks = [Line2D([], [], color=c, marker="o", linestyle="", label=f"SP {d}") for d, c in colours.items()]
-        kinds = [("full", "GC none"), ("none", "GC all")]
+        kinds = [("full", "no GC"), ("none", "GC")]
         marks += [
             Line2D([], [], color=INK, marker="o", fillstyle=fill, linestyle="", label=text)  # type: ignore[arg-type]
             for fill, text in kinds
@@ -106,7 +107,7 @@ def memory_over_length(cost: CostModel, longest: int, degrees: Sequence[int] | N
     with mpl.rc_context(STYLE):
         figure, axis = _over_length(cost, longest, degrees, draw, only_what_fits=False)
         axis.axhline(budget, color=INK, linewidth=1)
-        axis.text(SHORTEST, budget * 1.02, " budget", ha="left", va="bottom")
+        axis.text(longest / SPAN, budget * 1.02, " budget", ha="left", va="bottom")
         axis.set_ylabel("peak memory of a rank, GiB")
         axis.set_ylim(0, budget * 1.6)
         return as_svg(figure, "cost-memory-over-length")
@@ -117,24 +118,24 @@ def _over_length(
 ) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.2, 3.8), layout="constrained")
     axis = figure.subplots()
-    colours = _colours(degrees or cost.degrees())
+    colours, shortest = _colours(degrees or cost.degrees()), longest // SPAN
     for degree, colour in colours.items():
         fits = cost.longest_packs(degree)
         for gc_layers, dashes in ((0, "-"), (cost.model.n_layers, (0, (4, 2)))):
             most = min(longest, int(fits[gc_layers])) if only_what_fits else longest
-            if most > SHORTEST:
-                tokens = np.geomspace(SHORTEST, most, SAMPLES)
+            if most > shortest:
+                tokens = np.geomspace(shortest, most, SAMPLES)
                 draw(axis, degree, gc_layers, tokens, color=colour, linestyle=dashes, linewidth=1.6)
     axis.set_xscale("log", base=2)
-    powers = range(SHORTEST.bit_length() - 1, longest.bit_length() + 1)
+    powers = range(shortest.bit_length() - 1, longest.bit_length() + 1)
     axis.xaxis.set_major_locator(FixedLocator([2**i for i in powers]))
     axis.xaxis.set_major_formatter(FuncFormatter(_kibi))
     axis.xaxis.set_minor_locator(FixedLocator([]))
-    axis.set_xlim(SHORTEST, longest)
+    axis.set_xlim(shortest, longest)
     axis.set_xlabel("tokens of the pack")
     lines = [Line2D([], [], color=c, linewidth=1.6, label=f"SP {d}") for d, c in colours.items()]
-    lines += [Line2D([], [], color=INK, linewidth=1.6, label="GC none")]
-    lines += [Line2D([], [], color=INK, linewidth=1.6, linestyle=(0, (4, 2)), label="GC all")]
+    lines += [Line2D([], [], color=INK, linewidth=1.6, label="no GC")]
+    lines += [Line2D([], [], color=INK, linewidth=1.6, linestyle=(0, (4, 2)), label="GC of all layers")]
     figure.legend(handles=lines, loc="outside upper left", ncols=4)
     return figure, axis
 

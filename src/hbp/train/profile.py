@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from hbp.cost.fit import Point
@@ -23,7 +24,7 @@ from hbp.plan import Plan
 from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
 from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
 
-STATES = 4  # parameters, gradients, and AdamW's two moments, each as large
+GRADIENTS, MOMENTS = 1, 2  # each as large as the parameters that are trained; AdamW has two moments
 ENOUGH_S = 1.0
 """Seconds after which a micro-batch has been measured well enough."""
 
@@ -51,8 +52,7 @@ def measure_point(
     def run() -> None:
         forward_backward(model, batch)
 
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    gradients = [_hold_gradient(p) for p in model.parameters() if p.requires_grad]
     peak = _peak_bytes(run, device)  # also warms up kernels, collectives and the allocator
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
@@ -62,9 +62,16 @@ def measure_point(
         _wait(device)
         seconds.append(highest(time.perf_counter() - start, device))
     model.zero_grad(set_to_none=True)
-    states = STATES * local_parameter_bytes(model)
+    trained_bytes = sum(t.numel() * t.element_size() for t in gradients)
+    states = local_parameter_bytes(model) + (GRADIENTS + MOMENTS) * trained_bytes
     median = float(np.median(seconds)) if seconds else 0.0
     return Point(tuple(lengths), sp_degree, gc_layers, median, highest(peak + states, device))
+
+
+def _hold_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """Give a parameter a gradient to accumulate into; returns this rank's part of it."""
+    gradient = parameter.grad = torch.zeros_like(parameter)
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def measure_rows(
