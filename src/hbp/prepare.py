@@ -1,0 +1,199 @@
+"""What a run stands on before anything is planned: its samples, the engine of this rank, the live profile.
+
+Every rank calls these alike; rank 0 makes what is shared on disk while the others wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from hbp.config import Config, DataConfig
+from hbp.cost.cluster import GIB, load_cluster
+from hbp.cost.fit import Fit, Point, fit_cluster, grid
+from hbp.cost.model_spec import spec_from_config
+from hbp.cost.predict import CostModel
+from hbp.data.stdlib_sft import train_tokenizer, write_dataset
+from hbp.data.store import TokenStore, open_store
+from hbp.data.tokenize import prepare_store
+from hbp.errors import HbpError
+from hbp.parallel.mesh import ParallelMesh, make_mesh
+from hbp.plan import read_plan
+from hbp.progress import Progress, say
+from hbp.train.launch import device_name, rank_zero_first
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model, shard
+from hbp.train.profile import measure_point
+
+TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Some samples of a token store, numbered from 0: what a plan's sample ids mean."""
+
+    store: TokenStore
+    ids: npt.NDArray[np.int64]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each."""
+        return self.store.lengths[self.ids]
+
+    @property
+    def loss_tokens(self) -> npt.NDArray[np.int32]:
+        """Targets of each."""
+        return self.store.loss_tokens[self.ids]
+
+    def sample(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+        """Token ids and loss mask."""
+        return self.store.sample(int(self.ids[index]))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What every strategy of a run shares on this rank."""
+
+    config: Config
+    device: torch.device
+    mesh: ParallelMesh
+    samples: Samples
+    held_out: Samples
+    cost: CostModel
+
+    def fresh_model(self) -> CausalLMWithLoss:
+        """The model at its starting point, sharded; the same bits every time."""
+        model = load_model(self.config.model.path, vocab_size=self.samples.store.vocab_size, seed=self.config.seed)
+        model.to(self.device)
+        shard(
+            model,
+            self.mesh.world,
+            by_layer=self.cost.model.sharded_by_layer,
+            compute_dtype=getattr(torch, self.config.model.compute_dtype),
+        )
+        return model
+
+
+def prepare(config: Config) -> TokenStore:
+    """Make the token store (and for the embedded data set its files and tokenizer), or open it if it is up to date."""
+    source, tokenizer = config.data.source, config.data.tokenizer or config.model.path
+    if source == "stdlib":
+        source, tokenizer = _prepare_stdlib(config.data, Path(config.run_dir) / "data", config.seed)
+    return prepare_store(
+        source,
+        tokenizer,
+        Path(config.run_dir) / "store",
+        split=config.data.split,
+        subset=config.data.subset,
+        processes=config.data.processes,
+    )
+
+
+def _prepare_stdlib(data: DataConfig, folder: Path, seed: int) -> tuple[str, str]:
+    jsonl, tokenizer, made = folder / "stdlib.jsonl", folder / "tokenizer", folder / "made.json"
+    wanted = json.dumps({**data.model_dump(), "seed": seed}, sort_keys=True)
+    if not (made.is_file() and made.read_text() == wanted):
+        say("making the embedded data set and its tokenizer from this Python's standard library")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_dataset(
+            jsonl,
+            seed=seed,
+            short_samples=data.short_samples,
+            long_samples=data.long_samples,
+            longest_chars=data.longest_chars,
+        )
+        train_tokenizer(jsonl, tokenizer, vocab_size=data.vocab_size)
+        made.write_text(wanted)
+    return str(jsonl), data.tokenizer or str(tokenizer)
+
+
+def make_engine(config: Config, device: torch.device) -> Engine:
+    """Prepare data (rank 0), split it, describe model and cluster, make the process groups. A collective."""
+    run, world_size = Path(config.run_dir), dist.get_world_size()
+    if device.type == "cuda" and config.model.compute_dtype == "float32":
+        raise HbpError("attention on CUDA needs half precision; set model.compute_dtype to bfloat16")
+    with rank_zero_first() as first:
+        if first:
+            prepare(config)
+    store = open_store(run / "store")
+    train_ids, eval_ids = split_samples(store.lengths, config)
+    samples, held_out = Samples(store, train_ids), Samples(store, eval_ids)
+    cluster = load_cluster(config.cluster.name)
+    if config.cluster.memory_gib is not None:
+        cluster = dataclasses.replace(cluster, memory_bytes=config.cluster.memory_gib * GIB)
+    if is_configuration_alone(config.model.path):
+        say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
+    model = load_model(config.model.path, vocab_size=store.vocab_size, seed=config.seed)
+    spec = spec_from_config(model.lm.config.to_dict())
+    if model.lm.config.model_type not in TRAINED_FAMILIES:
+        raise HbpError(
+            f"{model.lm.config.model_type} models can be planned for but not trained yet; "
+            f"this trains {', '.join(TRAINED_FAMILIES)}"
+        )
+    del model
+    cost = CostModel(spec, cluster, world_size)
+    degrees = set(cost.degrees())
+    if config.plan.path is not None and (own := read_plan(Path(config.plan.path))).info.world_size == world_size:
+        degrees |= set(own.sp_degree.tolist())
+    mesh = make_mesh(world_size, degrees, device.type)
+    return Engine(config, device, mesh, samples, held_out, cost)
+
+
+def split_samples(
+    lengths: npt.NDArray[np.int32], config: Config
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids of the samples to train on and of those held out, drawn among those short enough to be trained on."""
+    n = len(lengths)
+    held = config.data.eval_samples
+    if held >= n:
+        raise HbpError(f"data.eval_samples={held} leaves none of the {n} samples to train on; lower it")
+    order = np.random.default_rng(config.seed).permutation(n)
+    fits = lengths[order] <= (config.data.max_length or lengths.max())
+    eval_ids = order[fits][:held]
+    return np.setdiff1d(np.arange(n), eval_ids), np.sort(eval_ids)
+
+
+def live_profile(engine: Engine, out: Path | None) -> tuple[Fit, list[Point]]:
+    """Measure micro-batches of this data on this engine and fit the cost model to them; rank 0 writes the file."""
+    lengths = engine.samples.lengths
+    longest = min(engine.config.data.max_length or int(lengths.max()), int(lengths.max()))
+    rng = np.random.default_rng(engine.config.seed)
+    wanted = grid(engine.cost, lengths, longest, rng)
+    model = engine.fresh_model()
+    points = []
+    # The largest first, once and unrecorded: later points then find a warm allocator, as training does.
+    warm = wanted[-1]
+    measure_point(model, engine.mesh, warm[0], warm[1], warm[2], device=engine.device, repeats=0)
+    with Progress("profile", len(wanted)) as progress:
+        for pack, degree, gc_layers in wanted:
+            points.append(measure_point(model, engine.mesh, pack, degree, gc_layers, device=engine.device))
+            last = points[-1]
+            progress.advance(f"{sum(pack)} tokens SP{degree} GC{gc_layers}: {last.seconds:.2f} s")
+    fit = fit_cluster(
+        engine.cost.cluster, engine.cost.model, engine.cost.world_size, points, device_name(engine.device)
+    )
+    say(f"cost model fitted to {len(points)} micro-batches; held-out median error {fit.held_out_error:.1%}")
+    if out is not None and dist.get_rank() == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(profile_json(fit, points), indent=1) + "\n")
+    return fit, points
+
+
+def profile_json(fit: Fit, points: list[Point]) -> dict[str, Any]:
+    """A profile file: the fitted cluster (usable as `--cluster FILE`) and the raw points."""
+    return {
+        "device": fit.cluster.device,
+        "cluster": fit.cluster.to_json(),
+        "median_error": fit.held_out_error,
+        "points": [
+            {**dataclasses.asdict(point), "predicted_s": seconds, "predicted_bytes": size}
+            for point, seconds, size in zip(points, fit.predicted_s, fit.predicted_bytes, strict=True)
+        ],
+    }
