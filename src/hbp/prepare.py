@@ -29,6 +29,7 @@ from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.plan import read_plan
 from hbp.progress import Progress, say
 from hbp.train.launch import device_name, rank_zero_first
+from hbp.train.lora import add_adapters
 from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model, shard
 from hbp.train.profile import measure_point
 
@@ -70,7 +71,10 @@ class Engine:
 
     def fresh_model(self) -> CausalLMWithLoss:
         """The model at its starting point, sharded; the same bits every time."""
-        model = load_model(self.config.model.path, vocab_size=self.samples.store.vocab_size, seed=self.config.seed)
+        path, lora, seed = self.config.model.path, self.config.lora, self.config.seed
+        model = load_model(path, vocab_size=self.samples.store.vocab_size, seed=seed)
+        if lora.rank:
+            add_adapters(model, lora, path, seed)
         model.to(self.device)
         shard(
             model,
@@ -128,6 +132,8 @@ def make_engine(config: Config, device: torch.device) -> Engine:
     cluster = load_cluster(config.cluster.name)
     if config.cluster.memory_gib is not None:
         cluster = dataclasses.replace(cluster, memory_bytes=config.cluster.memory_gib * GIB)
+    if is_configuration_alone(config.model.path) and config.lora.rank:
+        raise HbpError(f"{config.model.path} holds no weights for adapters to add to; give model.path one that does")
     if is_configuration_alone(config.model.path):
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
     model = load_model(config.model.path, vocab_size=store.vocab_size, seed=config.seed)

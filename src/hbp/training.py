@@ -28,12 +28,13 @@ from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, write
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model
 from hbp.train.launch import device_name
-from hbp.train.loop import Efficiency, PackFailed, Start, StepRecord, evaluate, make_optimizer, train
+from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import measure_rows
 from hbp.train.signals import Received, stop_signals
 from hbp.train.trace import trace
+from hbp.train.watch import Watch, watch_others
 from hbp.train.writers import Writer, line_of, open_writers, read_records, scalars_of
 
 SHOWN_SAMPLES = 8
@@ -61,15 +62,18 @@ class _Run:
     """Seconds of the part at which the state was last saved."""
     evaluated: tuple[int, int] = (0, 0)
     """Step and tokens at which the held-out loss was last taken."""
+    eval_loss: float | None = None
     stopped_by: int = 0
 
     def evaluate(self) -> float | None:
         """Loss of the held-out samples; logged."""
         if self.eval_plan is None:
             return None
+        if self.step and self.evaluated[0] == self.step and self.eval_loss is not None:
+            return self.eval_loss  # the last step's turn came, and the end of training too
         held_out, engine = self.engine.held_out, self.engine
         loss = evaluate(self.model, self.eval_plan, held_out, held_out.loss_tokens, engine.mesh, engine.device)
-        self.evaluated = (self.step, self.tokens)
+        self.evaluated, self.eval_loss = (self.step, self.tokens), loss
         self.write({"eval/loss": loss})
         if dist.get_rank() == 0:
             with (self.folder / "eval.jsonl").open("a") as log:
@@ -121,7 +125,7 @@ def train_strategy(
 
     Raises:
         Stopped: a signal came; the state is saved.
-        RankFailed: a micro-step raised on this rank; names it, the step, the pack and the error.
+        RankFailed: a step raised on this rank; names it, the step, the pack and the error.
     """
     config = engine.config.train
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,11 +159,12 @@ def train_strategy(
                 break
             part, step = next_part(part), 0
             _begin_part(part)
-        if run.checkpoints:
-            run.checkpoints.close()
-        eval_loss = run.evaluate()
-    if config.export:
-        export_model(model, folder / "model", engine.samples.store.tokenizer)
+        with watch_others():
+            if run.checkpoints:
+                run.checkpoints.close()
+            eval_loss = run.evaluate()
+            if config.export:
+                export_model(model, folder / "model", engine.samples.store.tokenizer)
     return _result(engine, part, records, eval_loss, max(peaks.values(), default=0.0))
 
 
@@ -209,6 +214,7 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
     with ExitStack() as stack:
         log = stack.enter_context((part.folder / "steps.jsonl").open("a")) if dist.get_rank() == 0 else None
         progress = stack.enter_context(Progress(plan.info.strategy, left))
+        watch = stack.enter_context(watch_others())
 
         def on_step(record: StepRecord) -> bool:
             run.step, run.tokens = run.step + 1, run.tokens + record.tokens
@@ -240,23 +246,25 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
                 run.model, plan, samples, samples.loss_tokens, engine.mesh, config, engine.device, on_step,
                 optimizer=run.optimizer, start=start, signal=run.received, efficiency=efficiency,
             )  # fmt: skip
-        except PackFailed as failed:
-            raise _rank_failed(failed, part) from failed.__cause__
+        except StepFailed as failed:
+            raise _rank_failed(failed, part, watch) from failed.__cause__
 
 
-def _rank_failed(failed: PackFailed, part: Part) -> RankFailed:
-    """The one line about a micro-step that raised, left for the parent before the others see that this rank is gone."""
+def _rank_failed(failed: StepFailed, part: Part, watch: Watch | None) -> RankFailed:
+    """The one line about a step that raised, left for the parent before the others see that this rank is gone."""
     cause = failed.__cause__
     ids = part.samples.ids[np.array(failed.sample_ids, np.int64)].tolist()
     shown = ", ".join(map(str, ids[:SHOWN_SAMPLES]))
     more = f", … {len(ids)} in all" if len(ids) > SHOWN_SAMPLES else ""
-    pack = f"pack {failed.row} (samples {shown}{more})" if ids else "a micro-step without samples"
+    pack = f"pack {failed.row} (samples {shown}{more})" if ids else "without a pack"
+    where = "after its micro-steps" if failed.micro_step is None else f"micro-step {failed.micro_step}, {pack}"
     reason = " ".join(str(cause).split()) or "no message"
-    error = RankFailed(
-        f"rank {dist.get_rank()} failed in step {failed.step}, micro-step {failed.micro_step}, {pack}: "
-        f"{type(cause).__name__}: {reason[:500]}"
-    )
-    traceback.print_exception(cause)
+    rank = dist.get_rank()
+    message = f"rank {rank} failed in step {failed.step}, {where}: {type(cause).__name__}: {reason[:500]}"
+    earlier = watch.report(message) if watch else None
+    error = RankFailed(f"rank {rank} ends in step {failed.step}, since {earlier}" if earlier else message)
+    if earlier is None:
+        traceback.print_exception(cause)
     report_to_parent(error)
     return error
 

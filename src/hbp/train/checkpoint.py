@@ -39,6 +39,7 @@ from torch.futures import Future as TorchFuture
 
 from hbp.errors import HbpError
 from hbp.progress import say
+from hbp.train.lora import frozen_names
 
 POSITION = "position.json"
 PARTIAL = ".partial"
@@ -112,6 +113,9 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         """A collective: makes the process group that saving in the background uses."""
         self.folder, self.keep = folder, keep
+        if dist.get_rank() == 0:
+            for stale in folder.glob(f"step-*{PARTIAL}"):  # of a run that was killed while it saved
+                shutil.rmtree(stale, ignore_errors=True)
         self.group = dist.new_group(backend="gloo")
         self.saving: Future[Metadata] | None = None
 
@@ -122,8 +126,7 @@ class Checkpoints:
             HbpError: the save before this one failed.
         """
         self.wait()
-        parameters, states = get_state_dict(model, optimizer, options=OPTIONS)
-        state = {"model": parameters, "optimizer": states, "rng": _rng_state()}
+        state = {**_state(model, optimizer), "rng": _rng_state()}
         writer = _AtomicWriter(self.folder / f"step-{position.run_step:08d}", position, self.keep)
         self.folder.mkdir(parents=True, exist_ok=True)
         saving = async_save(state, storage_writer=writer, process_group=self.group)
@@ -197,19 +200,26 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         optimizer: of the model's trained parameters.
         seed: of the random state of ranks that the checkpoint does not know.
     """
-    parameters, states = get_state_dict(model, optimizer, options=OPTIONS)
-    state: dict[str, Any] = {"model": parameters, "optimizer": states}
+    state = _state(model, optimizer)
     reader = FileSystemReader(checkpoint)
     known = reader.read_metadata().state_dict_metadata
     mine = {name: value for name, value in _rng_state().items() if f"rng.{name}" in known}
     if mine:
         state["rng"] = mine
     load(state, storage_reader=reader)
-    set_state_dict(model, optimizer, model_state_dict=parameters, optim_state_dict=states, options=OPTIONS)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
+    )
     if mine:
         _set_rng_state(mine)
     else:
         torch.manual_seed(seed + dist.get_rank())
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    parameters, states = get_state_dict(model, optimizer, options=OPTIONS)
+    frozen = frozen_names(model)
+    return {"model": {name: x for name, x in parameters.items() if name not in frozen}, "optimizer": states}
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -91,10 +91,11 @@ class Efficiency:
     """Of one device; None: unknown."""
 
 
-class PackFailed(Exception):
-    """A micro-step raised; its cause says what."""
+class StepFailed(Exception):
+    """A step raised on this rank; its cause says what."""
 
-    def __init__(self, step: int, micro_step: int, row: int, sample_ids: Sequence[int]) -> None:
+    def __init__(self, step: int, micro_step: int | None, row: int, sample_ids: Sequence[int]) -> None:
+        """`micro_step` None: after the last, with no row (:data:`~hbp.train.batch.IDLE`)."""
         super().__init__(f"step {step}, micro-step {micro_step}, row {row}")
         self.step, self.micro_step, self.row, self.sample_ids = step, micro_step, row, sample_ids
 
@@ -176,7 +177,7 @@ def train(
         The record of each step, equal on all ranks.
 
     Raises:
-        PackFailed: a micro-step raised on this rank.
+        StepFailed: a step raised on this rank.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     optimizer = optimizer or make_optimizer(model, config)
@@ -199,13 +200,14 @@ def train(
             with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
                 batch = make_micro_batch(plan, row, samples, mesh, rank, device)
                 summed += forward_backward(model, batch, scale)
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clock.read()
-        now = time.perf_counter()
-        mine = [float(summed), started - began, now - started, float(signal()), memory_bytes(device)]
-        gathered = _gather([*mine, *clock.wall, *clock.busy], device)
+        with _naming_the_pack(plan, step):
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            clock.read()
+            now = time.perf_counter()
+            mine = [float(summed), started - began, now - started, float(signal()), memory_bytes(device)]
+            gathered = _gather([*mine, *clock.wall, *clock.busy], device)
         n, tokens = len(rows[step]), int(tokens_of_step[step])
         walls, busy = gathered[:, len(mine) : len(mine) + n], gathered[:, len(mine) + n :]
         seconds = float(gathered[:, 2].max())
@@ -237,14 +239,14 @@ def train(
 
 
 @contextmanager
-def _naming_the_pack(plan: Plan, step: int, micro_step: int, row: int) -> Iterator[None]:
+def _naming_the_pack(plan: Plan, step: int, micro_step: int | None = None, row: int = IDLE) -> Iterator[None]:
     try:
         yield
     except HbpError:
         raise
     except Exception as error:
         ids = [] if row == IDLE else plan.samples(row)[0].tolist()
-        raise PackFailed(step, micro_step, row, ids) from error
+        raise StepFailed(step, micro_step, row, ids) from error
 
 
 def _skew(busy: npt.NDArray[np.float64]) -> float:
