@@ -33,9 +33,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 RANKS = 2
 MIXES = {
-    "short-heavy": {"short_samples": 800, "long_samples": 3},
-    "quickstart-like": {"short_samples": 600, "long_samples": 6},
-    "long-heavy": {"short_samples": 150, "long_samples": 16},
+    "short-heavy": {"short_samples": 400, "long_samples": 2},
+    "quickstart-like": {"short_samples": 300, "long_samples": 4},
+    "long-heavy": {"short_samples": 80, "long_samples": 9},
 }
 QUICK = {"short-heavy": {"short_samples": 120, "long_samples": 2}}
 CONFIG: dict[str, Any] = {

@@ -111,13 +111,13 @@ def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_launcher_saves_and_exits(job, interfering, number):
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank")])
+def test_a_signal_saves_and_exits(job, interfering, number, to):
     interfering("TEST_SLOW", "0.1")
     run = job / f"stopped-{number}"
     running = start(job, f"run_dir={run}")
     wait_for(lambda: len(steps_of(run / "hbp")) >= 2)
-    running.send_signal(number)
+    os.kill(running.pid if to == "launcher" else ranks_of(running, 2)[1], number)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 143, said
     assert f"hbp: {signal.Signals(number).name}: stopped after step " in said.splitlines()[-1]

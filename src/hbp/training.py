@@ -138,8 +138,9 @@ def train_strategy(
     with ExitStack() as stack:
         received = stack.enter_context(stop_signals()) if keeps_state else Received()
         total = point.position.tokens_total if point else part.plan.info.n_tokens * config.epochs
-        peak = peak_flops_per_s(engine.device)
-        run = _Run(engine, folder, model, optimizer, eval_plan, total, peak, received)
+        peak = [peak_flops_per_s(engine.device)]
+        dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
+        run = _Run(engine, folder, model, optimizer, eval_plan, total, peak[0], received)
         if point:
             load_checkpoint(point.checkpoint, model, optimizer, engine.config.seed)
             run.step, run.tokens = point.position.run_step, point.position.tokens

@@ -5,6 +5,7 @@ import pytest
 import torch
 from jobs import config_of, run_here, write_job
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from workers import CPU, LLAMA, random_samples, relative_error, run_ranks, write_config, write_model
 
 from hbp.config import LoraConfig
@@ -63,15 +64,14 @@ def test_adapters_alone_are_trained_saved_and_exported(tmp_path):
     run_ranks(run_here, 2, whole)
     run_ranks(run_here, 2, stopped, 3)
     (checkpoint, *_) = list_checkpoints(job / "stopped" / "hbp" / "checkpoints")
-    size = sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    assert all("lora_" in name for name in saved if not name.startswith("rng"))
     run_ranks(run_here, 2, stopped)
     exported = job / "whole" / "hbp" / "model"
     mine, again = (load_file(f / "adapter_model.safetensors") for f in (exported, job / "stopped" / "hbp" / "model"))
     assert all(torch.equal(mine[name], again[name]) for name in mine)
     assert all("lora_" in name for name in mine)
     assert not (exported / "model.safetensors").exists()
-    adapters = sum(x.numel() * 4 for x in mine.values())
-    assert size < 3 * adapters + 200_000  # parameters and two moments, and no base model
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), exported)
     values = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
     assert len(values) == len(mine)

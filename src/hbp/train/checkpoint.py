@@ -28,6 +28,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -142,10 +143,9 @@ class Checkpoints:
             return
         try:
             self.saving.result()
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+        except (Exception, CheckpointException) as error:
             raise HbpError(
-                f"cannot save a checkpoint in {self.folder}: {reason[-1]}; free the disk and resume"
+                f"cannot save a checkpoint in {self.folder}: {_one_line(error)}; mend that and resume"
             ) from None
         finally:
             self.saving = None
@@ -199,6 +199,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         model: sharded over the world.
         optimizer: of the model's trained parameters.
         seed: of the random state of ranks that the checkpoint does not know.
+
+    Raises:
+        HbpError: it does not fit the model.
     """
     state = _state(model, optimizer)
     reader = FileSystemReader(checkpoint)
@@ -206,7 +209,10 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     mine = {name: value for name, value in _rng_state().items() if f"rng.{name}" in known}
     if mine:
         state["rng"] = mine
-    load(state, storage_reader=reader)
+    try:
+        load(state, storage_reader=reader)
+    except CheckpointException as error:
+        raise HbpError(f"cannot load {checkpoint}: {_one_line(error)}; is it of another model?") from None
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
     )
@@ -257,6 +263,13 @@ def _find_damage(checkpoint: Path) -> str | None:
     every: list[str | None] = [None] * world_size
     dist.all_gather_object(every, found)
     return next((damage for damage in every if damage), None)
+
+
+def _one_line(error: BaseException) -> str:
+    """What the first rank that failed said."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _crc32(path: Path) -> int:
