@@ -169,6 +169,7 @@ def test_a_changed_run_is_refused_in_one_line(job, never_stopped):
     run_ranks(run_here, 2, config_of(job, run), 2)
     for change, said in [
         ("train.lr=1e-3", "train.lr was 0.01, now 0.001"),
+        ("plan.strategy=bfd", "plan.strategy was 'hbp', now 'bfd'"),
         ("plan.global_batch_tokens=400", "plan.global_batch_tokens was 150, now 400"),
         (f"data.tokenizer={job / 'whole' / 'hbp' / 'model'}", "its data or tokenizer has changed"),
     ]:

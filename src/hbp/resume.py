@@ -91,7 +91,7 @@ def find(config: Config, strategy: str, store_fingerprint: str) -> Found:
     if config.train.resume == "never":
         return Found()
     if config.train.resume != "auto":
-        given = Path(config.train.resume)
+        given = Path(config.train.resume).resolve()
         position = read_position(given)
         _refuse_change(_read(given.parents[2] / RUN), wanted, given)
         return Found(point=Point(_adopt(given, run / strategy), position))
@@ -101,11 +101,11 @@ def find(config: Config, strategy: str, store_fingerprint: str) -> Found:
     same = there["identity"] == wanted
     if there["trained"]:
         return Found(trained=same)
+    for folder in sorted(run.glob(f"*/{CHECKPOINTS}")):  # of whatever strategy: nothing unfinished is thrown away
+        for checkpoint in list_checkpoints(folder)[:1]:
+            _refuse_change(there, wanted, checkpoint)
     newest = newest_checkpoint(run / strategy / CHECKPOINTS)
-    if newest is None:
-        return Found()
-    _refuse_change(there, wanted, newest[0])
-    return Found(point=Point(*newest))
+    return Found(point=Point(*newest) if newest else None)
 
 
 def may_resume(config: Config) -> bool:

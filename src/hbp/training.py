@@ -193,15 +193,24 @@ def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[S
     dist.barrier()  # every rank has read them
     if dist.get_rank() == 0:
         logs[-1].write_text("".join(line_of(record) for record in read_records(logs[-1])[: at.step]))
-        evaluations = folder / "eval.jsonl"
-        if evaluations.is_file():
-            lines = evaluations.read_text().splitlines(keepends=True)
-            evaluations.write_text("".join(x for x in lines if json.loads(x)["run_step"] <= at.run_step))
+        _cut_evaluations(folder / "eval.jsonl", at.run_step)
     if part.number == at.part:
         dist.barrier()
         return records, at.step
     _begin_part(part)
     return records, 0
+
+
+def _cut_evaluations(log: Path, run_step: int) -> None:
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text().splitlines(keepends=True):
+        try:
+            kept += [line] if json.loads(line)["run_step"] <= run_step else []
+        except ValueError:  # cut off with its run
+            break
+    log.write_text("".join(kept))
 
 
 def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> list[StepRecord]:

@@ -65,7 +65,7 @@ def test_adapters_alone_are_trained_saved_and_exported(tmp_path):
     run_ranks(run_here, 2, stopped, 3)
     (checkpoint, *_) = list_checkpoints(job / "stopped" / "hbp" / "checkpoints")
     saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    assert all("lora_" in name for name in saved if not name.startswith("rng"))
+    assert all("lora_" in name for name in saved if name.startswith(("model.", "optimizer.state.")))
     run_ranks(run_here, 2, stopped)
     exported = job / "whole" / "hbp" / "model"
     mine, again = (load_file(f / "adapter_model.safetensors") for f in (exported, job / "stopped" / "hbp" / "model"))

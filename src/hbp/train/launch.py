@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from hbp.errors import ERROR_FILE, HbpError, RankFailed, Stopped, reported_by_rank
+from hbp.errors import ERROR_FILE, HbpError, RankFailed, Stopped, report_to_parent, reported_by_rank
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -129,6 +129,11 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group("gloo")
     try:
         yield device
+    except Exception as error:  # said before the others see that this rank is gone, and fail for that
+        known = isinstance(error, HbpError | RankFailed | Stopped)
+        message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        report_to_parent(error if known else RankFailed(message))
+        raise
     finally:
         dist.destroy_process_group()
 
