@@ -90,9 +90,7 @@ def test_a_rank_of_another_node_is_killed(job, interfering):
     victim = ranks_of(launchers[1], 1)[0]
     wait_for(lambda: len(steps_of(job / "lost" / "hbp")) >= 2)
     os.kill(victim, signal.SIGKILL)
-    began = time.monotonic()
-    outs = [launcher.communicate(timeout=90) for launcher in launchers]
-    assert time.monotonic() - began < 60
+    outs = [launcher.communicate(timeout=60) for launcher in launchers]
     assert all(launcher.returncode != 0 for launcher in launchers)
     assert any("hbp: error: rank" in said and "in step " in said for _, said in outs)
 
