@@ -1,4 +1,4 @@
-"""The rooms of the house: what a module must not import. `job.py` and `cli.py` alone know both halves."""
+"""The rooms of the house: what a module must not import. `cli.py`, `job.py` and its steps alone know both halves."""
 
 import ast
 from pathlib import Path

@@ -1,7 +1,8 @@
 """The command line: plan, profile, train, simulate, report, compare.
 
 Tables for people go to standard output, or with ``--json`` one JSON object does; progress and logs go to standard
-error. Exit codes: 0 done, 2 wrong input (one line says what and how to mend it), 1 a fault of ours.
+error. Exit codes: 0 done, 2 wrong input (one line says what and how to mend it), 1 a fault of ours, 143 a signal ended
+the run and its state is saved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hbp.errors import HbpError, RankFailed, report_to_parent
+from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 PROFILE_LIMIT_S = 170.0
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
+STOPPED = 128 + 15
+"""Exit code of a run that a signal ended, as the shell has it for a process that SIGTERM ended."""
 STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed")
 
 
@@ -49,8 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hbp: error: {error.filename}: {error.strerror}; give a folder that can be written", file=sys.stderr)
         return 2
     except RankFailed as error:
-        print(f"hbp: error: {error}", file=sys.stderr)
+        if not report_to_parent(error):
+            print(f"hbp: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        if report_to_parent(stop):
+            return 0
+        if os.environ.get("RANK", "0") == "0":
+            print(f"hbp: {stop}", file=sys.stderr)
+        return 0 if "RANK" in os.environ else STOPPED  # torchrun would call another code of a rank a failure
     except KeyboardInterrupt:
         print("hbp: interrupted", file=sys.stderr)
         return 130
@@ -355,8 +365,11 @@ def _check_before_launch(config: Any) -> None:
     import numpy as np
     import torch
 
-    from hbp.job import check_plan, check_strategies, prepare, split_samples
+    from hbp.job import check_strategies
+    from hbp.live_plan import check_plan
     from hbp.plan import read_plan
+    from hbp.prepare import prepare, split_samples
+    from hbp.resume import may_resume
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < config.cluster.processes:
@@ -364,7 +377,7 @@ def _check_before_launch(config: Any) -> None:
     check_strategies(config)
     store = prepare(config)
     train_ids, _ = split_samples(store.lengths, config)
-    if config.plan.path is not None:
+    if config.plan.path is not None and not may_resume(config):
         check_plan(read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes)
 
 
@@ -383,7 +396,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
         launch.launch_local(arguments, config.cluster.processes)
     else:
         from hbp.cluster_profile import profile_cluster
-        from hbp.job import make_engine
+        from hbp.prepare import make_engine
 
         with launch.process_group() as device:
             heights = None if args.layers is None else (args.layers, 2 * args.layers)

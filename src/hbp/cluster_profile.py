@@ -19,7 +19,7 @@ from hbp.train.live_profile import live_profile, packs_to_measure
 from hbp.train.model import CausalLMWithLoss, shard
 
 if TYPE_CHECKING:
-    from hbp.job import Engine
+    from hbp.prepare import Engine
 
 
 def profile_cluster(

@@ -99,6 +99,37 @@ class TrainConfig(_Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     export: bool = Field(True, description="write the trained model as a Hugging Face folder")
+    epochs: int = Field(1, ge=1, description="times that every sample is trained on; each epoch has a plan of its own")
+    resume: str = Field(
+        "auto",
+        description="auto: go on from run_dir's last whole checkpoint; never: start anew; or a checkpoint folder",
+    )
+    save_minutes: float | None = Field(30.0, gt=0, description="minutes between checkpoints; none: not by time")
+    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; none: not by steps")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; none: only at the end")
+    eval_tokens: int | None = Field(None, ge=1, description="tokens between evaluations; none: not by tokens")
+    trace_steps: tuple[int, int] | None = Field(
+        None, description="[first, count]: steps to trace with torch's profiler, counted from where the run starts"
+    )
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters through `peft`, trained and exported in place of the model's own weights."""
+
+    rank: int = Field(0, ge=0, description="of the adapters; 0: train the whole model")
+    alpha: float = Field(16.0, gt=0, description="their outputs are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' inputs")
+    targets: str | tuple[str, ...] = Field("all-linear", description="names of the layers that get one")
+
+
+class LogConfig(_Section):
+    """Where the numbers go besides ``steps.jsonl``."""
+
+    tensorboard: bool = Field(False, description="write TensorBoard event files")
+    wandb_project: str | None = Field(None, description="log to this project of Weights & Biases")
+    wandb_name: str | None = Field(None, description="name of the run there")
+    wandb_mode: Literal["online", "offline"] = Field("online", description="offline: files to `wandb sync` later")
 
 
 class Config(_Section):
@@ -111,6 +142,8 @@ class Config(_Section):
     cluster: ClusterConfig = ClusterConfig()
     plan: PlanConfig = PlanConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
+    log: LogConfig = LogConfig()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,5 +1,6 @@
-"""The one error that users are meant to read, and how it travels from a rank to the process that started it."""
+"""The errors that users are meant to read, and how they travel from a rank to the process that started it."""
 
+import json
 import os
 from pathlib import Path
 
@@ -19,9 +20,32 @@ class RankFailed(Exception):
     """A rank ended by a signal or a fault of ours; the message names it. Exit code 1."""
 
 
-def report_to_parent(error: HbpError) -> bool:
-    """Leave the message for the `hbp` that started this rank, which then prints it once; False if none did."""
+class Stopped(Exception):
+    """A signal ended the run, its state is saved. Exit code 143, as of a process that SIGTERM ended."""
+
+
+REPORTED = {"HbpError": HbpError, "RankFailed": RankFailed, "Stopped": Stopped}
+
+
+def report_to_parent(error: Exception) -> bool:
+    """Leave the message for the `hbp` that started this rank, which then prints it once; False if none did.
+
+    The first rank to report is the one that is heard: what fails after it mostly fails because of it.
+    """
     if ERROR_FILE not in os.environ:
         return False
-    Path(os.environ[ERROR_FILE]).write_text(str(error))
+    try:
+        with Path(os.environ[ERROR_FILE]).open("x") as file:
+            json.dump([type(error).__name__, str(error)], file)
+    except FileExistsError:
+        pass
     return True
+
+
+def reported_by_rank() -> Exception | None:
+    """What the first rank to fail or stop left behind."""
+    try:
+        kind, message = json.loads(Path(os.environ[ERROR_FILE]).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return REPORTED[kind](message)

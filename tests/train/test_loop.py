@@ -15,7 +15,7 @@ from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
-from hbp.train.checkpoint import export_model
+from hbp.train.export import export_model
 from hbp.train.loop import evaluate, groups_of_step, learning_rate, step_loss_tokens, train
 from hbp.train.model import load_model, shard
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from hbp.errors import ERROR_FILE, HbpError, RankFailed
+from hbp.errors import ERROR_FILE, HbpError, RankFailed, Stopped, report_to_parent, reported_by_rank
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # glibc gives large blocks back to the kernel at once and pays for their pages again at the next micro-step. Keeping
 # them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
@@ -27,6 +32,8 @@ CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+SAVE_TIMEOUT_S = 600
+"""How long ranks may take to end a step and save after a signal, before they are killed."""
 PREPARE_TIMEOUT = timedelta(days=1)
 """Ranks wait this long for rank 0 to prepare data and plan, where a collective's usual limit is minutes."""
 
@@ -42,8 +49,9 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
     Raises:
         HbpError: a rank ended with wrong input; its message.
         RankFailed: a rank failed otherwise; names the rank.
+        Stopped: a signal ended the run.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -52,6 +60,7 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
             os.environ.setdefault(name, value)
     # What the launcher logs of a failed rank, we say in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
     with TemporaryDirectory() as scratch:
         os.environ[ERROR_FILE] = str(Path(scratch) / "error")
         config = LaunchConfig(
@@ -64,23 +73,42 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
             max_restarts=0,
             monitor_interval=0.2,
             logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=Std.NONE),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # handed on to the ranks
         )
         try:
             elastic_launch(config, sys.executable)("-m", "hbp", *arguments)
         except ChildFailedError as failed:
-            written = Path(os.environ[ERROR_FILE])
-            if written.exists():
-                raise HbpError(written.read_text()) from None
-            rank, failure = failed.get_first_failure()
-            if failure.exitcode < 0:
-                name = failure.signal_name()
-                hint = "; the machine may be out of memory: lower cluster.memory_gib" if name == "SIGKILL" else ""
-                raise RankFailed(f"rank {rank} was ended by {name} and the others were stopped{hint}") from None
-            raise RankFailed(
-                f"rank {rank} failed first (exit code {failure.exitcode}); its own output is above"
-            ) from None
+            raise _why(failed) from None
+        except SignalException as received:
+            if received.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            stopped = reported_by_rank()
+            name = signal.Signals(received.sigval).name
+            raise stopped or Stopped(f"{name}: stopped before there was anything to save") from None
+        else:
+            if (stopped := reported_by_rank()) is not None:
+                raise stopped
         finally:
             del os.environ[ERROR_FILE]
+
+
+def _why(failed: ChildFailedError) -> Exception:
+    """What ended a job, from what its ranks reported and how they ended."""
+    reported = reported_by_rank()
+    if isinstance(reported, HbpError):
+        return reported
+    # The launcher itself ends the ranks that are left, by SIGTERM.
+    killed = {r: f for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
+    if killed:
+        rank, failure = min(killed.items(), key=lambda item: item[1].timestamp)
+        name = failure.signal_name()
+        hint = "; the machine may be out of memory: lower cluster.memory_gib" if name == "SIGKILL" else ""
+        seen = f" ({reported})" if reported else ""
+        return RankFailed(f"rank {rank} was ended by {name} and the others were stopped{hint}{seen}")
+    if reported:
+        return reported
+    rank, failure = failed.get_first_failure()
+    return RankFailed(f"rank {rank} failed first (exit code {failure.exitcode}); its own output is above")
 
 
 def reports_here() -> bool:
@@ -101,6 +129,11 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group("gloo")
     try:
         yield device
+    except Exception as error:  # said before the others see that this rank is gone, and fail for that
+        known = isinstance(error, HbpError | RankFailed | Stopped)
+        message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        report_to_parent(error if known else RankFailed(message))
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -2,7 +2,8 @@
 
 It reads top to bottom: the rows of this rank, the micro-steps of a step, one clip, one optimizer step, one record. The
 plan decides everything about packs; the loop only keeps the collectives of all ranks in step, which the plan's equal
-micro-step counts guarantee.
+micro-step counts guarantee. What goes on around a step (logs, checkpoints, evaluation, ending early) is done by the
+caller in ``on_step``, from a record that is the same on every rank, so that every rank decides alike.
 
 Learning rate follows tokens, not steps: plans that cut the same tokens into different steps see the same schedule.
 """
@@ -10,10 +11,12 @@ Learning rate follows tokens, not steps: plans that cut the same tokens into dif
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +25,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from hbp.config import TrainConfig
+from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
-from hbp.train.batch import SampleSource, make_micro_batch, rows_of_rank
+from hbp.train.batch import IDLE, SampleSource, make_micro_batch, rows_of_rank
 from hbp.train.loss import ave_token_scale
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import forward_backward
@@ -32,7 +36,7 @@ from hbp.train.profile import forward_backward
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step did; a line of ``steps.jsonl``."""
+    """What one optimizer step did, the same on all ranks; a line of ``steps.jsonl``."""
 
     step: int
     loss: float
@@ -42,39 +46,100 @@ class StepRecord:
     tokens: int
     loss_tokens: int
     started_s: float
-    """Seconds since training began."""
+    """Seconds since training began, by rank 0's clock."""
     seconds: float
     tokens_per_s: float
     group: str
     """The packing groups that the step ran."""
+    skew: float
+    """Busy seconds of the busiest rank minus those of the idlest, over the former; on CUDA that of the wall times."""
+    rank_memory_bytes: list[int]
+    """``[rank]``: peak of CUDA's allocator in this step; on CPU the process's resident memory after it."""
     rank_wall_s: list[list[float]]
     """``[rank][micro_step]``: from the start of a micro-step to the start of the next."""
     rank_busy_s: list[list[float]]
     """The part of it that the rank computed; the rest it waited for others. On CUDA equal to the wall time."""
+    tflops: float | None = None
+    """Model FLOPs (forward and backward, without recomputation) a second of each rank, in 10¹²."""
+    mfu: float | None = None
+    """The same over the device's peak, 0 to 1."""
+    signal: int = 0
+    """Number of a signal that some rank had received when the step ended, 0 for none."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins in a plan, and in the run that the plan is a part of."""
+
+    step: int = 0
+    """First step to run."""
+    tokens: int = 0
+    """Tokens that the run has seen."""
+    tokens_total: int | None = None
+    """Tokens that the run is to see; None: those of the plan."""
+    seconds: float = 0.0
+    """Seconds that the run has taken in this plan."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What MFU needs to know."""
+
+    step_flops: npt.NDArray[np.float64]
+    """Model FLOPs of each step of the plan, all ranks together ``[steps]``."""
+    peak_flops_per_s: float | None
+    """Of one device; None: unknown."""
+
+
+class StepFailed(Exception):
+    """A step raised on this rank; its cause says what."""
+
+    def __init__(self, step: int, micro_step: int | None, row: int, sample_ids: Sequence[int]) -> None:
+        """`micro_step` None: after the last, with no row (:data:`~hbp.train.batch.IDLE`)."""
+        super().__init__(f"step {step}, micro-step {micro_step}, row {row}")
+        self.step, self.micro_step, self.row, self.sample_ids = step, micro_step, row, sample_ids
 
 
 @dataclass
 class _MicroClock:
     """Wall and busy seconds of each micro-step of a step, as this rank saw them.
 
-    On CPU a rank that waits in a collective uses no processor time, so the process's own time is what it worked.
+    On CPU a rank that waits in a collective uses no processor time, so the process's own time is what it worked. On
+    CUDA events are recorded in the stream and read once, when the step is over: nothing waits in between.
     """
 
     device: torch.device
     wall: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
     def micro_step(self) -> Iterator[None]:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self.events.append((begin, end))
+            return
         wall, busy = time.perf_counter(), time.process_time()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
         self.wall.append(time.perf_counter() - wall)
-        used = time.process_time() - busy if self.device.type == "cpu" else self.wall[-1]
-        self.busy.append(min(used, self.wall[-1]))
+        self.busy.append(min(time.process_time() - busy, self.wall[-1]))
+
+    def read(self) -> None:
+        """Fill in the times of a step that is over."""
+        for begin, end in self.events:
+            end.synchronize()
+            self.wall.append(begin.elapsed_time(end) / 1e3)
+        if self.events:
+            self.busy = list(self.wall)
+
+
+def make_optimizer(model: CausalLMWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the parameters that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, foreach=True)
 
 
 def train(
@@ -85,9 +150,14 @@ def train(
     mesh: ParallelMesh,
     config: TrainConfig,
     device: torch.device,
-    on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_step: Callable[[StepRecord], bool | None] = lambda record: None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    start: Start = Start(),
+    signal: Callable[[], int] = lambda: 0,
+    efficiency: Efficiency | None = None,
 ) -> list[StepRecord]:
-    """Run every step of a plan on this rank.
+    """Run the steps of a plan on this rank.
 
     Args:
         model: sharded over ``mesh.world``.
@@ -97,38 +167,51 @@ def train(
         mesh: holds an SP group for every degree of the plan.
         config: optimizer.
         device: of this rank.
-        on_step: called after each step, on every rank.
+        on_step: called after each step, on every rank; True ends training there.
+        optimizer: of :func:`make_optimizer`; None: a new one.
+        start: where to begin.
+        signal: number of a signal that this rank has received, or 0.
+        efficiency: for MFU; None: not reported.
 
     Returns:
         The record of each step, equal on all ranks.
+
+    Raises:
+        StepFailed: a step raised on this rank.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, foreach=True
-    )
+    optimizer = optimizer or make_optimizer(model, config)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     rows = rows_of_rank(plan, rank)
     tokens_of_step = np.bincount(plan.step, weights=plan.tokens(), minlength=plan.n_steps).astype(np.int64)
     targets_of_step = step_loss_tokens(plan, loss_tokens)
+    tokens_total = start.tokens_total or start.tokens + int(tokens_of_step[start.step :].sum())
     records: list[StepRecord] = []
-    began, tokens_done = time.perf_counter(), 0
-    for step in range(plan.n_steps):
+    began, tokens_done = time.perf_counter() - start.seconds, start.tokens
+    for step in range(start.step, plan.n_steps):
         started = time.perf_counter()
-        lr = learning_rate(config, tokens_done, int(tokens_of_step[step]), int(tokens_of_step.sum()))
+        lr = learning_rate(config, tokens_done, int(tokens_of_step[step]), tokens_total)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scale = ave_token_scale(int(targets_of_step[step]), world_size)
         clock = _MicroClock(device)
         summed = torch.zeros((), dtype=torch.float32, device=device)
-        for row in rows[step]:
-            with clock.micro_step():
+        for micro_step, row in enumerate(rows[step]):
+            with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
                 batch = make_micro_batch(plan, row, samples, mesh, rank, device)
                 summed += forward_backward(model, batch, scale)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        gathered = _gather([float(summed), *clock.wall, *clock.busy], device)
-        seconds = time.perf_counter() - started
+        with _naming_the_pack(plan, step):
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            clock.read()
+            now = time.perf_counter()
+            mine = [float(summed), started - began, now - started, float(signal()), memory_bytes(device)]
+            gathered = _gather([*mine, *clock.wall, *clock.busy], device)
         n, tokens = len(rows[step]), int(tokens_of_step[step])
+        walls, busy = gathered[:, len(mine) : len(mine) + n], gathered[:, len(mine) + n :]
+        seconds = float(gathered[:, 2].max())
+        tflops, mfu = _efficiency(efficiency, step, seconds * world_size)
         record = StepRecord(
             step=step,
             loss=float(gathered[:, 0].sum()) / max(int(targets_of_step[step]), 1),
@@ -136,17 +219,58 @@ def train(
             lr=lr,
             tokens=tokens,
             loss_tokens=int(targets_of_step[step]),
-            started_s=started - began,
+            started_s=float(gathered[0, 1]),
             seconds=seconds,
             tokens_per_s=tokens / seconds,
             group=groups_of_step(plan, step),
-            rank_wall_s=np.round(gathered[:, 1 : 1 + n], 5).tolist(),
-            rank_busy_s=np.round(gathered[:, 1 + n :], 5).tolist(),
+            skew=_skew(busy.sum(axis=1)),
+            rank_memory_bytes=gathered[:, 4].astype(np.int64).tolist(),
+            rank_wall_s=np.round(walls, 5).tolist(),
+            rank_busy_s=np.round(busy, 5).tolist(),
+            tflops=tflops,
+            mfu=mfu,
+            signal=int(gathered[:, 3].max()),
         )
         tokens_done += tokens
         records.append(record)
-        on_step(record)
+        if on_step(record):
+            break
     return records
+
+
+@contextmanager
+def _naming_the_pack(plan: Plan, step: int, micro_step: int | None = None, row: int = IDLE) -> Iterator[None]:
+    try:
+        yield
+    except HbpError:
+        raise
+    except Exception as error:
+        ids = [] if row == IDLE else plan.samples(row)[0].tolist()
+        raise StepFailed(step, micro_step, row, ids) from error
+
+
+def _skew(busy: npt.NDArray[np.float64]) -> float:
+    most = float(busy.max())
+    return (most - float(busy.min())) / most if most else 0.0
+
+
+def _efficiency(efficiency: Efficiency | None, step: int, device_seconds: float) -> tuple[float | None, float | None]:
+    if efficiency is None:
+        return None, None
+    rate = float(efficiency.step_flops[step]) / device_seconds
+    return rate / 1e12, rate / efficiency.peak_flops_per_s if efficiency.peak_flops_per_s else None
+
+
+def memory_bytes(device: torch.device) -> float:
+    """Peak of CUDA's allocator since the last call; on CPU the process's resident memory, 0 where none tells."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(peak)
+    try:
+        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0.0
 
 
 def evaluate(
@@ -185,7 +309,7 @@ def groups_of_step(plan: Plan, step: int) -> str:
 
 def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, tokens_total: int) -> float:
     """Linear rise, then a cosine to ``final_lr``, by the share of tokens seen at the middle of the step."""
-    at = (tokens_done + tokens_of_step / 2) / tokens_total
+    at = min(1.0, (tokens_done + tokens_of_step / 2) / tokens_total)
     if at < config.warmup:
         return config.lr * at / config.warmup
     fall = (at - config.warmup) / max(1 - config.warmup, 1e-9)

@@ -1,0 +1,96 @@
+"""What HBP is measured against: the fastest static setting of a strategy that users have today.
+
+The baseline is given every chance: on the same samples, model seed, memory budget, attention and loss, its one static
+setting is the fastest of all that fit, each trained whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from hbp.cost.cluster import GIB
+from hbp.errors import HbpError
+from hbp.live_plan import write_and_read
+from hbp.plan import Group, Plan
+from hbp.prepare import Engine
+from hbp.progress import say
+from hbp.resume import Part, part_folder
+from hbp.train.profile import measure_rows
+from hbp.training import train_strategy
+
+
+def train_baseline(
+    engine: Engine, strategy: str, ours: Plan, eval_plan: Plan | None, run: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train the baseline at every degree, with the fewest recomputed layers that fit; keep the fastest whole run.
+
+    Args:
+        engine: as for the plan that it is compared with.
+        strategy: of the baseline.
+        ours: the plan that it is compared with: its longest packing length and global batch are taken over.
+        eval_plan: of the held-out samples.
+        run: the run's folder.
+
+    Returns:
+        The result, and one entry for every setting that was tried.
+
+    Raises:
+        HbpError: no setting fits the memory budget.
+    """
+    budget, n_layers = engine.cost.cluster.memory_bytes, engine.cost.model.n_layers
+    longest = max(group.capacity for group in ours.info.groups)
+    global_batch = int(ours.info.settings["global_batch_tokens"])
+    trials: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
+    model = engine.fresh_model()
+    for degree in engine.cost.degrees():
+        gc_layers = engine.cost.fewest_gc_layers(longest, degree)
+        # The model errs on the safe side, so look one layer below what it asks for.
+        for k in range(max(0, (n_layers if gc_layers is None else gc_layers) - 1), n_layers + 1):
+            folder, static = run / f"{strategy}-sp{degree}", Group(longest, degree, k)
+
+            def part(epoch: int, folder: Path = folder, static: Group = static) -> Part:
+                here = part_folder(folder, epoch)
+                seed = engine.config.seed + epoch
+                plan = write_and_read(
+                    engine, strategy, here, seed=seed, global_batch_tokens=global_batch, static=static
+                )
+                return Part(epoch, epoch, engine.samples, plan, here)
+
+            def next_epoch(last: Part, part: Callable[[int], Part] = part) -> Part:
+                return part(last.epoch + 1)
+
+            first = part(0)
+            peak = max(measure_rows(model, first.plan, engine.samples, engine.mesh, engine.device).values())
+            trial = {"sp_degree": degree, "gc_layers": k, "peak_bytes": peak, "fits": peak <= budget}
+            trials.append(trial)
+            say(f"baseline {strategy} SP{degree} GC{k}: {peak / GIB:.3f} GiB of {budget / GIB:.3f}")
+            if not trial["fits"]:
+                continue
+            result = train_strategy(engine, folder, first, next_epoch, eval_plan)
+            trial["tokens_per_s"] = result["tokens_per_s"]
+            if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
+                best = result
+                _replace_folder(folder, run / strategy)
+            break
+    if best is None:
+        raise HbpError(f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib")
+    for degree in engine.cost.degrees():
+        _replace_folder(run / f"{strategy}-sp{degree}", None)
+    return best, trials
+
+
+def _replace_folder(source: Path, target: Path | None) -> None:
+    """Rank 0 moves a folder over another one, or away; the others wait."""
+    if dist.get_rank() == 0:
+        if target is None:
+            shutil.rmtree(source, ignore_errors=True)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            source.rename(target)
+    dist.barrier()

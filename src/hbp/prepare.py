@@ -1,0 +1,163 @@
+"""What a run stands on before anything is planned: its samples, the engine of this rank, the live profile.
+
+Every rank calls these alike; rank 0 makes what is shared on disk while the others wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from hbp.config import Config, DataConfig
+from hbp.cost.cluster import GIB, load_cluster
+from hbp.cost.model_spec import spec_from_config
+from hbp.cost.predict import CostModel
+from hbp.data.stdlib_sft import train_tokenizer, write_dataset
+from hbp.data.store import TokenStore, open_store
+from hbp.data.tokenize import prepare_store
+from hbp.errors import HbpError
+from hbp.parallel.mesh import ParallelMesh, make_mesh
+from hbp.plan import read_plan
+from hbp.progress import say
+from hbp.train.launch import rank_zero_first
+from hbp.train.lora import add_adapters
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model, shard
+
+TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Some samples of a token store, numbered from 0: what a plan's sample ids mean."""
+
+    store: TokenStore
+    ids: npt.NDArray[np.int64]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each."""
+        return self.store.lengths[self.ids]
+
+    @property
+    def loss_tokens(self) -> npt.NDArray[np.int32]:
+        """Targets of each."""
+        return self.store.loss_tokens[self.ids]
+
+    def sample(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+        """Token ids and loss mask."""
+        return self.store.sample(int(self.ids[index]))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What every strategy of a run shares on this rank."""
+
+    config: Config
+    device: torch.device
+    mesh: ParallelMesh
+    samples: Samples
+    held_out: Samples
+    cost: CostModel
+
+    def fresh_model(self) -> CausalLMWithLoss:
+        """The model at its starting point, sharded; the same bits every time."""
+        path, lora, seed = self.config.model.path, self.config.lora, self.config.seed
+        model = load_model(path, vocab_size=self.samples.store.vocab_size, seed=seed)
+        if lora.rank:
+            add_adapters(model, lora, path, seed)
+        model.to(self.device)
+        shard(
+            model,
+            self.mesh.world,
+            by_layer=self.cost.model.sharded_by_layer,
+            compute_dtype=getattr(torch, self.config.model.compute_dtype),
+        )
+        return model
+
+
+def prepare(config: Config) -> TokenStore:
+    """Make the token store (and for the embedded data set its files and tokenizer), or open it if it is up to date."""
+    source, tokenizer = config.data.source, config.data.tokenizer or config.model.path
+    if source == "stdlib":
+        source, tokenizer = _prepare_stdlib(config.data, Path(config.run_dir) / "data", config.seed)
+    return prepare_store(
+        source,
+        tokenizer,
+        Path(config.run_dir) / "store",
+        split=config.data.split,
+        subset=config.data.subset,
+        processes=config.data.processes,
+    )
+
+
+def _prepare_stdlib(data: DataConfig, folder: Path, seed: int) -> tuple[str, str]:
+    jsonl, tokenizer, made = folder / "stdlib.jsonl", folder / "tokenizer", folder / "made.json"
+    wanted = json.dumps({**data.model_dump(), "seed": seed}, sort_keys=True)
+    if not (made.is_file() and made.read_text() == wanted):
+        say("making the embedded data set and its tokenizer from this Python's standard library")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_dataset(
+            jsonl,
+            seed=seed,
+            short_samples=data.short_samples,
+            long_samples=data.long_samples,
+            longest_chars=data.longest_chars,
+        )
+        train_tokenizer(jsonl, tokenizer, vocab_size=data.vocab_size)
+        made.write_text(wanted)
+    return str(jsonl), data.tokenizer or str(tokenizer)
+
+
+def make_engine(config: Config, device: torch.device) -> Engine:
+    """Prepare data (rank 0), split it, describe model and cluster, make the process groups. A collective."""
+    run, world_size = Path(config.run_dir), dist.get_world_size()
+    if device.type == "cuda" and config.model.compute_dtype == "float32":
+        raise HbpError("attention on CUDA needs half precision; set model.compute_dtype to bfloat16")
+    with rank_zero_first() as first:
+        if first:
+            prepare(config)
+    store = open_store(run / "store")
+    train_ids, eval_ids = split_samples(store.lengths, config)
+    samples, held_out = Samples(store, train_ids), Samples(store, eval_ids)
+    cluster = load_cluster(config.cluster.name)
+    if config.cluster.memory_gib is not None:
+        cluster = dataclasses.replace(cluster, memory_bytes=config.cluster.memory_gib * GIB)
+    if is_configuration_alone(config.model.path) and config.lora.rank:
+        raise HbpError(f"{config.model.path} holds no weights for adapters to add to; give model.path one that does")
+    if is_configuration_alone(config.model.path):
+        say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
+    model = load_model(config.model.path, vocab_size=store.vocab_size, seed=config.seed)
+    spec = spec_from_config(model.lm.config.to_dict())
+    if model.lm.config.model_type not in TRAINED_FAMILIES:
+        raise HbpError(
+            f"{model.lm.config.model_type} models can be planned for but not trained yet; "
+            f"this trains {', '.join(TRAINED_FAMILIES)}"
+        )
+    del model
+    cost = CostModel(spec, cluster, world_size)
+    degrees = set(cost.degrees())
+    if config.plan.path is not None and (own := read_plan(Path(config.plan.path))).info.world_size == world_size:
+        degrees |= set(own.sp_degree.tolist())
+    mesh = make_mesh(world_size, degrees, device.type)
+    return Engine(config, device, mesh, samples, held_out, cost)
+
+
+def split_samples(
+    lengths: npt.NDArray[np.int32], config: Config
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids of the samples to train on and of those held out, drawn among those short enough to be trained on."""
+    n = len(lengths)
+    held = config.data.eval_samples
+    if held >= n:
+        raise HbpError(f"data.eval_samples={held} leaves none of the {n} samples to train on; lower it")
+    order = np.random.default_rng(config.seed).permutation(n)
+    fits = lengths[order] <= (config.data.max_length or lengths.max())
+    eval_ids = order[fits][:held]
+    return np.setdiff1d(np.arange(n), eval_ids), np.sort(eval_ids)

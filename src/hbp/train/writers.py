@@ -1,0 +1,120 @@
+"""Where the numbers of a run go: ``steps.jsonl`` always, TensorBoard and Weights & Biases if asked, by their writers.
+
+Scalars are numbered by the step of the whole run and named ``train/loss``, ``eval/loss``, ``group/16384-SP1-GC0/mfu``:
+speed and memory are kept apart by packing group, since each group is a regime of its own. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from hbp.config import LogConfig
+from hbp.errors import HbpError
+from hbp.train.loop import StepRecord
+
+Writer = Callable[[Mapping[str, float], int], None]
+"""Takes scalars by name, and the step."""
+
+
+@contextmanager
+def open_writers(config: LogConfig, folder: Path, run_config: Mapping[str, Any]) -> Iterator[list[Writer]]:
+    """The writers that the configuration asks for, closed at the end.
+
+    Args:
+        config: section ``log``.
+        folder: TensorBoard's files go to ``tensorboard`` in it, W&B's to ``wandb``.
+        run_config: shown beside the run by W&B.
+
+    Raises:
+        HbpError: a package that is not installed.
+    """
+    with ExitStack() as stack:
+        writers: list[Writer] = []
+        if config.tensorboard:
+            writers.append(stack.enter_context(_tensorboard(folder / "tensorboard")))
+        if config.wandb_project is not None:
+            writers.append(stack.enter_context(_wandb(config, folder, run_config)))
+        yield writers
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[Writer]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise _missing("log.tensorboard", "tensorboard") from None
+    with SummaryWriter(str(folder)) as writer:
+
+        def write(scalars: Mapping[str, float], step: int) -> None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+
+        yield write
+
+
+@contextmanager
+def _wandb(config: LogConfig, folder: Path, run_config: Mapping[str, Any]) -> Iterator[Writer]:
+    try:
+        import wandb
+    except ImportError:
+        raise _missing("log.wandb_project", "wandb") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=config.wandb_project,
+        name=config.wandb_name,
+        dir=str(folder),
+        mode=config.wandb_mode,
+        config=dict(run_config),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    try:
+        yield lambda scalars, step: run.log(dict(scalars), step=step)
+    finally:
+        run.finish()
+
+
+def _missing(option: str, package: str) -> HbpError:
+    return HbpError(f"{option} needs {package}; install with `pip install 'hierarchical-balance-packing[log]'`")
+
+
+def scalars_of(record: StepRecord) -> dict[str, float]:
+    """The scalars of a step."""
+    values = {
+        "train/loss": record.loss,
+        "train/grad_norm": record.grad_norm,
+        "train/lr": record.lr,
+        "train/tokens": float(record.tokens),
+        "train/tokens_per_s": record.tokens_per_s,
+        "train/seconds": record.seconds,
+    }
+    group = f"group/{record.group.replace('/', '-').replace(' + ', '+')}"
+    values[f"{group}/tokens_per_s"] = record.tokens_per_s
+    values[f"{group}/seconds"] = record.seconds
+    values[f"{group}/skew"] = record.skew
+    values[f"{group}/memory_gib"] = max(record.rank_memory_bytes) / 2**30
+    if record.mfu is not None:
+        values[f"{group}/mfu"] = record.mfu
+    return values
+
+
+def read_records(log: Path) -> list[StepRecord]:
+    """The whole lines of a ``steps.jsonl``; the last may have been cut off with its run."""
+    records: list[StepRecord] = []
+    names = {field.name for field in dataclasses.fields(StepRecord)}
+    if log.is_file():
+        for line in log.read_text().splitlines():
+            try:
+                records.append(StepRecord(**{k: v for k, v in json.loads(line).items() if k in names}))
+            except (ValueError, TypeError):
+                break
+    return records
+
+
+def line_of(record: StepRecord) -> str:
+    """A line of ``steps.jsonl``."""
+    return json.dumps(dataclasses.asdict(record)) + "\n"

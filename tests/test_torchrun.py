@@ -1,0 +1,124 @@
+"""Jobs as users start, stop and lose them: torchrun on one and two nodes, signals, ranks that raise or are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jobs import ranks_of, start, steps_of, write_job
+
+from hbp.train.checkpoint import list_checkpoints, read_position
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+# Python runs this at its start. It makes steps slow, so that there is time to interfere, or one rank's third one fail.
+INTERFERE = """
+import os, sys, time
+if os.environ.get("RANK") and "hbp" in sys.orig_argv:
+    import hbp.train.loop as loop
+    plain, calls = loop.forward_backward, 0
+    def forward_backward(model, batch, scale):
+        global calls
+        calls += 1
+        time.sleep(float(os.environ.get("TEST_SLOW", "0")))
+        if os.environ["RANK"] == "1" and str(calls) == os.environ.get("TEST_FAIL_AT"):
+            raise RuntimeError("the device\\nfell off the bus")
+        return plain(model, batch, scale)
+    loop.forward_backward = forward_backward
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    folder = write_job(tmp_path_factory.mktemp("torchrun"), train={"export": False, "save_steps": None})
+    (folder / "sitecustomize.py").write_text(INTERFERE)
+    return folder
+
+
+@pytest.fixture
+def interfering(job, monkeypatch):
+    """Sets what the processes that a test starts do."""
+    monkeypatch.setenv("PYTHONPATH", f"{job}:{os.environ.get('PYTHONPATH', '')}")
+    return monkeypatch.setenv
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def test_one_node(job):
+    run = f"run_dir={job / 'one'}"
+    running = start(job, run, "--json", arguments=(*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "hbp"))
+    out, said = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    (result,) = json.loads(out)["results"]
+    assert result["world_size"] == 2
+    assert result["steps"] == len(steps_of(job / "one" / "hbp"))
+
+
+def nodes(job: Path, run: str) -> list:
+    """Two launchers of one process, which meet as those of two machines do."""
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "job")
+    launch = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *meeting, "-m", "hbp")
+    return [start(job, f"run_dir={job / run}", "--json", arguments=launch) for _ in range(2)]
+
+
+def test_two_nodes(job):
+    outs = [(launcher.communicate(timeout=120), launcher.returncode) for launcher in nodes(job, "two")]
+    assert [code for _, code in outs] == [0, 0], outs
+    (printed,) = [out for (out, _), _ in outs if out]  # rank 0 alone prints
+    assert json.loads(printed)["results"][0]["world_size"] == 2
+
+
+def test_a_rank_of_another_node_is_killed(job, interfering):
+    interfering("TEST_SLOW", "0.1")
+    launchers = nodes(job, "lost")
+    victim = ranks_of(launchers[1], 1)[0]
+    wait_for(lambda: len(steps_of(job / "lost" / "hbp")) >= 2)
+    os.kill(victim, signal.SIGKILL)
+    outs = [launcher.communicate(timeout=60) for launcher in launchers]
+    assert all(launcher.returncode != 0 for launcher in launchers)
+    assert any("hbp: error: rank" in said and "in step " in said for _, said in outs)
+
+
+def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering):
+    interfering("TEST_FAIL_AT", "3")
+    running = start(job, f"run_dir={job / 'raised'}")
+    ranks = ranks_of(running, 2)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 1
+    (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
+    assert error.startswith("hbp: error: rank 1 failed in step ")
+    assert "(samples " in error
+    assert error.endswith("RuntimeError: the device fell off the bus")
+    assert "in forward_backward" in said  # where it happened, for us
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank")])
+def test_a_signal_saves_and_exits(job, interfering, number, to):
+    interfering("TEST_SLOW", "0.1")
+    run = job / f"stopped-{number}"
+    running = start(job, f"run_dir={run}")
+    wait_for(lambda: len(steps_of(run / "hbp")) >= 2)
+    os.kill(running.pid if to == "launcher" else ranks_of(running, 2)[1], number)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 143, said
+    assert f"hbp: {signal.Signals(number).name}: stopped after step " in said.splitlines()[-1]
+    assert "Traceback" not in said
+    (checkpoint,) = list_checkpoints(run / "hbp" / "checkpoints")
+    assert read_position(checkpoint).run_step == len(steps_of(run / "hbp"))

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from workers import CPU, LLAMA, random_samples, run_ranks, write_config
+
+from hbp.config import TrainConfig
+from hbp.errors import HbpError
+from hbp.parallel.mesh import make_mesh
+from hbp.train.batch import micro_batch_of
+from hbp.train.checkpoint import (
+    Checkpoints,
+    Position,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    read_position,
+)
+from hbp.train.loop import make_optimizer
+from hbp.train.model import CausalLMWithLoss, load_model, shard
+from hbp.train.profile import forward_backward
+
+DOCUMENTS = random_samples([9, 4, 12], LLAMA["vocab_size"]).documents
+CONFIG = TrainConfig(lr=1e-2)
+
+
+def trainer(world: int, config: str, seed: int):
+    """A model, its optimizer and a function that makes a step."""
+    mesh = make_mesh(world, [1], "cpu")
+    model = load_model(config, seed=seed)
+    shard(model, mesh.world)
+    optimizer = make_optimizer(model, CONFIG)
+
+    def step() -> None:
+        forward_backward(model, micro_batch_of(DOCUMENTS, 0, 1, 0, 0, mesh, CPU), 0.1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, optimizer, step
+
+
+def values(model: CausalLMWithLoss, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and moments, whole."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[name] = parameter.detach().full_tensor().clone()
+        for moment, value in optimizer.state[parameter].items():
+            found[f"{name} {moment}"] = value.full_tensor().clone() if hasattr(value, "full_tensor") else value.clone()
+    return found
+
+
+def position(step: int, world: int) -> Position:
+    return Position(part=0, step=step, run_step=step, tokens=7 * step, tokens_total=700, plan="p", world_size=world)
+
+
+def save_steps(rank: int, world: int, config: str, folder: str):
+    """Save after each of four steps, training on at once; returns the state after the third."""
+    model, optimizer, step = trainer(world, config, seed=0)
+    checkpoints = Checkpoints(Path(folder), keep=2)
+    kept = {}
+    for number in range(1, 5):
+        step()
+        checkpoints.save(model, optimizer, position(number, world))
+        if number == 3:
+            kept = values(model, optimizer)
+            draw = torch.get_rng_state()
+    step()
+    checkpoints.close()
+    return kept, draw
+
+
+def load_third(rank: int, world: int, config: str, folder: str):
+    """Load into a model that started elsewhere; its state, its random state, what is newest."""
+    model, optimizer, _ = trainer(world, config, seed=5)
+    torch.manual_seed(99)
+    load_checkpoint(Path(folder) / "step-00000003", model, optimizer, seed=0)
+    return values(model, optimizer), torch.get_rng_state(), newest_checkpoint(Path(folder))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoint")
+    config = write_config(root / "config", LLAMA)
+    states = run_ranks(save_steps, 2, config, str(root / "saved"))
+    return config, root / "saved", states
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
+    return got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_only_the_newest_are_kept_and_each_is_whole(saved):
+    _, folder, _ = saved
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000004", "step-00000003"]
+    assert not list(folder.glob("*.partial"))
+    assert read_position(folder / "step-00000003") == position(3, 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_what_was_saved_is_loaded_bit_for_bit_by_any_number_of_ranks(saved, world):
+    """Though training went on while it was written."""
+    config, folder, states = saved
+    for rank, (loaded, draw, newest) in enumerate(run_ranks(load_third, world, config, str(folder))):
+        assert same(loaded, states[0][0])
+        assert torch.equal(draw, states[rank][1]) == (rank < 2) if rank < 2 else True
+        assert newest == (folder / "step-00000004", position(4, 2))
+
+
+def damaged(rank: int, world: int, folder: str):
+    return newest_checkpoint(Path(folder))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "position"])
+def test_damage_is_found(saved, tmp_path, harm):
+    import shutil
+
+    _, folder, _ = saved
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    newest, before = list_checkpoints(copy)
+    shard_file = sorted(newest.glob("*.distcp"))[-1]
+    data = bytearray(shard_file.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 1
+        shard_file.write_bytes(data)
+    elif harm == "cut":
+        shard_file.write_bytes(data[:-1])
+    elif harm == "remove":
+        shard_file.unlink()
+    else:
+        (newest / "position.json").write_text("{")
+    assert run_ranks(damaged, 2, str(copy)) == [(before, position(3, 2))] * 2
+    assert list_checkpoints(copy) == [before]
+    assert newest.with_suffix(".damaged").is_dir()  # kept, but out of the way
+
+
+def save_where_it_cannot(rank: int, world: int, config: str, folder: str) -> str:
+    model, optimizer, step = trainer(world, config, seed=0)
+    step()
+    checkpoints = Checkpoints(Path(folder), keep=2)
+    checkpoints.save(model, optimizer, position(1, world))
+    try:
+        checkpoints.wait()
+    except HbpError as error:
+        return str(error)
+    return ""
+
+
+def test_a_save_that_fails_is_one_line(saved, tmp_path):
+    (tmp_path / "step-00000001.partial").write_text("in the way")
+    for said in run_ranks(save_where_it_cannot, 2, saved[0], str(tmp_path)):
+        assert said.startswith(f"cannot save a checkpoint in {tmp_path}: ")
+        assert "\n" not in said
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(HbpError, match="is not a whole checkpoint"):
+        read_position(tmp_path)
+    assert list_checkpoints(tmp_path / "missing") == []

@@ -1,0 +1,84 @@
+"""Ranks that fail, die or hang, as the others see it through the store that they met through."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+SCRIPT = """
+    import os, sys, time
+    import torch.distributed as dist
+    from hbp.train.watch import watch_others
+
+    rank, doing = int(os.environ["RANK"]), sys.argv[1]
+    dist.init_process_group("gloo")
+    with watch_others(interval=0.2, silent=5.0) as watch:
+        print("watching", flush=True)
+        if rank == 1 and doing == "report":
+            assert watch.report("rank 1 failed in step 7") is None
+            time.sleep(0.5)
+            os._exit(3)
+        # One is through long before the other where nothing is wrong.
+        time.sleep({"end": 0.2 if rank == 0 else 8.0}.get(doing, 60))
+    print("done", flush=True)
+    time.sleep(60 if doing != "end" else 0)
+"""
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def two_ranks(folder: Path, store: dist.TCPStore, doing: str) -> list[subprocess.Popen[str]]:
+    """Two processes that watch each other; returns when both do."""
+    script = folder / "ranks.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    environment = {**os.environ, **meeting, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), doing],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "watching\n"
+    return started
+
+
+def test_a_reported_failure_ends_the_others(tmp_path, store):
+    first, second = two_ranks(tmp_path, store, "report")
+    _, said = first.communicate(timeout=30)
+    assert first.returncode == 1
+    assert said.splitlines()[-1] == "hbp: rank 0 ends: rank 1 failed in step 7"
+    second.communicate(timeout=30)
+    assert second.returncode == 3
+
+
+def test_a_rank_that_hangs_is_given_up(tmp_path, store):
+    first, second = two_ranks(tmp_path, store, "hang")
+    second.send_signal(signal.SIGSTOP)
+    _, said = first.communicate(timeout=30)
+    assert first.returncode == 1
+    assert "rank 1 has not been heard of for 5 s" in said.splitlines()[-1]
+    second.kill()
+    second.communicate()
+
+
+def test_ranks_may_end_at_different_times(tmp_path, store):
+    for process in two_ranks(tmp_path, store, "end"):
+        out, said = process.communicate(timeout=30)
+        assert (process.returncode, out) == (0, "done\n"), said
