@@ -56,6 +56,12 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
+    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = Field(
+        "auto",
+        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
+    )
+    compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
+    offload_activations: bool = Field(False, description="keep what waits for backward in host memory")
 
 
 class ClusterConfig(_Section):
@@ -92,6 +98,10 @@ class PlanConfig(_Section):
 class TrainConfig(_Section):
     """Optimizer and outputs. AdamW with the paper's recipe."""
 
+    loss: Literal["ave-token", "token-mean", "sample-mean", "sum"] = Field(
+        "ave-token",
+        description="over the global batch of a step: every loss token alike (the first two), every sample, or the sum",
+    )
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
     final_lr: float = Field(0.1, ge=0, le=1, description="share of the peak that the cosine ends at")

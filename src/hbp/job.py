@@ -39,11 +39,10 @@ from hbp.progress import Progress, say
 from hbp.train.checkpoint import export_model
 from hbp.train.launch import device_name, rank_zero_first
 from hbp.train.loop import StepRecord, evaluate, train
-from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model, shard
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, read_config
 from hbp.train.profile import measure_point, measure_rows
 
 MEMORY_ROUNDS = 4
-TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +80,19 @@ class Engine:
 
     def fresh_model(self) -> CausalLMWithLoss:
         """The model at its starting point, sharded; the same bits every time."""
-        model = load_model(self.config.model.path, vocab_size=self.samples.store.vocab_size, seed=self.config.seed)
-        model.to(self.device)
-        shard(
-            model,
+        config = self.config.model
+        model = load_sharded(
+            config.path,
             self.mesh.world,
+            self.device,
+            vocab_size=self.samples.store.vocab_size,
+            seed=self.config.seed,
             by_layer=self.cost.model.sharded_by_layer,
-            compute_dtype=getattr(torch, self.config.model.compute_dtype),
+            compute_dtype=getattr(torch, config.compute_dtype),
+            attention=config.attention,
+            compiled=config.compile,
         )
+        model.offload_activations = config.offload_activations
         return model
 
 
@@ -141,19 +145,12 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         cluster = dataclasses.replace(cluster, memory_bytes=config.cluster.memory_gib * GIB)
     if is_configuration_alone(config.model.path):
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
-    model = load_model(config.model.path, vocab_size=store.vocab_size, seed=config.seed)
-    spec = spec_from_config(model.lm.config.to_dict())
-    if model.lm.config.model_type not in TRAINED_FAMILIES:
-        raise HbpError(
-            f"{model.lm.config.model_type} models can be planned for but not trained yet; "
-            f"this trains {', '.join(TRAINED_FAMILIES)}"
-        )
-    del model
+    spec = spec_from_config(read_config(config.model.path, store.vocab_size).to_dict())
     cost = CostModel(spec, cluster, world_size)
     degrees = set(cost.degrees())
     if config.plan.path is not None:
         degrees |= set(read_plan(Path(config.plan.path)).sp_degree.tolist())
-    mesh = make_mesh(world_size, degrees, device.type)
+    mesh = make_mesh(world_size, degrees, device.type, spec.heads)
     return Engine(config, device, mesh, samples, held_out, cost)
 
 

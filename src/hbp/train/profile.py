@@ -88,7 +88,7 @@ def heaviest_rows(plan: Plan) -> dict[tuple[int, int, int], int]:
 def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> torch.Tensor:
     """One micro-step: the summed loss (detached), gradients of `scale` times it left in the parameters."""
     set_gc_layers(model, batch.gc_layers)
-    loss = model(batch.input_ids, batch.position_ids, batch.labels, batch.layout)
+    loss = model(*batch.inputs)
     (loss * scale).backward()
     return loss.detach()
 
