@@ -189,7 +189,7 @@ def main() -> None:
         options: dict[str, Any] = {"max_length": size.longest, "global_batch_tokens": size.global_batch}
         full_gc = Group(size.longest, 1, cost.model.n_layers)
         plans = {
-            "hbp": make_plan(store.lengths, cost, strategy="hbp", **options),
+            "hbp": make_plan(store.lengths, cost, strategy="hbp-mixed", **options),
             "naive": make_plan(store.lengths, cost, strategy="concat", static=full_gc, **options),
         }
         sides = {side: measure(plan, store, weights, cost, device) for side, plan in plans.items()}

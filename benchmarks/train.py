@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "data": {"source": "stdlib", "longest_chars": 26_000, "max_length": 8192, "eval_samples": 32},
     "model": {},
     "cluster": {"name": "cpu-local", "processes": RANKS, "memory_gib": 0.22, "profile": True},
-    "plan": {"strategy": "hbp", "baseline": "concat", "global_batch_tokens": 16_384},
+    "plan": {"strategy": "hbp-mixed", "baseline": "concat", "global_batch_tokens": 16_384},
     "train": {"lr": 1.0e-3, "export": False, "resume": "never"},
 }
 SWITCH = "switch"
@@ -87,7 +87,7 @@ def measure_mix(name: str, mix: dict[str, int], *, quick: bool, scratch: Path) -
     for recompute in (True,) if quick else (True, False):
         trial = {
             "store": str(run / "store"),
-            "samples": str(run / "hbp" / "samples.npy"),
+            "samples": str(run / config["plan"]["strategy"] / "samples.npy"),
             "model": weights,
             "tokenizer": str(run / "data" / "tokenizer"),
             "max_length": config["data"]["max_length"],

@@ -33,6 +33,59 @@ LLAMA = {  # grouped queries, tied embeddings
     "tie_word_embeddings": True,
 }
 MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 8, "tie_word_embeddings": False}
+QWEN2 = {  # biases; the first layer attends to everything, the others to a window
+    **LLAMA,
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 1,
+}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16}
+QWEN3_MOE = {  # the first layer is dense
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "tie_word_embeddings": False,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.1,
+}
+DEEPSEEK_V2 = {  # latent attention with unequal head sizes, shared and grouped experts, the first layer dense
+    "model_type": "deepseek_v2",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.0,
+    "output_router_logits": True,
+    "aux_loss_alpha": 0.1,
+}
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "deepseek_v2": DEEPSEEK_V2,
+}
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:

@@ -56,6 +56,12 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
+    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = Field(
+        "auto",
+        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
+    )
+    compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
+    offload_activations: bool = Field(False, description="keep what waits for backward in host memory")
 
 
 class ClusterConfig(_Section):
@@ -73,7 +79,7 @@ class PlanConfig(_Section):
     """How the samples are packed."""
 
     path: str | None = Field(None, description="run this plan folder instead of making one")
-    strategy: str = Field("hbp", description="see `hbp plan --help`")
+    strategy: str = Field("hbp-mixed", description="see `hbp plan --help`")
     baseline: str | None = Field(
         None, description="also train this strategy on the same samples and compare, such as `concat`"
     )
@@ -87,11 +93,21 @@ class PlanConfig(_Section):
         ge=0,
         description="curriculum: first steps with short groups only; none: 500 or a tenth of the run",
     )
+    windows: int | None = Field(
+        None,
+        ge=1,
+        description="of `hbp-mixed`: pieces that the shuffled samples are planned in; more: nearer to a random order, "
+        "fewer: faster; none: as many as cost at most 1 % of the speed",
+    )
 
 
 class TrainConfig(_Section):
     """Optimizer and outputs. AdamW with the paper's recipe."""
 
+    loss: Literal["ave-token", "token-mean", "sample-mean", "sum"] = Field(
+        "ave-token",
+        description="over the global batch of a step: every loss token alike (the first two), every sample, or the sum",
+    )
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
     final_lr: float = Field(0.1, ge=0, le=1, description="share of the peak that the cosine ends at")

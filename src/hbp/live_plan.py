@@ -107,6 +107,7 @@ def write_and_read(
                 max_length=config.data.max_length,
                 global_batch_tokens=global_batch_tokens or config.plan.global_batch_tokens,
                 short_steps=config.plan.short_steps,
+                windows=config.plan.windows,
                 static=static,
             )
             write_plan(plan, folder / "plan")

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +25,17 @@ from hbp.data.store import TokenStore, open_store
 from hbp.data.tokenize import prepare_store
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
-from hbp.plan import read_plan
 from hbp.progress import say
 from hbp.train.launch import rank_zero_first
 from hbp.train.lora import add_adapters
-from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_model, shard
-
-TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from hbp.train.model import (
+    CausalLMWithLoss,
+    is_configuration_alone,
+    load_model,
+    load_sharded,
+    read_config,
+    shard,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +73,25 @@ class Engine:
 
     def fresh_model(self) -> CausalLMWithLoss:
         """The model at its starting point, sharded; the same bits every time."""
-        path, lora, seed = self.config.model.path, self.config.lora, self.config.seed
-        model = load_model(path, vocab_size=self.samples.store.vocab_size, seed=seed)
-        if lora.rank:
-            add_adapters(model, lora, path, seed)
-        model.to(self.device)
-        shard(
-            model,
-            self.mesh.world,
-            by_layer=self.cost.model.sharded_by_layer,
-            compute_dtype=getattr(torch, self.config.model.compute_dtype),
-        )
+        config, lora = self.config.model, self.config.lora
+        options: dict[str, Any] = {
+            "by_layer": self.cost.model.sharded_by_layer,
+            "compute_dtype": getattr(torch, config.compute_dtype),
+            "compiled": config.compile,
+        }
+        seen: dict[str, Any] = {
+            "vocab_size": self.samples.store.vocab_size,
+            "seed": self.config.seed,
+            "attention": config.attention,
+        }
+        if lora.rank:  # adapters are added to a model that is there
+            model = load_model(config.path, **seen)
+            add_adapters(model, lora, config.path, self.config.seed)
+            model.to(self.device)
+            shard(model, self.mesh.world, **options)
+        else:
+            model = load_sharded(config.path, self.mesh.world, self.device, **seen, **options)
+        model.offload_activations = config.offload_activations
         return model
 
 
@@ -133,19 +146,9 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         raise HbpError(f"{config.model.path} holds no weights for adapters to add to; give model.path one that does")
     if is_configuration_alone(config.model.path):
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
-    model = load_model(config.model.path, vocab_size=store.vocab_size, seed=config.seed)
-    spec = spec_from_config(model.lm.config.to_dict())
-    if model.lm.config.model_type not in TRAINED_FAMILIES:
-        raise HbpError(
-            f"{model.lm.config.model_type} models can be planned for but not trained yet; "
-            f"this trains {', '.join(TRAINED_FAMILIES)}"
-        )
-    del model
+    spec = spec_from_config(read_config(config.model.path, store.vocab_size).to_dict())
     cost = CostModel(spec, cluster, world_size)
-    degrees = set(cost.degrees())
-    if config.plan.path is not None and (own := read_plan(Path(config.plan.path))).info.world_size == world_size:
-        degrees |= set(own.sp_degree.tolist())
-    mesh = make_mesh(world_size, degrees, device.type)
+    mesh = make_mesh(world_size, [], device.type, spec.heads)  # groups are made for the degrees that are run
     return Engine(config, device, mesh, samples, held_out, cost)
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from workers import CPU
 
-from hbp.parallel.varlen import document_attention, make_documents
+from hbp.errors import HbpError
+from hbp.parallel.varlen import check_kernel, document_attention, make_documents
 
 HEADS, SIZE = 4, 8
 
@@ -51,15 +55,76 @@ def test_values_of_another_size():
     torch.testing.assert_close(got, dense(*inputs, [4, 5]))
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # no compiler here
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+def test_queries_are_the_last_tokens_of_their_documents(kernel, window):
+    """Fewer queries than keys, as where keys and values are gathered."""
+    keys, queries = (9, 1, 12, 4), (3, 1, 12, 2)
+    q, k, v = (x.detach().requires_grad_(kernel != "flex") for x in qkv(sum(keys), 2))  # flex: no backward on CPU
+    last = torch.cat([torch.arange(sum(keys[: i + 1]) - n, sum(keys[: i + 1])) for i, n in enumerate(queries)])
+    got = document_attention(q[last], k, v, make_documents(queries, CPU, keys), sliding_window=window, kernel=kernel)
+    want = dense(q, k, v, keys, window=window)[last]
+    torch.testing.assert_close(got, want)
+    if kernel != "flex":
+        gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (got, want)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("kv_heads", "v_size"), [(1, SIZE), (2, SIZE), (4, 5)])
+def test_flex_equals_dense_attention(window, kv_heads, v_size):
+    lengths = (130, 1, 7, 40)  # more than one block of 128
+    inputs = [x.detach() for x in qkv(sum(lengths), kv_heads, v_size)]
+    documents = make_documents(lengths, CPU)
+    got = document_attention(*inputs, documents, scale=0.3, sliding_window=window, kernel="flex")
+    torch.testing.assert_close(got, dense(*inputs, lengths, 0.3, window))
+    mask = documents.block_masks[window]
+    document_attention(*inputs, documents, sliding_window=window, kernel="flex")
+    assert documents.block_masks == {window: mask}  # made once a pack
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_attn_is_asked_for_the_same(monkeypatch, window):
+    """Without the package and its GPU: a stand-in that does what its arguments say."""
+
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, *, softmax_scale, causal, window_size):
+        assert causal
+        assert q.size(2) == k.size(2) == v.size(2)  # it knows one head size
+        assert (longest_q, longest_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+        reach, ahead = window_size
+        assert ahead == 0
+        return dense(q, k, v, cu_q.diff().tolist(), softmax_scale, None if reach == -1 else reach + 1)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    check_kernel("flash")
+    lengths, inputs = (6, 9), qkv(15, 2, v_size=5)
+    got = document_attention(*inputs, make_documents(lengths, CPU), sliding_window=window, kernel="flash")
+    torch.testing.assert_close(got, dense(*inputs, lengths, None, window))
+
+
+def test_kernel_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(HbpError, match="needs the flash-attn package"):
+        check_kernel("flash")
+    if not torch.cuda.is_available():
+        for kernel in ("varlen", "flex"):
+            with pytest.raises(HbpError, match=f"'{kernel}' trains on CUDA alone"):
+                check_kernel(kernel)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_documents_do_not_see_each_other(window):
+def test_documents_do_not_see_each_other(window, kernel):
     lengths = (7, 9, 4)
     inputs = [x.detach() for x in qkv(sum(lengths), 2)]
     documents = make_documents(lengths, CPU)
-    before = document_attention(*inputs, documents, sliding_window=window)
+    before = document_attention(*inputs, documents, sliding_window=window, kernel=kernel)
     for x in inputs:
         x[7:16] += 1.0  # the second document
-    after = document_attention(*inputs, documents, sliding_window=window)
+    after = document_attention(*inputs, documents, sliding_window=window, kernel=kernel)
     changed = (before != after).flatten(1).any(1)
     assert changed.tolist() == [False] * 7 + [True] * 9 + [False] * 4
 
@@ -68,4 +133,9 @@ def test_documents_lie_end_to_end():
     documents = make_documents((3, 1, 5), CPU)
     assert documents.cu_seqlens.tolist() == [0, 3, 4, 9]
     assert documents.cu_seqlens.dtype == torch.int32
-    assert documents.longest == 5
+    assert (documents.longest, documents.longest_keys) == (5, 5)
+    assert documents.key_lengths == documents.lengths
+    late = make_documents((2, 1), CPU, (4, 9))
+    assert late.cu_seqlens.tolist() == [0, 2, 3]
+    assert late.cu_key_lengths.tolist() == [0, 4, 13]
+    assert (late.longest, late.longest_keys) == (2, 9)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 import pytest
 import torch
@@ -9,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from workers import CPU, Samples, plan_of, random_samples
 
-from hbp.parallel.mesh import ParallelMesh
-from hbp.train.batch import IDLE, make_micro_batch, micro_batch_of, rows_of_rank
-from hbp.train.loss import IGNORE
+from hbp.parallel.mesh import ParallelMesh, SequenceGroups
+from hbp.train.batch import IDLE, MicroBatch, make_micro_batch, micro_batch_of, micro_batches, rows_of_rank
+from hbp.train.loss import IGNORE, global_batches
 
-MESH = ParallelMesh(None, defaultdict(lambda: None))  # no group is used: these tests never communicate
+MESH = ParallelMesh(None, made={d: SequenceGroups(d) for d in (1, 2, 3, 4, 8)})  # these tests never communicate
 VOCAB = 1000
 
 
@@ -63,12 +61,41 @@ def test_label_of_a_slice_that_ends_inside_a_document():
     assert second.position_ids.tolist() == [[2, 3]]
 
 
+def test_slices_beyond_the_heads_are_an_early_and_a_late_one():
+    """Degree 8 over 4 heads: two rows of ranks gather; the first holds quarters 0 and 3 of the pack."""
+    docs = random_samples([30, 7], VOCAB).documents
+    mesh = ParallelMesh(None, made={8: SequenceGroups(4, 2)})
+    slices = [micro_batch_of(docs, 0, 8, rank, 0, mesh, CPU) for rank in range(8)]
+    tokens = np.concatenate([*(ids for ids, _ in docs), np.zeros(11, np.int32)])  # rounded up to 48
+    quarters = np.split(tokens, 4)
+    want = [*np.split(np.concatenate([quarters[0], quarters[3]]), 4), *np.split(np.concatenate(quarters[1:3]), 4)]
+    for batch, tokens_of_rank in zip(slices, want, strict=True):
+        assert batch.input_ids[0].tolist() == tokens_of_rank.tolist()
+        assert (batch.layout.filler, batch.layout.ulysses_degree, batch.layout.gather.ways) == (11, 4, 2)
+    assert [c.documents.lengths for c in slices[0].layout.gather.chunks] == [(12,), (1, 11)]
+    assert [c.documents.key_lengths for c in slices[5].layout.gather.chunks] == [(24,), (30, 6)]
+
+
+def test_weights_follow_the_sample():
+    ids = np.arange(5, dtype=np.int32)
+    docs = [(ids, np.array(mask, np.uint8)) for mask in ([1, 1, 0, 1, 0], [0, 0, 0, 0, 1])]
+    samples = Samples(docs)
+    plan = plan_of([(0, 0, 0, 4, 0, [1, 0])], samples.lengths, 4)
+    step = global_batches(plan, samples.loss_tokens, "sample-mean")[0]
+    slices = [make_micro_batch(plan, 0, samples, MESH, rank, CPU, step) for rank in range(4)]
+    weights = torch.cat([batch.weights for batch in slices])
+    assert weights.tolist() == [0.5] * 5 + [0.25] * 5 + [0.0] * 2
+    assert weights.dtype == torch.float32
+    assert {batch.token_share for batch in slices} == {0.1}
+    assert make_micro_batch(plan, 0, samples, MESH, 0, CPU).weights is None
+
+
 def test_idle_is_one_token_without_loss():
     plan = plan_of([(0, 0, 0, 1, 0, [0])], np.array([4], np.int32), 2)
     batch = make_micro_batch(plan, IDLE, Samples([]), MESH, 1, CPU)
     assert batch.input_ids.shape == (1, 1)
     assert batch.labels.tolist() == [IGNORE]
-    assert (batch.layout.sp_degree, batch.gc_layers, batch.row) == (1, 0, IDLE)
+    assert (batch.layout.sp_degree, batch.layout.filler, batch.gc_layers, batch.row) == (1, 1, 0, IDLE)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
@@ -79,6 +106,40 @@ def test_row_gives_its_samples_in_order_to_its_ranks(rank):
     whole = np.concatenate([samples.documents[2][0], samples.documents[0][0], [0]])
     assert batch.input_ids[0].tolist() == whole[(rank - 2) * 5 : (rank - 1) * 5].tolist()
     assert (batch.layout.sp_degree, batch.gc_layers, batch.row) == (2, 3, 1)
+
+
+def same(a: MicroBatch, b: MicroBatch) -> bool:
+    tensors = zip(a.inputs, b.inputs, strict=True)
+    return a.row == b.row and all(torch.equal(x, y) for x, y in tensors if isinstance(x, torch.Tensor))
+
+
+def prefetched(samples, n: int):
+    plan = plan_of([(i, 0, 0, 1, 0, [i]) for i in range(n)], samples.lengths, 1)
+    steps = global_batches(plan, samples.loss_tokens)
+    return plan, steps, micro_batches(plan, zip(range(n), steps, strict=True), samples, MESH, 0, CPU)
+
+
+def test_micro_batches_come_in_order_and_ahead():
+    samples, read = random_samples([3, 9, 5, 1, 7], VOCAB), []
+    plain = samples.sample
+    samples.sample = lambda index: read.append(index) or plain(index)
+    plan, steps, batches = prefetched(samples, 5)
+    assert read == []
+    first = next(batches)
+    batches_of = [first, *batches]
+    assert read == list(range(5))  # each sample once
+    for row, batch in enumerate(batches_of):
+        assert same(batch, make_micro_batch(plan, row, samples, MESH, 0, CPU, steps[row]))
+
+
+def test_failure_while_reading_ahead_comes_out_at_its_turn():
+    samples = random_samples([3, 9, 5], VOCAB)
+    plain = samples.sample
+    samples.sample = lambda index: plain(index) if index < 2 else 1 / 0
+    _, _, batches = prefetched(samples, 3)
+    assert [next(batches).row, next(batches).row] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
 
 
 @st.composite

@@ -16,7 +16,7 @@ from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
 from hbp.train.export import export_model
-from hbp.train.loop import evaluate, groups_of_step, learning_rate, step_loss_tokens, train
+from hbp.train.loop import evaluate, groups_of_step, learning_rate, train
 from hbp.train.model import load_model, shard
 
 WORLD = 2
@@ -161,11 +161,10 @@ def test_exported_model_is_the_trained_one(runs):
     assert total / SAMPLES.loss_tokens.sum() == pytest.approx(result["eval"], rel=1e-5)
 
 
-def test_step_loss_tokens_and_groups():
+def test_groups_of_step():
     lengths = np.array([4, 6, 5], np.int32)
     rows: list[Row] = [(0, 0, 0, 1, 0, [2]), (0, 0, 1, 1, 0, [0]), (1, 0, 0, 2, 3, [1])]
     plan = plan_of(rows, lengths, 2)
-    assert step_loss_tokens(plan, np.array([3, 0, 2])).tolist() == [5, 0]
     assert groups_of_step(plan, 0) == "4/SP1/GC0 + 5/SP1/GC0"
     assert groups_of_step(plan, 1) == "6/SP2/GC3"
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from workers import plan_of
 
-from hbp.train.loss import IGNORE, ave_token_scale, summed_cross_entropy
+from hbp.errors import HbpError
+from hbp.train.loss import IGNORE, LOSSES, GlobalBatch, global_batches, summed_cross_entropy
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 17
 
@@ -21,7 +24,7 @@ def inputs(tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 @pytest.mark.parametrize("chunk", [1, 3, 4, 12, 13, 14, 1024])
 def test_equals_cross_entropy_whatever_the_chunk(chunk):
     hidden, weight, labels = inputs()
-    got = summed_cross_entropy(hidden, weight, labels, chunk)
+    got = summed_cross_entropy(hidden, weight, labels, chunk=chunk)
     keep = labels != IGNORE
     want = F.cross_entropy((hidden @ weight.T)[keep], labels[keep], reduction="sum")
     torch.testing.assert_close(got, want)
@@ -29,12 +32,12 @@ def test_equals_cross_entropy_whatever_the_chunk(chunk):
     torch.testing.assert_close(*gradients)
     assert not gradients[0][0][~keep].any()
     with torch.no_grad():
-        torch.testing.assert_close(summed_cross_entropy(hidden, weight, labels, chunk), want.detach())
+        torch.testing.assert_close(summed_cross_entropy(hidden, weight, labels, chunk=chunk), want.detach())
 
 
 def test_no_label_is_no_loss_and_no_gradient():
     hidden, weight, labels = inputs()
-    loss = summed_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE), 4)
+    loss = summed_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE), chunk=4)
     loss.backward()
     assert loss.item() == 0
     assert not hidden.grad.any()
@@ -51,22 +54,63 @@ def test_logits_are_not_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        summed_cross_entropy(hidden, weight, labels, 4)
+        summed_cross_entropy(hidden, weight, labels, chunk=4)
     assert sum(storage.nbytes() for storage in kept.values()) <= hidden.nbytes + weight.nbytes + labels.nbytes
 
 
 def test_bfloat16_sums_in_float32():
     hidden, weight, labels = inputs(2000)
-    loss = summed_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels, 16)
+    loss = summed_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels, chunk=16)
     assert loss.dtype == torch.float32
     logits = (hidden.bfloat16() @ weight.bfloat16().T).float()
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
 
 
-def test_ave_token_scale():
-    """The mean over ranks of scale × rank sum is the global sum over the global count; Token-Mean is not."""
+@pytest.mark.parametrize("chunk", [1, 4, 13, 1024])
+def test_weights_count_each_token(chunk):
+    hidden, weight, labels = inputs()
+    weights = torch.linspace(0, 2, TOKENS)
+    got = summed_cross_entropy(hidden, weight, labels, weights, chunk)
+    keep = labels != IGNORE
+    want = (F.cross_entropy((hidden @ weight.T)[keep], labels[keep], reduction="none") * weights[keep]).sum()
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in (got, want)]
+    torch.testing.assert_close(*gradients)
+
+
+# Two steps; loss tokens of samples 0 to 4: 3, 0, 2, 4, 1
+LENGTHS, TARGETS = np.array([5, 2, 4, 6, 3], np.int32), np.array([3, 0, 2, 4, 1])
+PLAN = plan_of([(0, 0, 0, 1, 0, [2, 0]), (0, 0, 1, 1, 0, [1]), (1, 0, 0, 2, 0, [4, 3])], LENGTHS, 2)
+
+
+def test_global_batches_of_a_plan():
+    assert global_batches(PLAN, TARGETS, "sum") == [GlobalBatch("sum", 11, 5, 2), GlobalBatch("sum", 9, 5, 2)]
+    with pytest.raises(HbpError, match="no loss 'mean': give one of ave-token, token-mean, sample-mean, sum"):
+        global_batches(PLAN, TARGETS, "mean")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_over_the_global_batch(loss):
+    step = global_batches(PLAN, TARGETS, loss)[0]
+    entropies = {0: [1.0, 2.0, 6.0], 1: [], 2: [5.0, 1.0]}  # by loss token, wherever it was packed
+    want = {
+        "ave-token": 15 / 5,
+        "token-mean": 15 / 5,
+        "sample-mean": (9 / 3 + 6 / 2) / 2,  # the sample without loss tokens does not count
+        "sum": 15,
+    }[loss]
+    assert sum(step.token_weight(len(e)) * sum(e) for e in entropies.values()) == pytest.approx(want)
+
+
+def test_ave_token_is_the_papers():
+    """A rank's sum over the mean loss tokens a rank, averaged over ranks; a mean per rank is another number."""
     sums, counts = [30.0, 2.0, 0.0, 8.0], [10, 1, 0, 9]
-    scale = ave_token_scale(sum(counts), world_size=4)
-    assert sum(scale * s for s in sums) / 4 == pytest.approx(sum(sums) / sum(counts))
-    assert scale == pytest.approx(1 / (sum(counts) / 4))  # paper: one over the mean tokens a rank
-    assert ave_token_scale(0, 4) == 4  # a step without targets divides by nothing
+    weight = GlobalBatch("ave-token", 40, sum(counts), 6).token_weight(3)
+    papers = sum(s / (sum(counts) / 4) for s in sums) / 4
+    assert sum(weight * s for s in sums) == pytest.approx(papers)
+    assert sum(s / max(n, 1) for s, n in zip(sums, counts, strict=True)) / 4 != pytest.approx(papers, rel=0.05)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_step_without_targets_divides_by_nothing(loss):
+    assert GlobalBatch(loss, 4, 0, 0).token_weight(0) == 1

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from workers import CPU, LLAMA, MISTRAL, random_samples, write_config, write_model
+from workers import CPU, DEEPSEEK_V2, LLAMA, MISTRAL, QWEN3_MOE, random_samples, write_config, write_model
 
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh
 from hbp.train.batch import MicroBatch, micro_batch_of
-from hbp.train.model import load_model, local_parameter_bytes, set_gc_layers
+from hbp.train.model import compile_layers, load_model, local_parameter_bytes, set_gc_layers
 from hbp.train.profile import forward_backward
 
 N_LAYERS = LLAMA["num_hidden_layers"]
@@ -15,10 +15,10 @@ N_LAYERS = LLAMA["num_hidden_layers"]
 
 def batch(gc_layers: int) -> MicroBatch:
     documents = random_samples([9, 4, 12], LLAMA["vocab_size"]).documents
-    return micro_batch_of(documents, 0, 1, 0, gc_layers, ParallelMesh(None, {}), CPU)
+    return micro_batch_of(documents, 0, 1, 0, gc_layers, ParallelMesh(None), CPU)
 
 
-@pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["llama", "mistral"])
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN3_MOE, DEEPSEEK_V2], ids=lambda c: c["model_type"])
 def test_recomputation_of_k_layers(tmp_path, config):
     """Exactly the first k layers run their forward twice; loss and gradients stay the same."""
     model = load_model(write_model(tmp_path, config))
@@ -87,3 +87,50 @@ def test_nothing_to_load(tmp_path):
     with pytest.raises(HbpError, match="cannot load a model from") as error:
         load_model(str(tmp_path / "missing"))
     assert "\n" not in str(error.value)
+
+
+REFUSED = {
+    "gpt2 models can be planned for but not trained yet; this trains llama, mistral": {"model_type": "gpt2"},
+    "rotary embedding is 'dynamic', which depends on": {
+        **LLAMA,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    },
+    "attention_dropout is 0.1; set it to 0": {**LLAMA, "attention_dropout": 0.1},
+    "is quantized .fp8.*give its weights in bfloat16": {**LLAMA, "quantization_config": {"quant_method": "fp8"}},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_name(tmp_path, message):
+    with pytest.raises(HbpError, match=message) as error:
+        load_model(write_config(tmp_path, REFUSED[message]))
+    assert "\n" not in str(error.value)
+
+
+PACKS = [([9, 4, 12], 0), ([5, 31], 2), ([7, 2], 0), ([3, 3, 8, 40], 2)]
+"""Lengths and recomputed layers"""
+
+
+def test_compiled_layers_train_alike(tmp_path):
+    """Layers are compiled around an attention that is not, and no more often for packs of other lengths."""
+    path, results, graphs = write_model(tmp_path, LLAMA), [], []
+    torch.compiler.reset()
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(len(results))
+        return graph
+
+    for compiled in (False, True):
+        model = load_model(path)
+        if compiled:
+            compile_layers(model, backend=count)
+        for lengths, gc_layers in PACKS:
+            documents = random_samples(lengths, LLAMA["vocab_size"]).documents
+            pack = micro_batch_of(documents, 0, 1, 0, gc_layers, ParallelMesh(None), CPU)
+            loss = forward_backward(model, pack, 0.1)
+            results.append({"loss": loss, **{name: p.grad.clone() for name, p in model.named_parameters()}})
+            model.zero_grad()
+    for want, got in zip(results[: len(PACKS)], results[len(PACKS) :], strict=True):
+        torch.testing.assert_close(got, want)
+    assert len(PACKS) in graphs  # the first pack compiled something,
+    assert max(graphs) < len(PACKS) + 2  # the third and fourth nothing

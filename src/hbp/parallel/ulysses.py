@@ -3,10 +3,11 @@
 Outside attention each rank of the SP group holds a slice of the pack's tokens with all heads. For attention one
 all-to-all turns that into all tokens with a slice of the heads, document attention runs as on one device, and a
 second all-to-all turns the result back (DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509). Queries, keys and values
-travel in one message. Communication per rank falls with the degree; the degree is bounded by the number of heads.
+travel in one message. Communication per rank falls with the degree; Ulysses ends at the number of heads, and for higher
+degrees it is composed with gathered keys and values (:mod:`hbp.parallel.gather_kv`).
 
 Key/value heads fewer than the degree are repeated up to it before the exchange: right, but the bytes are sent, and the
-cost model counts them.
+cost model counts them. Keys and values may differ in head size (multi-head latent attention).
 
 The degree is not a setting of the model. It comes with each pack (:class:`PackLayout`, passed through the model's
 keyword arguments), so one model runs packs of any degree in any order, and recomputation under gradient checkpointing
@@ -18,18 +19,22 @@ Legend: ``T`` tokens of this rank, ``S`` tokens of the pack (``T`` × degree), `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
 from hbp.errors import HbpError
-from hbp.parallel.varlen import Documents, document_attention
+from hbp.parallel.gather_kv import Gather, gathered_attention
+from hbp.parallel.varlen import Documents, check_kernel, document_attention
 
-ATTENTION_NAME = "hbp"
+ATTENTION_NAMES = {"auto": "hbp", "varlen": "hbp_varlen", "sdpa": "hbp_sdpa", "flex": "hbp_flex", "flash": "hbp_fa"}
+"""Of each kernel at transformers, which takes any name with `flash` in it for one of its own."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,28 @@ class PackLayout:
     documents: Documents
     sp_degree: int = 1
     sp_group: ProcessGroup | None = None
+    """The ranks that exchange heads: the whole SP group, unless keys and values are gathered too."""
+    gather: Gather | None = None
+    sp_rank: int = 0
+    filler: int = 0
+    """Tokens at the end of the pack that belong to no sample."""
+
+    @property
+    def ulysses_degree(self) -> int:
+        """Ranks that exchange heads."""
+        return self.sp_degree // (self.gather.ways if self.gather else 1)
+
+    def to(self, device: torch.device) -> PackLayout:
+        """The same with its tensors on a device."""
+        gather = self.gather.to(device) if self.gather else None
+        return replace(self, documents=self.documents.to(device), gather=gather)
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks that run the pack, in place, without gradient."""
+        for group in (self.sp_group, self.gather.group if self.gather else None):
+            if group is not None:
+                dist.all_reduce(x, group=group)
+        return x
 
 
 def exchange_to_heads(x_TF: Tensor, degree: int, group: ProcessGroup) -> Tensor:
@@ -72,14 +99,14 @@ def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackL
         k_TKD: keys ``[T, K, D]``.
         v_TKD: values ``[T, K, D]`` (``D`` may differ from the keys').
         layout: the pack.
-        options: scale and sliding window, as in :func:`~hbp.parallel.varlen.document_attention`.
+        options: scale, sliding window and kernel, as in :func:`~hbp.parallel.varlen.document_attention`.
 
     Returns:
         ``[T, H, D]`` with the values' ``D``.
     """
-    degree, group = layout.sp_degree, layout.sp_group
+    degree, group = layout.ulysses_degree, layout.sp_group
     if degree == 1 or group is None:
-        return document_attention(q_THD, k_TKD, v_TKD, layout.documents, **options)
+        return _attend(q_THD, k_TKD, v_TKD, layout, **options)
     tokens, heads = q_THD.shape[:2]
     if heads % degree:
         raise HbpError(f"SP degree {degree} does not divide the model's {heads} attention heads; lower the degree")
@@ -89,8 +116,14 @@ def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackL
     packed = torch.cat([x.reshape(tokens, degree, -1) for x in parts], dim=2)
     split = exchange_to_heads(packed, degree, group).split([h * d for h, d in mine], dim=1)
     q, k, v = (x.unflatten(1, shape) for x, shape in zip(split, mine, strict=True))
-    out = document_attention(q, k, v, layout.documents, **options)
+    out = _attend(q, k, v, layout, **options)
     return exchange_to_tokens(out.flatten(1), degree, group).reshape(tokens, heads, -1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, **options: Any) -> Tensor:
+    if layout.gather is None:
+        return document_attention(q, k, v, layout.documents, **options)
+    return gathered_attention(q, k, v, layout.gather, **options)
 
 
 def _repeat_heads(x_TKD: Tensor, degree: int, heads: int) -> Tensor:
@@ -104,6 +137,7 @@ def _repeat_heads(x_TKD: Tensor, degree: int, heads: int) -> Tensor:
     return x_TKD.repeat_interleave(times, dim=1)
 
 
+@torch.compiler.disable  # the layout is another for every pack: compiled, each would be compiled anew
 def _attention_interface(
     module: nn.Module,
     query: Tensor,
@@ -115,6 +149,7 @@ def _attention_interface(
     sliding_window: int | None = None,
     *,
     hbp_layout: PackLayout | None = None,
+    hbp_kernel: str = "auto",
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' AttentionInterface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
@@ -123,13 +158,22 @@ def _attention_interface(
     if attention_mask is not None or dropout:
         raise HbpError("packed documents take no attention mask and no attention dropout; set attention_dropout to 0")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = ulysses_attention(q, k, v, hbp_layout, scale=scaling, sliding_window=sliding_window)
+    out = ulysses_attention(q, k, v, hbp_layout, scale=scaling, sliding_window=sliding_window, kernel=hbp_kernel)
     return out[None], None
 
 
-def register_attention() -> str:
-    """Register document attention with transformers; returns the name to pass as ``attn_implementation``."""
+def register_attention(kernel: str = "auto") -> str:
+    """Register document attention with transformers; returns the name to pass as ``attn_implementation``.
+
+    Args:
+        kernel: of :mod:`hbp.parallel.varlen`.
+
+    Raises:
+        HbpError: no such kernel here.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION_NAME, _attention_interface)
-    return ATTENTION_NAME
+    check_kernel(kernel)
+    name = ATTENTION_NAMES[kernel]
+    AttentionInterface.register(name, functools.partial(_attention_interface, hbp_kernel=kernel))
+    return name

@@ -1,103 +1,168 @@
 """Attention over packed documents on one device: documents never see each other.
 
-Legend: ``S`` tokens, ``H`` query heads, ``K`` key/value heads (``H`` a multiple of ``K``), ``D`` head size.
+One interface, :func:`document_attention`, over four kernels:
 
-On CUDA this is torch's native variable-length flash attention, one kernel for the whole pack. On CPU, which has no
-such kernel, it is a loop of fused ``scaled_dot_product_attention`` calls, one a document. Both cost the sum of the
-squared document lengths, not the square of the pack's length.
+- ``varlen``: torch's native variable-length flash attention, one launch for the whole pack; CUDA, half precision;
+- ``sdpa``: ``scaled_dot_product_attention``, document by document; anywhere. A call costs tens of microseconds, little
+  beside the layer around it even for documents of 16 tokens, so documents are not batched by length;
+- ``flex``: torch's FlexAttention, compiled, with a block mask made once a pack; CUDA (on CPU it has no backward);
+- ``flash``: the ``flash-attn`` package, for users who have it.
+
+``auto`` takes ``varlen`` on CUDA and ``sdpa`` elsewhere. All cost the sum of the squared document lengths, not the
+square of the pack's length (``flex`` up to whole blocks of 128).
+
+Queries may be fewer than keys (:mod:`hbp.parallel.gather_kv`): then a document's queries are its *last* tokens, as in
+flash attention.
+
+Legend: ``S`` query tokens, ``R`` key tokens, ``H`` query heads, ``K`` key/value heads (``H`` a multiple of ``K``),
+``D`` head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hbp.errors import HbpError
+
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a pack begin and end."""
+    """Where the documents of a pack begin and end, as queries and as keys."""
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor  # [documents + 1] int32, on the device of the pack
+    key_lengths: tuple[int, ...]
+    cu_key_lengths: Tensor  # the same, of the keys
+    block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False, repr=False)
+    """FlexAttention's, by sliding window: made by the first layer that asks, used by the others."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Queries of the longest document."""
         return max(self.lengths)
 
+    @property
+    def longest_keys(self) -> int:
+        """Keys of the longest document."""
+        return max(self.key_lengths)
 
-def make_documents(lengths: tuple[int, ...], device: torch.device) -> Documents:
-    """Documents laid end to end from token 0."""
-    ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Documents(lengths, ends.to(device, non_blocking=True))
+    def to(self, device: torch.device) -> Documents:
+        """The same on a device; does not wait for the copy."""
+        ends = self.cu_seqlens.to(device, non_blocking=True)
+        same = self.cu_key_lengths is self.cu_seqlens
+        key_ends = ends if same else self.cu_key_lengths.to(device, non_blocking=True)
+        return Documents(self.lengths, ends, self.key_lengths, key_ends)
+
+
+def make_documents(
+    lengths: tuple[int, ...], device: torch.device, key_lengths: tuple[int, ...] | None = None
+) -> Documents:
+    """Documents laid end to end from token 0.
+
+    Args:
+        lengths: tokens of each.
+        device: of the pack.
+        key_lengths: keys of each, where its queries are only its last tokens; none: as many.
+    """
+    ends = _ends(lengths, device)
+    if key_lengths is None:
+        return Documents(lengths, ends, lengths, ends)
+    return Documents(lengths, ends, key_lengths, _ends(key_lengths, device))
+
+
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def document_attention(
     q_SHD: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
+    k_RKD: Tensor,
+    v_RKD: Tensor,
     documents: Documents,
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Causal attention within each document.
 
     Args:
         q_SHD: queries ``[S, H, D]``.
-        k_SKD: keys ``[S, K, D]``.
-        v_SKD: values ``[S, K, D]``.
-        documents: lengths that sum to ``S``.
+        k_RKD: keys ``[R, K, D]``.
+        v_RKD: values ``[R, K, D]`` (``D`` may differ from the keys').
+        documents: query lengths that sum to ``S`` and key lengths that sum to ``R``.
         scale: softmax scale; ``D ** -0.5`` if None.
         sliding_window: tokens that a query sees, itself included; None for all before it.
+        kernel: a name of :data:`KERNELS`, or ``auto``.
 
     Returns:
-        ``[S, H, D]``.
+        ``[S, H, D]`` with the values' ``D``.
     """
-    if q_SHD.is_cuda:
-        return _varlen_cuda(q_SHD, k_SKD, v_SKD, documents, scale, sliding_window)
-    return _varlen_loop(q_SHD, k_SKD, v_SKD, documents, scale, sliding_window)
+    if kernel == "auto":
+        kernel = "varlen" if q_SHD.is_cuda else "sdpa"
+    return KERNELS[kernel](q_SHD, k_RKD, v_RKD, documents, scale, sliding_window)
 
 
-def _varlen_cuda(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None
-) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = documents.cu_seqlens, documents.longest
-    reach = -1 if window is None else window - 1
     out = varlen_attn(
         q,
         k,
-        v,
-        cu,
-        cu,
-        longest,
-        longest,
+        _pad_head(v, q.size(2)),
+        documents.cu_seqlens,
+        documents.cu_key_lengths,
+        documents.longest,
+        documents.longest_keys,
         scale=scale,
-        window_size=(reach, 0),
+        window_size=_reach(window),
         enable_gqa=q.size(1) != k.size(1),
     )
     assert isinstance(out, Tensor)
-    return out
+    return out[..., : v.size(2)]
 
 
-def _varlen_loop(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None
-) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    out: Tensor = flash_attn_varlen_func(
+        q,
+        k,
+        _pad_head(v, q.size(2)),
+        documents.cu_seqlens,
+        documents.cu_key_lengths,
+        documents.longest,
+        documents.longest_keys,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_reach(window),
+    )
+    return out[..., : v.size(2)]
+
+
+def _reach(window: int | None) -> tuple[int, int]:
+    """Flash attention's window: tokens seen to the left and to the right, -1 for all."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def _pad_head(v: Tensor, size: int) -> Tensor:
+    """Values with zeros up to the keys' head size (MLA): flash attention knows one size only."""
+    return v if v.size(2) == size else F.pad(v, (0, size - v.size(2)))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     gqa = q.size(1) != k.size(1)
+    queries, keys = list(documents.lengths), list(documents.key_lengths)
     pieces = []
-    lengths = list(documents.lengths)
-    for q_doc, k_doc, v_doc in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        length = q_doc.size(0)
-        mask = None
-        if window is not None and length > window:
-            at = torch.arange(length, device=q.device)
-            ahead = at[:, None] - at[None, :]
-            mask = (ahead >= 0) & (ahead < window)
+    for q_doc, k_doc, v_doc in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        mask = _causal_mask(q_doc.size(0), k_doc.size(0), window, q.device)
         out = F.scaled_dot_product_attention(
             q_doc.transpose(0, 1)[None],
             k_doc.transpose(0, 1)[None],
@@ -109,3 +174,75 @@ def _varlen_loop(
         )
         pieces.append(out[0].transpose(0, 1))
     return torch.cat(pieces)
+
+
+def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys the last `queries` of `keys` tokens see, ``[queries, keys]``; None where plain causality says it."""
+    if queries == keys and (window is None or keys <= window):
+        return None
+    ahead = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (ahead >= 0) & (ahead < (window or keys))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
+    if window not in documents.block_masks:
+        documents.block_masks[window] = _block_mask(documents, window, q.device)
+    q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
+    mask, gqa = documents.block_masks[window], q.size(1) != k.size(1)
+    out = _flex_attention(q.is_cuda)(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
+    return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
+    """FlexAttention is a kernel only when compiled; the CPU, for forward passes alone, runs it written out."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    plain: Callable[..., Tensor] = flex_attention
+    return torch.compile(plain, dynamic=True) if compiled else plain
+
+
+def _block_mask(documents: Documents, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    of_query, at_query = _places(documents.lengths, documents.key_lengths, device)
+    of_key, at_key = _places(documents.key_lengths, documents.key_lengths, device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        ahead = at_query[query] - at_key[key]
+        seen = (of_query[query] == of_key[key]) & (ahead >= 0)
+        return seen if window is None else seen & (ahead < window)
+
+    return create_block_mask(sees, None, None, len(of_query), len(of_key), device=device)
+
+
+def _places(lengths: tuple[int, ...], ends: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Document of each token, and its position in it, the last token of a document standing at its end."""
+    count = torch.tensor(lengths)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), count)
+    first = count.cumsum(0) - count
+    shift = torch.tensor(ends) - count - first
+    return document.to(device), (torch.arange(len(document)) + shift[document]).to(device)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None], Tensor]
+KERNELS: Mapping[str, Kernel] = {"varlen": _varlen, "sdpa": _sdpa, "flex": _flex, "flash": _flash}
+
+
+def check_kernel(kernel: str) -> None:
+    """Refuse a kernel that does not exist or is not installed.
+
+    Raises:
+        HbpError: names the kernels that there are, or the package that is missing.
+    """
+    if kernel != "auto" and kernel not in KERNELS:
+        raise HbpError(f"no attention kernel {kernel!r}: give auto, {', '.join(KERNELS)}")
+    if kernel in ("varlen", "flex") and not torch.cuda.is_available():
+        raise HbpError(f"the attention kernel {kernel!r} trains on CUDA alone; give auto or sdpa")
+    if kernel == "flash":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            raise HbpError(
+                "the attention kernel 'flash' needs the flash-attn package; install it or give auto"
+            ) from None

@@ -4,29 +4,38 @@ A row's samples are laid end to end, labels are shifted within each document *be
 that the last token of a slice still has its label), and each rank of the SP group takes its contiguous slice. At most
 ``sp_degree − 1`` tokens without loss round the pack up to a multiple of the degree. Nothing is padded to the capacity.
 
-The work of a step is a few numpy copies of this rank's own tokens, read from the memory-mapped store; finding a rank's
-rows is done once for the whole plan.
+Beyond the degrees that the heads allow, a rank takes two slices (:mod:`hbp.parallel.gather_kv`).
+
+The work of a micro-step is a few numpy copies of this rank's own tokens, read from the memory-mapped store; finding a
+rank's rows is done once for the whole plan. :func:`micro_batches` does it in a thread, ahead of the device, which
+copies from pinned memory while it computes.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hbp.parallel.gather_kv import make_gather, token_multiple, tokens_of_rank
 from hbp.parallel.mesh import ParallelMesh
 from hbp.parallel.ulysses import PackLayout
 from hbp.parallel.varlen import make_documents
 from hbp.plan import Plan
-from hbp.train.loss import IGNORE
+from hbp.train.loss import IGNORE, GlobalBatch
 
 IDLE = -1
 """Row number of a micro-step in which the plan leaves this rank without work."""
+AHEAD = 2
+"""Micro-batches prepared before they are asked for."""
 
 
 class SampleSource(Protocol):
@@ -47,6 +56,25 @@ class MicroBatch:
     labels: Tensor  # [T] int64, shifted, -100 without loss
     layout: PackLayout
     gc_layers: int
+    weights: Tensor | None = None  # [T] float32, what each token counts in the loss; none: 1
+    token_share: float = 0.0
+    """One over the tokens of the global batch, which router losses are averaged over; 0: no router loss."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, PackLayout, Tensor | None, float]:
+        """What the model takes, in order."""
+        return self.input_ids, self.position_ids, self.labels, self.layout, self.weights, self.token_share
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device; does not wait for the copy. Call it where the model runs."""
+        if device.type == "cpu":
+            return self
+        ids, positions, labels = (
+            x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids, self.labels)
+        )
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
+        moved = replace(self, input_ids=ids, position_ids=positions, labels=labels, weights=weights)
+        return replace(moved, layout=self.layout.to(device))
 
 
 def rows_of_rank(plan: Plan, rank: int) -> list[list[int]]:
@@ -63,44 +91,121 @@ def rows_of_rank(plan: Plan, rank: int) -> list[list[int]]:
 
 
 def make_micro_batch(
-    plan: Plan, row: int, samples: SampleSource, mesh: ParallelMesh, rank: int, device: torch.device
+    plan: Plan,
+    row: int,
+    samples: SampleSource,
+    mesh: ParallelMesh,
+    rank: int,
+    device: torch.device,
+    step: GlobalBatch | None = None,
 ) -> MicroBatch:
-    """The tensors of one rank for one row of the plan (:data:`IDLE` gives a one-token pack without loss)."""
+    """The tensors of one rank for one row of the plan (:data:`IDLE` gives a one-token pack without loss).
+
+    Args:
+        plan: of this world size.
+        row: of the plan.
+        samples: token ids and loss masks by the plan's sample ids.
+        mesh: holds the groups of the row's degree.
+        rank: global rank.
+        device: of this rank.
+        step: the row's global batch, which gives the tokens their weights; none: they count 1.
+    """
     if row == IDLE:
-        return micro_batch_of([(np.zeros(1, np.int32), np.zeros(1, np.uint8))], IDLE, 1, 0, 0, mesh, device)
+        nothing = (np.zeros(1, np.int32), np.zeros(1, np.uint8))
+        return micro_batch_of([nothing], IDLE, 1, 0, 0, mesh, device, step)
     ids, _ = plan.samples(row)
     degree, start = int(plan.sp_degree[row]), int(plan.rank_start[row])
     documents = [samples.sample(int(i)) for i in ids]
-    return micro_batch_of(documents, row, degree, rank - start, int(plan.gc_layers[row]), mesh, device)
+    return micro_batch_of(documents, row, degree, rank - start, int(plan.gc_layers[row]), mesh, device, step)
+
+
+def micro_batches(
+    plan: Plan,
+    work: Iterable[tuple[int, GlobalBatch | None]],
+    samples: SampleSource,
+    mesh: ParallelMesh,
+    rank: int,
+    device: torch.device,
+    ahead: int = AHEAD,
+) -> Iterator[MicroBatch]:
+    """The micro-batches of some rows in order, as :func:`make_micro_batch`, each made before it is asked for.
+
+    Args:
+        plan: of this world size.
+        work: rows, each with its global batch.
+        samples: read from another thread, one at a time.
+        mesh: holds the groups of the rows' degrees.
+        rank: global rank.
+        device: of this rank; a CUDA device gets its copies from pinned memory.
+        ahead: how many wait in host memory.
+    """
+
+    def stage(row: int, step: GlobalBatch | None) -> MicroBatch:
+        batch = make_micro_batch(plan, row, samples, mesh, rank, torch.device("cpu"), step)
+        return _pinned(batch) if device.type == "cuda" else batch
+
+    with ThreadPoolExecutor(1, "micro-batches") as thread:
+        waiting: deque[Future[MicroBatch]] = deque()
+        for item in work:
+            waiting.append(thread.submit(stage, *item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result().to(device)
+        while waiting:
+            yield waiting.popleft().result().to(device)
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    weights = None if batch.weights is None else batch.weights.pin_memory()
+    ids, positions, labels = (x.pin_memory() for x in (batch.input_ids, batch.position_ids, batch.labels))
+    return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights)
 
 
 def micro_batch_of(
-    documents: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]],
+    documents: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]],
     row: int,
     degree: int,
     sp_rank: int,
     gc_layers: int,
     mesh: ParallelMesh,
     device: torch.device,
+    step: GlobalBatch | None = None,
 ) -> MicroBatch:
     """The slice of rank `sp_rank` of a pack of documents, each given as token ids and loss mask."""
-    lengths = [len(ids) for ids, _ in documents]
-    spare = -sum(lengths) % degree
-    if spare:  # a document of its own, so that no real token can see it
-        documents = [*documents, (np.zeros(spare, np.int32), np.zeros(spare, np.uint8))]
-        lengths.append(spare)
+    groups, lengths = mesh.groups(degree), [len(ids) for ids, _ in documents]
+    weights = None if step is None else np.repeat([step.token_weight(int(m[1:].sum())) for _, m in documents], lengths)
+    filler = -sum(lengths) % token_multiple(groups)
+    if filler:  # a document of its own, so that no real token can see it
+        documents = [*documents, (np.zeros(filler, np.int32), np.zeros(filler, np.uint8))]
+        lengths.append(filler)
+        weights = None if weights is None else np.append(weights, np.zeros(filler))
     total = sum(lengths)
     tokens = np.concatenate([ids for ids, _ in documents])
     labels = np.concatenate([_shifted_labels(ids, mask) for ids, mask in documents])
     positions = np.arange(total) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-    mine = slice(sp_rank * total // degree, (sp_rank + 1) * total // degree)
+    mine = tokens_of_rank(total, groups, sp_rank)
 
-    def put(array: npt.NDArray[np.integer]) -> Tensor:
-        tensor = torch.from_numpy(array[mine].astype(np.int64))
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    def put(array: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> Tensor:
+        return torch.from_numpy(np.concatenate([array[run] for run in mine]).astype(dtype))
 
-    layout = PackLayout(make_documents(tuple(lengths), device), degree, mesh.sp_group(degree))
-    return MicroBatch(row, put(tokens)[None], put(positions)[None], put(labels), layout, gc_layers)
+    cpu = torch.device("cpu")
+    layout = PackLayout(
+        make_documents(tuple(lengths), cpu),
+        degree,
+        groups.ulysses_group,
+        make_gather(lengths, groups, sp_rank, cpu),
+        sp_rank,
+        filler if row != IDLE else total,
+    )
+    return MicroBatch(
+        row,
+        put(tokens)[None],
+        put(positions)[None],
+        put(labels),
+        layout,
+        gc_layers,
+        None if weights is None else put(weights, np.float32),
+        0.0 if step is None else 1.0 / step.tokens,
+    ).to(device)
 
 
 def _shifted_labels(ids: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:

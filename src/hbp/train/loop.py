@@ -28,8 +28,8 @@ from hbp.config import TrainConfig
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
-from hbp.train.batch import IDLE, SampleSource, make_micro_batch, rows_of_rank
-from hbp.train.loss import ave_token_scale
+from hbp.train.batch import IDLE, SampleSource, make_micro_batch, micro_batches, rows_of_rank
+from hbp.train.loss import global_batches
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import forward_backward
 
@@ -40,7 +40,7 @@ class StepRecord:
 
     step: int
     loss: float
-    """Mean cross entropy over the loss tokens of the global batch."""
+    """Of the global batch, as `train.loss` defines it."""
     grad_norm: float
     lr: float
     tokens: int
@@ -164,8 +164,8 @@ def train(
         plan: made for this world size.
         samples: token ids and loss masks by the plan's sample ids.
         loss_tokens: targets of each sample, int ``[N]``.
-        mesh: holds an SP group for every degree of the plan.
-        config: optimizer.
+        mesh: gets the SP groups of the plan's degrees that it does not hold yet.
+        config: optimizer and loss.
         device: of this rank.
         on_step: called after each step, on every rank; True ends training there.
         optimizer: of :func:`make_optimizer`; None: a new one.
@@ -182,10 +182,13 @@ def train(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     optimizer = optimizer or make_optimizer(model, config)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    mesh.prepare(plan.sp_degree.tolist())
     rows = rows_of_rank(plan, rank)
     tokens_of_step = np.bincount(plan.step, weights=plan.tokens(), minlength=plan.n_steps).astype(np.int64)
-    targets_of_step = step_loss_tokens(plan, loss_tokens)
     tokens_total = start.tokens_total or start.tokens + int(tokens_of_step[start.step :].sum())
+    steps = global_batches(plan, loss_tokens, config.loss)
+    work = ((row, steps[step]) for step in range(start.step, plan.n_steps) for row in rows[step])
+    batches = micro_batches(plan, work, samples, mesh, rank, device)
     records: list[StepRecord] = []
     began, tokens_done = time.perf_counter() - start.seconds, start.tokens
     for step in range(start.step, plan.n_steps):
@@ -193,13 +196,11 @@ def train(
         lr = learning_rate(config, tokens_done, int(tokens_of_step[step]), tokens_total)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        scale = ave_token_scale(int(targets_of_step[step]), world_size)
         clock = _MicroClock(device)
         summed = torch.zeros((), dtype=torch.float32, device=device)
         for micro_step, row in enumerate(rows[step]):
             with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
-                batch = make_micro_batch(plan, row, samples, mesh, rank, device)
-                summed += forward_backward(model, batch, scale)
+                summed += forward_backward(model, next(batches), world_size)
         with _naming_the_pack(plan, step):
             norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
@@ -214,11 +215,11 @@ def train(
         tflops, mfu = _efficiency(efficiency, step, seconds * world_size)
         record = StepRecord(
             step=step,
-            loss=float(gathered[:, 0].sum()) / max(int(targets_of_step[step]), 1),
+            loss=float(gathered[:, 0].sum()),
             grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
             lr=lr,
             tokens=tokens,
-            loss_tokens=int(targets_of_step[step]),
+            loss_tokens=steps[step].loss_tokens,
             started_s=float(gathered[0, 1]),
             seconds=seconds,
             tokens_per_s=tokens / seconds,
@@ -283,6 +284,7 @@ def evaluate(
 ) -> float:
     """Mean cross entropy over the loss tokens of a plan's samples."""
     total = 0.0
+    mesh.prepare(plan.sp_degree.tolist())
     model.eval()
     with torch.no_grad():
         for step in rows_of_rank(plan, dist.get_rank()):
@@ -290,14 +292,7 @@ def evaluate(
                 batch = make_micro_batch(plan, row, samples, mesh, dist.get_rank(), device)
                 total += float(model(batch.input_ids, batch.position_ids, batch.labels, batch.layout))
     model.train()
-    return float(_gather([total], device).sum()) / max(int(step_loss_tokens(plan, loss_tokens).sum()), 1)
-
-
-def step_loss_tokens(plan: Plan, loss_tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """Targets of each step's global batch, int64 ``[steps]``: the divisor of the Ave-Token loss."""
-    step_of_sample = np.repeat(plan.step, np.diff(plan.sample_offsets))
-    counts = np.bincount(step_of_sample, weights=loss_tokens[plan.sample_ids], minlength=plan.n_steps)
-    return counts.astype(np.int64)
+    return float(_gather([total], device).sum()) / max(int(loss_tokens[plan.sample_ids].sum()), 1)
 
 
 def groups_of_step(plan: Plan, step: int) -> str:

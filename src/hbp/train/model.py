@@ -2,12 +2,16 @@
 
 The root module that FSDP2 sees is :class:`CausalLMWithLoss`: the vocabulary projection is used inside its forward, in
 chunks, so the full logits never exist. One world mesh shards everything; nothing here depends on the SP degree.
+
+A checkpoint of safetensors is sharded before it is read, so that no rank ever holds the whole model
+(:mod:`hbp.train.weights`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,18 @@ from torch.distributed.tensor import DTensor
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, register_attention
 from hbp.train.loss import summed_cross_entropy
+from hbp.train.offload import offloaded_activations
+from hbp.train.router_loss import RouterLoss
+from hbp.train.weights import load_shards, safetensors_folder
+
+TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2")
+"""Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on what else is in the pack."""
 
 
 class CausalLMWithLoss(nn.Module):
-    """A transformers causal language model that returns the summed cross entropy of a pack's slice."""
+    """A transformers causal language model that returns the summed, weighted cross entropy of a pack's slice."""
 
     lm: Any
     """The transformers model."""
@@ -31,19 +43,74 @@ class CausalLMWithLoss(nn.Module):
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         self.lm = lm
+        self.router_loss = RouterLoss(lm)
+        self.offload_activations = False
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, layout: PackLayout) -> Tensor:
-        """Args: ids and positions ``[1, T]``, shifted labels ``[T]``. Returns the sum, float32 scalar."""
-        decoder = self.lm.get_decoder()
-        out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=layout)
-        weight = self.lm.get_output_embeddings().weight
-        return summed_cross_entropy(out.last_hidden_state[0], weight, labels)
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        layout: PackLayout,
+        weights: Tensor | None = None,
+        token_share: float = 0.0,
+    ) -> Tensor:
+        """This rank's part of the loss.
+
+        Args:
+            input_ids: ``[1, T]``.
+            position_ids: ``[1, T]``.
+            labels: shifted ``[T]``.
+            layout: of the pack.
+            weights: what each token counts ``[T]`` float32; none: 1.
+            token_share: one over the tokens that router losses are averaged over; 0 leaves them out.
+
+        Returns:
+            Weighted sum of the cross entropies, plus router losses; float32 scalar.
+        """
+        decoder, offload = self.lm.get_decoder(), self.offload_activations and torch.is_grad_enabled()
+        routed = bool(self.router_loss.coefficient and token_share)
+        with (
+            offloaded_activations() if offload else nullcontext(),
+            self.router_loss.listening() if routed else nullcontext(),
+        ):
+            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=layout)
+        projection = self.lm.get_output_embeddings().weight
+        loss = summed_cross_entropy(out.last_hidden_state[0], projection, labels, weights)
+        return loss + token_share * self.router_loss.of_pack(layout) if routed else loss
 
     @property
     def layers(self) -> Sequence[Any]:
         """The decoder layers, first to last."""
         layers: Sequence[Any] = self.lm.get_decoder().layers
         return layers
+
+
+def check_trainable(config: Any) -> None:
+    """Refuse a model that would not train as its documents alone do.
+
+    Args:
+        config: transformers configuration.
+
+    Raises:
+        HbpError: names the family or the setting.
+    """
+    if config.model_type not in TRAINED_FAMILIES:
+        raise HbpError(
+            f"{config.model_type} models can be planned for but not trained yet; "
+            f"this trains {', '.join(TRAINED_FAMILIES)}"
+        )
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope in LENGTH_DEPENDENT_ROPE:
+        raise HbpError(
+            f"the model's rotary embedding is {rope!r}, which depends on the longest document of a pack; "
+            "set rope_parameters to yarn, llama3, linear or default"
+        )
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise HbpError(f"the model is quantized ({method}); give its weights in bfloat16 or float32")
+    if config.attention_dropout:
+        raise HbpError(f"the model's attention_dropout is {config.attention_dropout}; set it to 0 in its config.json")
 
 
 def is_configuration_alone(name_or_folder: str) -> bool:
@@ -53,8 +120,45 @@ def is_configuration_alone(name_or_folder: str) -> bool:
     return path.suffix == ".json" or (path.is_dir() and not weights)
 
 
+def read_config(name_or_folder: str, vocab_size: int | None = None) -> Any:
+    """The transformers configuration of a model that can be trained here.
+
+    Args:
+        name_or_folder: as for :func:`load_model`.
+        vocab_size: of the tokenizer; replaces the configuration's where there are no weights.
+
+    Raises:
+        HbpError: nothing there, a model that cannot be trained, or a tokenizer larger than the model's vocabulary.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_folder)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name_or_folder, error) from None
+    check_trainable(config)
+    if vocab_size and is_configuration_alone(name_or_folder):
+        config.vocab_size = vocab_size
+    if vocab_size and config.vocab_size < vocab_size:
+        raise HbpError(
+            f"the tokenizer has {vocab_size} tokens but {name_or_folder!r} embeds {config.vocab_size}; "
+            "use the model's own tokenizer"
+        )
+    return config
+
+
+def _not_loaded(name_or_folder: str, error: Exception) -> HbpError:
+    reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
+    return HbpError(f"cannot load a model from {name_or_folder!r}: {reason}")
+
+
 def load_model(
-    name_or_folder: str, *, vocab_size: int | None = None, seed: int = 0, dtype: torch.dtype = torch.float32
+    name_or_folder: str,
+    *,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
 ) -> CausalLMWithLoss:
     """A pretrained model, or a freshly initialised one where a folder or file holds only a configuration.
 
@@ -63,31 +167,70 @@ def load_model(
         vocab_size: replaces the configuration's when the model is initialised afresh.
         seed: of the fresh initialisation; the same on every rank.
         dtype: of the parameters.
+        attention: kernel, see :mod:`hbp.parallel.varlen`.
 
     Raises:
-        HbpError: nothing there that transformers can load, or a tokenizer larger than the model's vocabulary.
+        HbpError: nothing there that transformers can load, a family or setting that cannot be trained, or a tokenizer
+            larger than the model's vocabulary.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    attention = register_attention()
-    fresh = is_configuration_alone(name_or_folder)
+    config, kernel = read_config(name_or_folder, vocab_size), register_attention(attention)
     try:
-        config = AutoConfig.from_pretrained(name_or_folder)
-        if fresh:
-            config.vocab_size = vocab_size or config.vocab_size
+        if is_configuration_alone(name_or_folder):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+                lm = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=dtype)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation=attention, dtype=dtype)
+            lm = AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation=kernel, dtype=dtype)
     except (OSError, ValueError) as error:
-        reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
-        raise HbpError(f"cannot load a model from {name_or_folder!r}: {reason}") from None
-    if vocab_size and lm.config.vocab_size < vocab_size:
-        raise HbpError(
-            f"the tokenizer has {vocab_size} tokens but {name_or_folder!r} embeds {lm.config.vocab_size}; "
-            "use the model's own tokenizer"
-        )
+        raise _not_loaded(name_or_folder, error) from None
+    return _ready(lm)
+
+
+def load_sharded(
+    name_or_folder: str,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    by_layer: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    compiled: bool = False,
+) -> CausalLMWithLoss:
+    """:func:`load_model` in float32 and :func:`shard`, but a checkpoint of safetensors is read shard by shard.
+
+    The model is built without storage, sharded, given memory, and each rank reads its own slices, so that none holds
+    the whole. A fresh initialisation, and a checkpoint in another format, is whole on every rank before it is sharded.
+
+    Raises:
+        HbpError: as they do, or a checkpoint whose tensors do not fit the model.
+    """
+    folder = safetensors_folder(name_or_folder)
+    options: dict[str, Any] = {
+        "by_layer": by_layer,
+        "compute_dtype": compute_dtype,
+        "compiled": compiled,
+    }
+    if folder is None:
+        model = load_model(name_or_folder, vocab_size=vocab_size, seed=seed, attention=attention)
+        model.to(device)
+        shard(model, mesh, **options)
+        return model
+    from transformers import AutoModelForCausalLM
+
+    config, kernel = read_config(name_or_folder, vocab_size), register_attention(attention)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
+    model = _ready(lm)
+    shard(model, mesh, **options)
+    load_shards(model.lm, folder, device)
+    return model
+
+
+def _ready(lm: Any) -> CausalLMWithLoss:
     # Non-reentrant: a layer's keyword arguments (the pack's layout) are kept for the recomputation.
     name = "activation_checkpointing_enable"  # since transformers 5.2x; before that:
     enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
@@ -97,22 +240,47 @@ def load_model(
 
 
 def shard(
-    model: CausalLMWithLoss, mesh: DeviceMesh, *, by_layer: bool = True, compute_dtype: torch.dtype = torch.float32
+    model: CausalLMWithLoss,
+    mesh: DeviceMesh,
+    *,
+    by_layer: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> None:
     """Shard over the world mesh, in place. Gradients are reduced in float32.
 
     Args:
-        model: on this rank's device.
+        model: on this rank's device, or on the meta device.
         mesh: of the world.
         by_layer: gather each layer apart. Without, the model is gathered in one piece, once a micro-step, which is
             faster where layers are so small that latency is all that their collectives cost.
-        compute_dtype: of the gathered parameters.
+        compute_dtype: of the gathered parameters. Those that transformers keeps in float32 in any case (DeepSeek-V2's
+            routers) are gathered apart, in float32.
+        compiled: see :func:`compile_layers`.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    in_layer = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    if compute_dtype != torch.float32:
+        for module in _float32_modules(model.lm):
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    if compiled:
+        compile_layers(model)
     for layer in model.layers if by_layer else ():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=in_layer)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     assert isinstance(model, FSDPModule)
+
+
+def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:
+    """Compile each layer around its attention, once for any number of tokens (torch.compile, with its `options`)."""
+    for layer in model.layers:
+        layer.compile(dynamic=True, **options)
+
+
+def _float32_modules(lm: Any) -> list[nn.Module]:
+    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    names = [name.removesuffix(".weight") for name in kept]
+    return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 
 
 def set_gc_layers(model: CausalLMWithLoss, count: int) -> None:

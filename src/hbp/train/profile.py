@@ -43,6 +43,7 @@ def measure_point(
 
     It is repeated until :data:`ENOUGH_S` are measured, but at most `repeats` times; with 0 only memory is.
     """
+    mesh.prepare([sp_degree])
     rng = np.random.default_rng(0)
     vocab = model.lm.config.vocab_size
     documents = [(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, np.uint8)) for n in lengths]
@@ -97,7 +98,7 @@ def heaviest_rows(plan: Plan) -> dict[tuple[int, int, int], int]:
 def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> torch.Tensor:
     """One micro-step: the summed loss (detached), gradients of `scale` times it left in the parameters."""
     set_gc_layers(model, batch.gc_layers)
-    loss = model(batch.input_ids, batch.position_ids, batch.labels, batch.layout)
+    loss = model(*batch.inputs)
     (loss * scale).backward()
     return loss.detach()
 

@@ -1,0 +1,171 @@
+"""Attention with gathered keys and values: what lets an SP degree exceed the number of heads.
+
+Ulysses divides the heads, so it ends at their number. Beyond it, ranks divide the *queries* instead: each gathers the
+keys and values of the whole pack from the others (reduce-scatter in backward) and attends with its own queries. The
+idea is Llama 3's context parallelism (https://arxiv.org/abs/2407.21783, Section 3.3.2), which suits packed documents
+better than a ring: one message, exact softmax, document masks as on one device.
+
+Under a causal mask later queries see more keys. So the pack is cut into twice as many chunks as ranks and rank ``a`` of
+``g`` holds chunks ``a`` and ``2g − 1 − a``: of one document that fills the pack every rank computes the same share.
+
+It composes with Ulysses: :class:`~hbp.parallel.mesh.SequenceGroups` says which ranks exchange heads and which gather.
+A rank sends its keys and values to ``g − 1`` others and holds those of the whole pack for its share of the heads, where
+Ulysses would hold no more than its share of everything: memory is what it trades.
+
+Legend: ``S`` tokens of the pack, ``T`` tokens of this rank after the Ulysses exchange (``S / g``), ``H``/``K`` query
+and key/value heads, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from hbp.parallel.mesh import SequenceGroups
+from hbp.parallel.varlen import Documents, document_attention, make_documents
+
+# Named so since torch 2.13; before that:
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive queries of this rank and the keys that they may see."""
+
+    queries: slice
+    """Of this rank's tokens."""
+    keys: slice
+    """Of the pack's."""
+    documents: Documents
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Who gathers, and which queries this rank then attends with."""
+
+    ways: int
+    group: ProcessGroup | None
+    chunks: tuple[Chunk, ...]
+
+    def to(self, device: torch.device) -> Gather:
+        """The same with its tensors on a device."""
+        return replace(self, chunks=tuple(replace(c, documents=c.documents.to(device)) for c in self.chunks))
+
+
+def token_multiple(groups: SequenceGroups) -> int:
+    """What a pack's tokens must be a multiple of: every rank of every chunk holds as many."""
+    return groups.degree * (2 if groups.gather > 1 else 1)
+
+
+def tokens_of_rank(total: int, groups: SequenceGroups, sp_rank: int) -> list[slice]:
+    """Which tokens of a pack a rank of the SP group holds, in its order: at most two runs.
+
+    Args:
+        total: tokens of the pack, a multiple of :func:`token_multiple`.
+        groups: of the degree.
+        sp_rank: rank within the SP group.
+    """
+    share = total // groups.degree
+    row, column = divmod(sp_rank, groups.ulysses)
+    begin, end = column * share, (column + 1) * share  # within what the ranks of this row hold together
+    runs = []
+    for chunk in _chunks_of_row(total, groups.gather, row):
+        size = chunk.stop - chunk.start
+        a, b = max(begin, 0), min(end, size)
+        if a < b:
+            runs.append(slice(chunk.start + a, chunk.start + b))
+        begin, end = begin - size, end - size
+    return runs
+
+
+def _chunks_of_row(total: int, ways: int, row: int) -> list[slice]:
+    if ways == 1:
+        return [slice(0, total)]
+    size = total // (2 * ways)
+    return [slice(i * size, (i + 1) * size) for i in (row, 2 * ways - 1 - row)]
+
+
+def make_gather(lengths: Sequence[int], groups: SequenceGroups, sp_rank: int, device: torch.device) -> Gather | None:
+    """The gather of a pack of documents on this rank; None where the degree does not need one.
+
+    Args:
+        lengths: tokens of each document, which sum to a multiple of :func:`token_multiple`.
+        groups: of the degree.
+        sp_rank: rank within the SP group.
+        device: of the pack.
+    """
+    if groups.gather == 1:
+        return None
+    row, done, chunks = sp_rank // groups.ulysses, 0, []
+    for chunk in _chunks_of_row(sum(lengths), groups.gather, row):
+        size = chunk.stop - chunk.start
+        chunks.append(_chunk(lengths, chunk, slice(done, done + size), device))
+        done += size
+    return Gather(groups.gather, groups.gather_group, tuple(chunks))
+
+
+def _chunk(lengths: Sequence[int], tokens: slice, queries: slice, device: torch.device) -> Chunk:
+    """Documents cut to `tokens` as queries, and to all before the end of `tokens` as keys."""
+    q_lengths, k_lengths, first, start = [], [], None, 0
+    for length in lengths:
+        end = min(start + length, tokens.stop)
+        inside = end - max(start, tokens.start)
+        if inside > 0:
+            first = start if first is None else first
+            q_lengths.append(inside)
+            k_lengths.append(end - start)
+        start += length
+    assert first is not None
+    return Chunk(queries, slice(first, tokens.stop), make_documents(tuple(q_lengths), device, tuple(k_lengths)))
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks of a group, first rank first; in backward each rank gets the sum over ranks for its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, ways: int, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        every = mine.new_empty(ways * mine.size(0), *mine.shape[1:])
+        _all_gather(every, mine, group=group)
+        return every
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        mine = gradient.new_empty(gradient.size(0) // ctx.group.size(), *gradient.shape[1:])
+        _reduce_scatter(mine, gradient.contiguous(), group=ctx.group)
+        return mine, None, None
+
+
+def gathered_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, gather: Gather, **options: Any) -> Tensor:
+    """Causal document attention of this rank's queries over the keys and values of the whole pack.
+
+    Args:
+        q_THD: queries ``[T, H, D]``.
+        k_TKD: keys ``[T, K, D]``.
+        v_TKD: values ``[T, K, D]`` (``D`` may differ from the keys').
+        gather: of the pack.
+        options: as in :func:`~hbp.parallel.varlen.document_attention`.
+
+    Returns:
+        ``[T, H, D]`` with the values' ``D``.
+    """
+    tokens, sizes = q_THD.size(0), [x[0].numel() for x in (k_TKD, v_TKD)]
+    mine = torch.cat([k_TKD.flatten(1), v_TKD.flatten(1)], dim=1)  # one message
+    every = _AllGather.apply(mine, gather.ways, gather.group)
+    halves = every.view(gather.ways, 2, tokens // 2, -1)  # each rank's early and late chunk
+    pack = torch.cat([halves[:, 0].flatten(0, 1), halves[:, 1].flip(0).flatten(0, 1)])
+    k, v = pack.split(sizes, dim=1)
+    k, v = k.unflatten(1, k_TKD.shape[1:]), v.unflatten(1, v_TKD.shape[1:])
+    return torch.cat(
+        [
+            document_attention(q_THD[chunk.queries], k[chunk.keys], v[chunk.keys], chunk.documents, **options)
+            for chunk in gather.chunks
+        ]
+    )

@@ -1,0 +1,155 @@
+"""Read a checkpoint of safetensors into a sharded model: each rank its own slices, none the whole.
+
+The model has been built on the meta device and sharded by FSDP2, so every parameter knows which rows this rank owns.
+Those are sliced out of the memory-mapped files and converted to the parameter's type; the rest is never read. At most
+one tensor of the checkpoint is in memory beside the shards, and only its slice.
+
+Three things are not in a checkpoint as the model has them: experts, saved one by one and trained as one tensor (whose
+rows are experts, so a rank reads its own); tied weights, saved once; and buffers that follow from the configuration
+(rotary frequencies), which are computed anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from hbp.errors import HbpError
+
+INDEX = "model.safetensors.index.json"
+EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Of a tensor of all experts: what a checkpoint has for each, laid one below the other."""
+
+Rows = Callable[[int, int], Tensor]
+"""Rows ``[begin, end)`` of a parameter, as the checkpoint has them"""
+
+
+def safetensors_folder(name_or_folder: str) -> Path | None:
+    """The folder of a checkpoint in safetensors, downloaded first if it is a hub name; None for anything else."""
+    path = Path(name_or_folder)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            path = Path(snapshot_download(name_or_folder, allow_patterns=["model*.safetensors", "*.json"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+            return None  # whoever loads the model says what is wrong
+    return path if path.is_dir() and any(path.glob("*.safetensors")) else None
+
+
+def load_shards(lm: Any, folder: Path, device: torch.device) -> None:
+    """Give a sharded model without storage its memory and the values of a checkpoint.
+
+    Args:
+        lm: transformers model on the meta device, its parameters sharded along their rows.
+        folder: of the checkpoint.
+        device: of this rank.
+
+    Raises:
+        HbpError: a tensor of the model is missing or has another shape; names it.
+    """
+    read = _Checkpoint(folder)
+    names: dict[nn.Parameter, list[str]] = {}  # tied weights have several
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    state = {}
+    for parameter, aliases in names.items():
+        loaded = nn.Parameter(_shard(parameter, read.rows(aliases, parameter.shape), device), parameter.requires_grad)
+        state.update(dict.fromkeys(aliases, loaded))
+    lm.load_state_dict(state, assign=True)
+    for module in lm.modules():
+        _compute_buffers(module, lm.config, device)
+
+
+def _shard(parameter: nn.Parameter, rows: Rows, device: torch.device) -> Tensor:
+    """A parameter's slice on this rank, wrapped as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return rows(0, parameter.size(0)).to(device, parameter.dtype, copy=True)
+    assert parameter.placements == (Shard(0),)
+    mesh, share = parameter.device_mesh, -(-parameter.size(0) // parameter.device_mesh.size())
+    begin, end = (min(rank * share, parameter.size(0)) for rank in (mesh.get_local_rank(), mesh.get_local_rank() + 1))
+    local = rows(begin, end).to(device, parameter.dtype, copy=True)  # not a view of the mapped file
+    assert local.shape == parameter.to_local().shape
+    return DTensor.from_local(
+        local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+class _Checkpoint:
+    """The tensors of a folder, by name, read in slices."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index, single = folder / INDEX, folder / "model.safetensors"
+        self.folder = folder
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = [single.name] if single.is_file() else sorted(path.name for path in folder.glob("*.safetensors"))
+        try:
+            opened = [safe_open(folder / name, "pt") for name in files]
+        except (OSError, SafetensorError) as error:
+            raise HbpError(f"the checkpoint {folder} cannot be read: {error}; fetch or save it again") from None
+        self.file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def rows(self, aliases: list[str], shape: torch.Size) -> Rows:
+        """How to read a parameter of this shape, known by any of these names.
+
+        Raises:
+            HbpError: it is not there, or not of this shape.
+        """
+        for name in aliases:
+            if name in self.file_of:
+                self._check(name, shape)
+                tensor = self._slice(name)
+                return lambda begin, end: tensor[begin:end]
+            experts, _, fused = name.rpartition(".")
+            if fused in EXPERT_PARTS and f"{experts}.0.{EXPERT_PARTS[fused][0]}.weight" in self.file_of:
+                return self._expert_rows(experts, EXPERT_PARTS[fused], shape)
+        raise HbpError(f"the checkpoint {self.folder} has no tensor {aliases[0]}; is it of another model?")
+
+    def _expert_rows(self, experts: str, parts: tuple[str, ...], shape: torch.Size) -> Rows:
+        for expert in range(shape[0]):
+            for part in parts:
+                self._check(f"{experts}.{expert}.{part}.weight", torch.Size((shape[1] // len(parts), *shape[2:])))
+
+        def rows(begin: int, end: int) -> Tensor:
+            every = [
+                torch.cat([self._slice(f"{experts}.{expert}.{part}.weight")[:] for part in parts])
+                for expert in range(begin, end)
+            ]
+            return torch.stack(every) if every else torch.empty(0, *shape[1:])
+
+        return rows
+
+    def _check(self, name: str, shape: torch.Size) -> None:
+        if name not in self.file_of:
+            raise HbpError(f"the checkpoint {self.folder} has no tensor {name}; is it of another model?")
+        found = self._slice(name).get_shape()
+        if list(shape) != list(found):
+            raise HbpError(
+                f"the checkpoint {self.folder} has {name} of shape {list(found)} where the model's is {list(shape)}; "
+                "is its config.json of another model?"
+            )
+
+    def _slice(self, name: str) -> Any:
+        return self.file_of[name].get_slice(name)
+
+
+def _compute_buffers(module: nn.Module, config: Any, device: torch.device) -> None:
+    """Buffers of a module that has no others and nothing else: of its class made anew on the CPU."""
+    own = dict(module.named_buffers(recurse=False))
+    if not own:
+        return
+    with torch.device("cpu"):
+        fresh = type(module)(config)  # rotary embeddings take the configuration alone
+    for name, buffer in fresh.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(device))

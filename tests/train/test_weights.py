@@ -1,0 +1,181 @@
+"""A checkpoint read shard by shard is the one that `from_pretrained` loads, and no rank ever holds the whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
+from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN2, QWEN3_MOE, random_samples, run_ranks, write_config, write_model
+
+from hbp.errors import HbpError
+from hbp.parallel.mesh import make_mesh
+from hbp.train import weights
+from hbp.train.batch import micro_batch_of
+from hbp.train.model import CausalLMWithLoss, load_model, load_sharded, local_parameter_bytes, shard
+from hbp.train.profile import forward_backward
+
+WORLD = 3  # divides neither the rows nor the experts
+CONFIGS = {
+    "tied": LLAMA,
+    "biases, llama3 rope": {
+        **QWEN2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "experts one by one": QWEN3_MOE,
+    "latent attention": DEEPSEEK_V2,
+}
+
+
+def peak_bytes(run: Callable[[], object], folder: str) -> int:
+    """The most memory that was given out at once; mapping a file of `folder`, which is an event too, gives out none."""
+    mapped = {path.stat().st_size for path in Path(folder).glob("*.safetensors")}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in events if abs(event.nbytes()) not in mapped]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def load_both(rank: int, world: int, folders: dict[str, str]) -> dict[str, dict[str, object]]:
+    mesh, found = make_mesh(world, [], "cpu"), {}
+    documents = random_samples([9, 4, 12], LLAMA["vocab_size"], rank).documents
+    for name, folder in folders.items():
+        kept: list[CausalLMWithLoss] = []
+        peak = peak_bytes(lambda folder=folder, kept=kept: kept.append(load_sharded(folder, mesh.world, CPU)), folder)
+        (sharded,) = kept
+        whole = load_model(folder)
+        bytes_of_model = local_parameter_bytes(whole)
+        shard(whole, mesh.world)
+        runs = []
+        for model in (sharded, whole):
+            batch = micro_batch_of(documents, 0, 1, 0, 1, mesh, CPU)
+            loss = forward_backward(model, batch)
+            runs.append([loss, *(p.grad.to_local() for p in model.parameters())])
+        names = [[n for n, _ in model.named_parameters()] for model in (sharded, whole)]
+        parameters = zip(sharded.parameters(), whole.parameters(), strict=True)
+        buffers = zip(sharded.named_buffers(), whole.named_buffers(), strict=True)
+        found[name] = {
+            "names": names[0] == names[1],
+            "parameters": all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in parameters),
+            "buffers": all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in buffers),
+            "training": all(torch.equal(a, b) for a, b in zip(*runs, strict=True)),
+            "shards": local_parameter_bytes(sharded),
+            "peak": peak,
+            "whole": bytes_of_model,
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {name: write_model(Path(root, name), config) for name, config in CONFIGS.items()}
+    folders["several files"] = split_in_files(write_model(root / "split", LLAMA), 3)
+    folders["bfloat16"] = in_bfloat16(write_model(root / "half", LLAMA))
+    return run_ranks(load_both, WORLD, folders)
+
+
+def split_in_files(folder: str, count: int) -> str:
+    path = Path(folder, "model.safetensors")
+    tensors, files = load_file(path), [f"model-{i}.safetensors" for i in range(count)]
+    places = {name: files[i % count] for i, name in enumerate(sorted(tensors))}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, Path(folder, file))
+    path.unlink()
+    Path(folder, weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def in_bfloat16(folder: str) -> str:
+    path = Path(folder, "model.safetensors")
+    save_file({name: x.bfloat16() for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "several files", "bfloat16"])
+def test_equals_from_pretrained(loaded, name):
+    for found in (rank[name] for rank in loaded):
+        assert found["names"]
+        assert found["parameters"]
+        assert found["buffers"]
+        assert found["training"]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "several files", "bfloat16"])
+def test_no_rank_holds_the_whole(loaded, name):
+    ranks = [rank[name] for rank in loaded]
+    whole = ranks[0]["whole"]
+    assert sum(rank["shards"] for rank in ranks) == whole
+    for rank in ranks:
+        assert rank["shards"] <= rank["peak"] < rank["shards"] + whole / WORLD  # a slice at a time is converted
+        assert rank["peak"] < 0.75 * whole
+
+
+def change(folder: str, edit) -> None:
+    path = Path(folder, "model.safetensors")
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def failing(rank: int, world: int, folders: list[str]) -> list[str]:
+    mesh, messages = make_mesh(world, [], "cpu"), []
+    for folder in folders:
+        with pytest.raises(HbpError) as error:
+            load_sharded(folder, mesh.world, CPU)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    folders = [write_model(tmp_path / str(i), QWEN3_MOE if i < 2 else LLAMA) for i in range(5)]
+    expert = "model.layers.1.mlp.experts.3.up_proj.weight"
+    norm = "model.layers.2.input_layernorm.weight"
+    change(folders[0], lambda tensors: tensors.pop(expert))
+    change(folders[1], lambda tensors: tensors.update({expert: torch.zeros(2, 2)}))
+    change(folders[2], lambda tensors: tensors.pop(norm))
+    change(folders[3], lambda tensors: tensors.update({norm: torch.zeros(5)}))
+    Path(folders[4], "model.safetensors").write_bytes(b"x" * 100)
+    (messages,) = run_ranks(failing, 1, folders)
+    wanted = [
+        f"has no tensor {expert}; is it of another model?",
+        f"has {expert} of shape [2, 2] where the model's is [16, 32]",
+        f"has no tensor {norm}; is it of another model?",
+        f"has {norm} of shape [5] where the model's is [32]",
+        "cannot be read",
+    ]
+    for message, part in zip(messages, wanted, strict=True):
+        assert part in message
+        assert "\n" not in message
+
+
+def test_what_is_a_checkpoint_of_safetensors(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "model", LLAMA)
+    assert weights.safetensors_folder(folder) == Path(folder)
+    assert weights.safetensors_folder(write_config(tmp_path / "config", LLAMA)) is None
+    assert weights.safetensors_folder(f"{folder}/config.json") is None
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        if name != "lab/model":
+            raise OSError("offline")
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert weights.safetensors_folder("lab/model") == Path(folder)
+    assert weights.safetensors_folder("lab/other") is None
+    assert asked == ["lab/model", "lab/other"]
