@@ -1,0 +1,100 @@
+"""Even fit: every sample once, no pack over its room, and packs alike in tokens and in attention cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbp.planning.even_fit import even_fit
+from hbp.planning.fill import best_fit_into
+from hbp.planning.packs import Int
+
+ADVERSARIAL: dict[str, tuple[list[int], list[int]]] = {
+    # lengths, capacities
+    "all equal": ([8] * 64, [64] * 8),
+    "all equal, not dividing": ([7] * 64, [64] * 8),
+    "all longest": ([64] * 8, [64] * 8),
+    "more longest than packs": ([64] * 9, [64] * 8),
+    "one giant": ([64] + [1] * 448, [64] * 8),
+    "powers of two ± 1": ([2**k + e for k in range(2, 9) for e in (-1, 0, 1)] * 4, [257] * 16),
+    "one sample": ([5], [64] * 4),
+    "one sample too long": ([65], [64] * 4),
+    "no samples": ([], [64] * 4),
+    "no packs": ([3, 4], []),
+    "a short last micro-step": ([9] * 40, [64] * 4 + [30] * 4),
+}
+
+
+def histogram(lengths: list[int] | Int) -> Int:
+    return np.bincount(np.asarray(lengths, np.int64), minlength=1).astype(np.int64)
+
+
+def check(lengths: list[int] | Int, room: Int, slots: int) -> tuple[Int, Int, Int]:
+    """Pack, length and room left; that nothing is lost, overfull or left out without need is checked on the way."""
+    counts, room_before = histogram(lengths), room.copy()
+    pack_of, taken, left = even_fit(counts, room, slots)
+    np.testing.assert_array_equal(room, room_before)
+    assert sorted([*taken.tolist(), *np.repeat(np.arange(len(counts)), counts).tolist()]) == sorted(lengths)
+    loads = np.bincount(pack_of, weights=taken, minlength=len(room))
+    np.testing.assert_array_equal(room - loads, left)
+    assert (left >= 0).all()
+    if counts.any() and len(room):
+        assert np.flatnonzero(counts).min() > left.max()
+    return pack_of, taken, left
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20) | st.integers(1, 300), max_size=120),
+    room=st.lists(st.integers(1, 300), max_size=12),
+    slots=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_sample_has_one_place_or_fits_no_room(lengths: list[int], room: list[int], slots: int) -> None:
+    check(lengths, np.array(sorted(room, reverse=True), np.int64), slots)
+
+
+@pytest.mark.parametrize(("lengths", "room"), ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_adversarial_sets(lengths: list[int], room: list[int]) -> None:
+    check(lengths, np.array(room, np.int64), 4)
+
+
+def spread(pack_of: Int, taken: Int, packs: int) -> float:
+    """Standard deviation of the packs' sums of squares over their mean."""
+    squares = np.bincount(pack_of, weights=taken.astype(np.float64) ** 2, minlength=packs)
+    return float(squares.std() / squares.mean())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("longest", "share"), [(400, 0.5), (4000, 1.0)])
+def test_packs_are_more_alike_than_those_of_best_fit(seed: int, longest: int, share: float) -> None:
+    """Where single documents outweigh a mean pack, these set the spread of both."""
+    capacity = 4096
+    lengths = np.clip(np.random.default_rng(seed).lognormal(5.0, 1.0, 4000), 1, longest).astype(np.int64)
+    packs = int(lengths.sum()) // capacity + 1
+    room = np.full(packs, capacity)
+    even = check(lengths, room, 4)
+    best_of, best_taken, _ = best_fit_into(histogram(lengths), room, 0, 0)
+    assert spread(even[0], even[1], packs) < share * spread(best_of, best_taken, packs)
+
+
+def test_packs_beside_one_giant_are_alike() -> None:
+    """The giant outweighs any share: its pack gets the fewest squares besides, the others share evenly."""
+    lengths = np.array([1000] + [50] * 300 + [5] * 400)
+    room = np.full(18, 1024)
+    pack_of, taken, _ = check(lengths, room, 1)
+    squares = np.bincount(pack_of, weights=taken.astype(np.float64) ** 2, minlength=18)
+    giant = int(pack_of[taken == 1000][0])
+    others = np.delete(squares, giant)
+    assert squares[giant] > 20 * others.max()
+    assert others.max() - others.min() <= 2 * 50**2
+
+
+def test_packs_of_less_room_get_less_attention() -> None:
+    lengths = np.array([10] * 600)
+    room = np.array([1000] * 4 + [500] * 4)
+    pack_of, taken, left = check(lengths, room, 4)
+    squares = np.bincount(pack_of, weights=taken.astype(np.float64) ** 2, minlength=8)
+    assert left.max() == 0
+    np.testing.assert_allclose(squares[:4].mean(), 2 * squares[4:].mean())
