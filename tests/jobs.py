@@ -42,7 +42,7 @@ def write_job(folder: Path, samples: int = 130, **sections: dict[str, Any]) -> P
         "data": {"source": str(folder / "data.jsonl"), "tokenizer": str(folder / "tokenizer"), "eval_samples": 6},
         "model": {"path": write_config(folder / "model", {**LLAMA, "vocab_size": 320})},
         "cluster": {"profile": False},
-        "plan": {"global_batch_tokens": 150},
+        "plan": {"strategy": "hbp", "global_batch_tokens": 150},
         "train": {"lr": 1e-2, "save_steps": 2},
     }
     for section, values in sections.items():

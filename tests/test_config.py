@@ -37,7 +37,11 @@ def test_defaults(file: Path) -> None:
     assert config == Config.model_validate({"model": {"path": "some/model"}})
     assert (config.run_dir, config.seed) == ("runs/hbp", 0)
     assert (config.data.source, config.data.max_length, config.data.processes) == ("stdlib", None, 1)
-    assert (config.model.compute_dtype, config.cluster.name, config.plan.strategy) == ("float32", "cpu-local", "hbp")
+    assert (config.model.compute_dtype, config.cluster.name, config.plan.strategy) == (
+        "float32",
+        "cpu-local",
+        "hbp-mixed",
+    )
     # The paper's recipe.
     assert (config.train.lr, config.train.betas, config.train.weight_decay) == (1e-5, (0.9, 0.95), 0.01)
 

@@ -60,7 +60,7 @@ def summary(job: Path) -> dict[str, Any]:
 
 def test_both_strategies_train_the_same_tokens_and_learn(job: Path, summary: dict[str, Any]) -> None:
     ours, naive = summary["results"]
-    assert (ours["strategy"], naive["strategy"]) == ("hbp", "concat")
+    assert (ours["strategy"], naive["strategy"]) == ("hbp-mixed", "concat")
     for key in ("samples", "tokens", "world_size"):
         assert ours[key] == naive[key]
     for result in (ours, naive):
@@ -87,9 +87,9 @@ def test_run_folder(job: Path, summary: dict[str, Any]) -> None:
     profile = json.loads((run / "profile.json").read_text())
     assert profile["cluster"]["origin"].startswith("profiled on")
     assert {p["sp_degree"] for p in profile["points"]} == {1, 2}
-    plan = read_plan(run / "hbp" / "plan")
+    plan = read_plan(run / "hbp-mixed" / "plan")
     assert plan.info.n_samples == len(np.load(run / "lengths.npy")) == 110
-    assert load_model(str(run / "hbp" / "model")).lm.config.vocab_size == 320
+    assert load_model(str(run / "hbp-mixed" / "model")).lm.config.vocab_size == 320
     assert Path(summary["report"]).read_text().startswith("<!doctype html>")
 
 

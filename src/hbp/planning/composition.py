@@ -1,9 +1,10 @@
 """Micro-steps → optimizer steps that hold the data's mix, and how random the order still is.
 
-Each group's micro-steps of a window are spread evenly over the window, in random order and from a random start, so the
-sequence of all of them holds of every group its share, to within one micro-step, in any stretch. Optimizer steps are
-cut from it at every global batch of tokens. The curriculum (paper, Section 4.3) then brings the first steps forward:
-micro-steps of the groups of the lowest SP degree, in their order.
+Each group's micro-steps of a window are spread evenly over the window, in random order and from a random start, so any
+stretch of the sequence holds of each of ``g`` groups its share ``p`` of the stretch, to within ``1 + p (g - 2)``
+micro-steps: within one for two groups, never further off than their number. Optimizer steps are cut from it at every
+global batch of tokens. The curriculum (paper, Section 4.3) then brings the first steps forward: micro-steps of the
+groups of the lowest SP degree, in their order.
 
 Two figures say what is left of a random order:
 

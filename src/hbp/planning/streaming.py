@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
@@ -27,7 +26,7 @@ from hbp.planning.groups import longest_settings
 from hbp.planning.packs import Lengths
 from hbp.planning.planner import predicted_seconds, to_plan
 from hbp.planning.problem import Problem
-from hbp.planning.windows import windowed_schedule
+from hbp.planning.windows import TooFewSamples, windowed_schedule
 
 
 class StreamPlanner:
@@ -56,6 +55,8 @@ class StreamPlanner:
         self.max_length, self.global_batch_tokens, self.seed = max_length, global_batch_tokens, seed
         self.ids = np.zeros(0, np.int64)
         self.lengths = np.zeros(0, np.int32)
+        self.too_long: list[tuple[int, int]] = []
+        """Id and length of samples dropped since the last rows."""
         self.next_id = self.next_step = self.planned = 0
 
     def add(self, lengths: Lengths) -> Iterator[Plan]:
@@ -74,14 +75,16 @@ class StreamPlanner:
         while len(array):
             room = self.buffer_samples - len(self.ids)
             now, array = array[:room], array[room:]
-            self.ids = np.concatenate([self.ids, np.arange(self.next_id, self.next_id + len(now))])
-            self.lengths = np.concatenate([self.lengths, now])
+            ids, fits = np.arange(self.next_id, self.next_id + len(now)), now <= self.max_length
+            self.too_long += zip(ids[~fits].tolist(), now[~fits].tolist(), strict=True)
+            self.ids = np.concatenate([self.ids, ids[fits]])
+            self.lengths = np.concatenate([self.lengths, now[fits]])
             self.next_id += len(now)
             if len(self.ids) >= self.buffer_samples:
                 yield self._plan(to_the_end=False)
 
     def finish(self) -> Plan | None:
-        """The rows of everything that is left; None if nothing is."""
+        """The rows of everything that is left; None if nothing is (:attr:`too_long` may still name samples)."""
         return self._plan(to_the_end=True) if len(self.ids) else None
 
     def state(self) -> dict[str, Any]:
@@ -94,6 +97,7 @@ class StreamPlanner:
             "seed": self.seed,
             "ids": self.ids.tolist(),
             "lengths": self.lengths.tolist(),
+            "too_long": [list(sample) for sample in self.too_long],
             "next_id": self.next_id,
             "next_step": self.next_step,
             "planned": self.planned,
@@ -118,6 +122,7 @@ class StreamPlanner:
             )
             planner.ids = np.array(state["ids"], np.int64)
             planner.lengths = np.array(state["lengths"], np.int32)
+            planner.too_long = [(int(i), int(n)) for i, n in state["too_long"]]
             planner.next_id, planner.next_step = int(state["next_id"]), int(state["next_step"])
             planner.planned = int(state["planned"])
         except (KeyError, TypeError, ValueError) as error:
@@ -125,19 +130,32 @@ class StreamPlanner:
         return planner
 
     def _plan(self, *, to_the_end: bool) -> Plan:
-        """Rows of the buffer; what fills no whole micro-step stays unless this is the end."""
-        fits = self.lengths <= self.max_length
+        """Rows of the buffer; what fills no whole micro-step stays, unless this is the end or nothing would leave."""
         if self.groups is None:
-            known = self.lengths[fits] if fits.any() else np.array([self.max_length])
-            self.groups = search_groups(self.cost, known, self.max_length, self.max_length)
-        last = self.groups[-1]
-        batch = self.global_batch_tokens or self.cost.world_size // last.sp_degree * last.capacity
-        ids, lengths = self.ids[fits], self.lengths[fits]
-        dropped = tuple(
-            (int(i), f"{int(n)} tokens, longer than the longest group ({last.capacity})")
-            for i, n in zip(self.ids[~fits], self.lengths[~fits], strict=True)
+            self.groups = search_groups(self.cost, self.lengths, self.max_length, self.max_length)
+        problem = self._problem(self.groups[-1])
+        try:
+            outcome = windowed_schedule(problem, self.groups, to_the_end=to_the_end)
+        except TooFewSamples:
+            outcome = windowed_schedule(self._problem(self.groups[-1]), self.groups)
+        plan = to_plan(outcome, problem, "hbp-mixed", self.seed, np.zeros(0, np.int64))
+        dropped = tuple((i, f"{n} tokens, longer than the longest group ({self.max_length})") for i, n in self.too_long)
+        piece = replace(
+            plan,
+            info=replace(plan.info, n_samples=len(plan.sample_ids) + len(dropped), dropped=dropped),
+            sample_ids=self.ids[plan.sample_ids],
+            step=(plan.step.astype(np.int64) + self.next_step).astype(np.int32),
         )
-        problem = Problem(
+        waits = np.sort(outcome.waiting)
+        self.ids, self.lengths, self.too_long = self.ids[waits], self.lengths[waits], []
+        self.next_step += plan.n_steps
+        self.planned += 1
+        return piece
+
+    def _problem(self, last: Group) -> Problem:
+        """The buffer as a data set of its own, its samples numbered from 0."""
+        lengths = self.lengths
+        return Problem(
             lengths=lengths,
             sample_ids=np.arange(len(lengths)),
             static=last,
@@ -145,29 +163,8 @@ class StreamPlanner:
             cost=self.cost,
             pack_cost=lambda groups: predicted_seconds(self.cost, lengths, groups),
             world_size=self.cost.world_size,
-            global_batch_tokens=batch,
+            global_batch_tokens=self.global_batch_tokens or self.cost.world_size // last.sp_degree * last.capacity,
             short_steps=0,
             windows=1,
             rng=np.random.default_rng([self.seed, self.planned]),
         )
-        if not to_the_end and self._too_few(lengths):
-            to_the_end = True
-        outcome = windowed_schedule(problem, self.groups, to_the_end=to_the_end)
-        plan = to_plan(outcome, problem, "hbp-mixed", self.seed, np.zeros(0, np.int64))
-        waits = np.sort(outcome.waiting)
-        info = replace(plan.info, n_samples=len(plan.sample_ids) + len(dropped), dropped=dropped)
-        piece = replace(plan, info=info, sample_ids=ids[plan.sample_ids], step=_after(plan.step, self.next_step))
-        self.ids, self.lengths = ids[waits], lengths[waits]
-        self.next_step += plan.n_steps
-        self.planned += 1
-        return piece
-
-    def _too_few(self, lengths: Lengths) -> bool:
-        """Whether the buffer cannot fill a micro-step of any group, so that waiting would not help."""
-        assert self.groups is not None
-        tokens = int(lengths.sum(dtype=np.int64))
-        return all(tokens < self.cost.world_size // g.sp_degree * g.capacity for g in self.groups)
-
-
-def _after(step: npt.NDArray[np.integer[Any]], first: int) -> npt.NDArray[np.integer[Any]]:
-    return (step.astype(np.int64) + first).astype(np.int32)

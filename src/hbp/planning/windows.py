@@ -8,7 +8,8 @@ short ones stay closest to a random order: :data:`MICRO_STEPS_PER_WINDOW` is whe
 at most.
 
 Inside a window the micro-steps of all groups are interleaved evenly and cut into optimizer steps of the global batch,
-so a step holds of each group its share of the window, to within one micro-step (:mod:`hbp.planning.composition`).
+so a step holds of each group its share of the window, to within a bound of a few micro-steps
+(:mod:`hbp.planning.composition`).
 
 A bounded window is also all that a stream needs (:mod:`hbp.planning.streaming`).
 """
@@ -32,6 +33,10 @@ from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import Schedule
 
 MICRO_STEPS_PER_WINDOW = 1024
+
+
+class TooFewSamples(HbpError):
+    """All would have to wait."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
         found.append(plan_window(positions, here, groups, costs, world, problem.rng, last=last))
         waiting = found[-1].waiting
     if not any(len(window.packs) for window in found):
-        raise HbpError(f"{len(ids)} samples do not fill one micro-step; give a larger buffer")
+        raise TooFewSamples(f"{len(ids)} samples do not fill one micro-step; give a larger buffer")
     return replace(_compose(problem, found, order), waiting=order[waiting])
 
 
