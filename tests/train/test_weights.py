@@ -21,6 +21,7 @@ from hbp.train.model import CausalLMWithLoss, load_model, load_sharded, local_pa
 from hbp.train.profile import forward_backward
 
 WORLD = 3  # divides neither the rows nor the experts
+FEW_EXPERTS = "fewer experts than ranks"
 CONFIGS = {
     "tied": LLAMA,
     "biases, llama3 rope": {
@@ -36,6 +37,13 @@ CONFIGS = {
     },
     "experts one by one": QWEN3_MOE,
     "latent attention": DEEPSEEK_V2,
+    FEW_EXPERTS: {
+        **QWEN3_MOE,
+        "hidden_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    },
 }
 
 
@@ -71,6 +79,7 @@ def load_both(rank: int, world: int, folders: dict[str, str]) -> dict[str, dict[
             "names": names[0] == names[1],
             "parameters": all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in parameters),
             "buffers": all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in buffers),
+            "generation": sharded.lm.generation_config.to_dict() == whole.lm.generation_config.to_dict(),
             "training": all(torch.equal(a, b) for a, b in zip(*runs, strict=True)),
             "shards": local_parameter_bytes(sharded),
             "peak": peak,
@@ -84,6 +93,7 @@ def loaded(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {name: write_model(Path(root, name), config) for name, config in CONFIGS.items()}
     folders["several files"] = split_in_files(write_model(root / "split", LLAMA), 3)
+    Path(folders["tied"], "generation_config.json").write_text(json.dumps({"temperature": 0.3, "do_sample": True}))
     folders["bfloat16"] = in_bfloat16(write_model(root / "half", LLAMA))
     return run_ranks(load_both, WORLD, folders)
 
@@ -112,6 +122,7 @@ def test_equals_from_pretrained(loaded, name):
         assert found["parameters"]
         assert found["buffers"]
         assert found["training"]
+        assert found["generation"]
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "several files", "bfloat16"])
@@ -119,6 +130,7 @@ def test_no_rank_holds_the_whole(loaded, name):
     ranks = [rank[name] for rank in loaded]
     whole = ranks[0]["whole"]
     assert sum(rank["shards"] for rank in ranks) == whole
+    assert max(rank["shards"] for rank in ranks) < 1.15 * whole / WORLD  # nobody much more than his share
     for rank in ranks:
         assert rank["shards"] <= rank["peak"] < rank["shards"] + whole / WORLD  # a slice at a time is converted
         assert rank["peak"] < 0.75 * whole

@@ -9,8 +9,9 @@ A checkpoint of safetensors is sharded before it is read, so that no rank ever h
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, register_attention
@@ -199,16 +200,24 @@ def load_sharded(
     compute_dtype: torch.dtype = torch.float32,
     attention: str = "auto",
     compiled: bool = False,
+    adapt: Callable[[CausalLMWithLoss], None] | None = None,
 ) -> CausalLMWithLoss:
     """:func:`load_model` in float32 and :func:`shard`, but a checkpoint of safetensors is read shard by shard.
 
     The model is built without storage, sharded, given memory, and each rank reads its own slices, so that none holds
-    the whole. A fresh initialisation, and a checkpoint in another format, is whole on every rank before it is sharded.
+    the whole. A fresh initialisation, a checkpoint in another format, and a model that is adapted first, is whole on
+    every rank before it is sharded.
+
+    Args:
+        name_or_folder: as for :func:`load_model`, and so `vocab_size`, `seed` and `attention`.
+        mesh: of the world, and so `by_layer`, `compute_dtype` and `compiled` as for :func:`shard`.
+        device: of this rank.
+        adapt: called with the whole model before it is sharded, to add adapters.
 
     Raises:
         HbpError: as they do, or a checkpoint whose tensors do not fit the model.
     """
-    folder = safetensors_folder(name_or_folder)
+    folder = None if adapt else safetensors_folder(name_or_folder)
     options: dict[str, Any] = {
         "by_layer": by_layer,
         "compute_dtype": compute_dtype,
@@ -216,14 +225,18 @@ def load_sharded(
     }
     if folder is None:
         model = load_model(name_or_folder, vocab_size=vocab_size, seed=seed, attention=attention)
+        if adapt:
+            adapt(model)
         model.to(device)
         shard(model, mesh, **options)
         return model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     config, kernel = read_config(name_or_folder, vocab_size), register_attention(attention)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
+    if (folder / "generation_config.json").is_file():  # for the exported model
+        lm.generation_config = GenerationConfig.from_pretrained(folder)
     model = _ready(lm)
     shard(model, mesh, **options)
     load_shards(model.lm, folder, device)
@@ -263,12 +276,19 @@ def shard(
     if compute_dtype != torch.float32:
         for module in _float32_modules(model.lm):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    place = functools.partial(_placement, world_size=mesh.size())
     if compiled:
         compile_layers(model)
     for layer in model.layers if by_layer else ():
-        fully_shard(layer, mesh=mesh, mp_policy=in_layer)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=in_layer, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     assert isinstance(model, FSDPModule)
+
+
+def _placement(parameter: nn.Parameter, world_size: int) -> Shard:
+    """Along rows; but where there are fewer experts than ranks, along each expert's rows, if they divide evenly."""
+    few_experts = parameter.ndim == 3 and parameter.size(0) < world_size
+    return Shard(1 if few_experts and parameter.size(1) % world_size == 0 else 0)
 
 
 def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:

@@ -35,19 +35,25 @@ DEFAULT_ALPHA = 0.001
 """DeepSeek-V2's, where the configuration leaves `aux_loss_alpha` out."""
 
 
+Routed = tuple[Tensor, Tensor]
+"""Logits ``[T, E]`` and choices ``[T, k]`` of a layer"""
+
+
 class RouterLoss:
     """Listens to the routers of a model and turns what they did into the loss of a pack."""
 
     def __init__(self, lm: Any) -> None:
         config = lm.config
         self.pooled = config.model_type != "deepseek_v2"
-        name, default = ("router_aux_loss_coef", 0.0) if self.pooled else ("aux_loss_alpha", DEFAULT_ALPHA)
-        self.coefficient = float(getattr(config, name, default)) if getattr(config, "output_router_logits", 0) else 0.0
-        self._seen: list[tuple[Tensor, Tensor]] | None = None  # logits and choices of each layer
-        if self.coefficient:
-            for module in lm.modules():
-                if type(module).__name__ in ROUTERS:
-                    module.register_forward_hook(self._listen)
+        self._seen: list[Routed] | None = None
+        self._heard: list[Routed] = []
+        routers = [module for module in lm.modules() if type(module).__name__ in ROUTERS]
+        self.coefficient = 0.0
+        if routers and getattr(config, "output_router_logits", False):
+            name, default = ("router_aux_loss_coef", 0.0) if self.pooled else ("aux_loss_alpha", DEFAULT_ALPHA)
+            self.coefficient = float(getattr(config, name, default))
+        for router in routers if self.coefficient else ():
+            router.register_forward_hook(self._listen)
 
     def _listen(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         if self._seen is not None:  # not while a layer is recomputed
@@ -66,7 +72,7 @@ class RouterLoss:
         """This rank's part of: the loss of each document × its tokens, times the coefficient; float32 scalar."""
         heard, self._heard = self._heard, []
         logits, chosen = zip(*heard, strict=True)
-        document, real = documents_of_tokens(layout, logits[0].device)
+        document, counted = documents_of_tokens(layout, logits[0].device)
         n_experts, k, n_layers = logits[0].size(-1), chosen[0].size(-1), len(heard)
         lengths = torch.tensor(layout.documents.lengths, device=document.device)
         counts = torch.zeros(n_layers, len(lengths), n_experts, device=document.device)
@@ -80,7 +86,7 @@ class RouterLoss:
         total = torch.zeros((), device=document.device)
         for layer_often, layer_logits in zip(often, logits, strict=True):
             probable = layer_logits.float().softmax(-1)
-            total = total + ((layer_often[document] * probable).sum(-1) * real).sum()
+            total = total + ((layer_often[document] * probable).sum(-1) * counted).sum()
         return self.coefficient * scale * total
 
 

@@ -1,12 +1,12 @@
 """Read a checkpoint of safetensors into a sharded model: each rank its own slices, none the whole.
 
-The model has been built on the meta device and sharded by FSDP2, so every parameter knows which rows this rank owns.
-Those are sliced out of the memory-mapped files and converted to the parameter's type; the rest is never read. At most
-one tensor of the checkpoint is in memory beside the shards, and only its slice.
+The model has been built on the meta device and sharded by FSDP2, so every parameter knows which part this rank owns.
+It is sliced out of the memory-mapped files and converted to the parameter's type, one tensor after another; the rest is
+never read.
 
-Three things are not in a checkpoint as the model has them: experts, saved one by one and trained as one tensor (whose
-rows are experts, so a rank reads its own); tied weights, saved once; and buffers that follow from the configuration
-(rotary frequencies), which are computed anew.
+Three things are not in a checkpoint as the model has them: experts, saved one by one and trained as one tensor (a rank
+reads its own experts, or with fewer experts than ranks its rows of each); tied weights, saved once; and buffers that
+follow from the configuration (rotary frequencies), which are computed anew.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ INDEX = "model.safetensors.index.json"
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Of a tensor of all experts: what a checkpoint has for each, laid one below the other."""
 
-Rows = Callable[[int, int], Tensor]
-"""Rows ``[begin, end)`` of a parameter, as the checkpoint has them"""
+Part = Callable[[int, int, int], Tensor]
+"""Of a dimension of a parameter, the entries ``[begin, end)``, as the checkpoint has them"""
 
 
 def safetensors_folder(name_or_folder: str) -> Path | None:
@@ -61,21 +61,25 @@ def load_shards(lm: Any, folder: Path, device: torch.device) -> None:
         names.setdefault(parameter, []).append(name)
     state = {}
     for parameter, aliases in names.items():
-        loaded = nn.Parameter(_shard(parameter, read.rows(aliases, parameter.shape), device), parameter.requires_grad)
+        loaded = nn.Parameter(
+            _shard(parameter, read.parameter(aliases, parameter.shape), device), parameter.requires_grad
+        )
         state.update(dict.fromkeys(aliases, loaded))
     lm.load_state_dict(state, assign=True)
     for module in lm.modules():
         _compute_buffers(module, lm.config, device)
 
 
-def _shard(parameter: nn.Parameter, rows: Rows, device: torch.device) -> Tensor:
+def _shard(parameter: nn.Parameter, part: Part, device: torch.device) -> Tensor:
     """A parameter's slice on this rank, wrapped as the parameter is."""
     if not isinstance(parameter, DTensor):
-        return rows(0, parameter.size(0)).to(device, parameter.dtype, copy=True)
-    assert parameter.placements == (Shard(0),)
-    mesh, share = parameter.device_mesh, -(-parameter.size(0) // parameter.device_mesh.size())
-    begin, end = (min(rank * share, parameter.size(0)) for rank in (mesh.get_local_rank(), mesh.get_local_rank() + 1))
-    local = rows(begin, end).to(device, parameter.dtype, copy=True)  # not a view of the mapped file
+        return part(0, 0, parameter.size(0)).to(device, parameter.dtype, copy=True)
+    mesh, (placement,) = parameter.device_mesh, parameter.placements
+    assert isinstance(placement, Shard)
+    size, rank = parameter.size(placement.dim), mesh.get_local_rank()
+    share = -(-size // mesh.size())
+    values = part(placement.dim, min(rank * share, size), min((rank + 1) * share, size))
+    local = values.to(device, parameter.dtype, copy=True).contiguous()  # not a view of the mapped file
     assert local.shape == parameter.to_local().shape
     return DTensor.from_local(
         local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
@@ -100,7 +104,7 @@ class _Checkpoint:
             raise HbpError(f"the checkpoint {folder} cannot be read: {error}; fetch or save it again") from None
         self.file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
 
-    def rows(self, aliases: list[str], shape: torch.Size) -> Rows:
+    def parameter(self, aliases: list[str], shape: torch.Size) -> Part:
         """How to read a parameter of this shape, known by any of these names.
 
         Raises:
@@ -110,25 +114,26 @@ class _Checkpoint:
             if name in self.file_of:
                 self._check(name, shape)
                 tensor = self._slice(name)
-                return lambda begin, end: tensor[begin:end]
+                return lambda dim, begin, end: tensor[(*[slice(None)] * dim, slice(begin, end))]
             experts, _, fused = name.rpartition(".")
             if fused in EXPERT_PARTS and f"{experts}.0.{EXPERT_PARTS[fused][0]}.weight" in self.file_of:
-                return self._expert_rows(experts, EXPERT_PARTS[fused], shape)
+                return self._experts(experts, EXPERT_PARTS[fused], shape)
         raise HbpError(f"the checkpoint {self.folder} has no tensor {aliases[0]}; is it of another model?")
 
-    def _expert_rows(self, experts: str, parts: tuple[str, ...], shape: torch.Size) -> Rows:
+    def _experts(self, experts: str, parts: tuple[str, ...], shape: torch.Size) -> Part:
         for expert in range(shape[0]):
             for part in parts:
                 self._check(f"{experts}.{expert}.{part}.weight", torch.Size((shape[1] // len(parts), *shape[2:])))
 
-        def rows(begin: int, end: int) -> Tensor:
+        def read(dim: int, begin: int, end: int) -> Tensor:
+            which, within = (range(begin, end), slice(None)) if dim == 0 else (range(shape[0]), slice(begin, end))
             every = [
-                torch.cat([self._slice(f"{experts}.{expert}.{part}.weight")[:] for part in parts])
-                for expert in range(begin, end)
+                torch.cat([self._slice(f"{experts}.{expert}.{part}.weight")[:] for part in parts])[within]
+                for expert in which
             ]
             return torch.stack(every) if every else torch.empty(0, *shape[1:])
 
-        return rows
+        return read
 
     def _check(self, name: str, shape: torch.Size) -> None:
         if name not in self.file_of:
