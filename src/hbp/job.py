@@ -51,6 +51,9 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
         if found.point is None:
             part, engine = _first_part(engine, run, ours, fingerprint)
         else:
+            if dist.get_rank() == 0:  # the checkpoint may come from another folder
+                np.save(run / "lengths.npy", engine.samples.lengths)
+                resume.write_run(config, fingerprint, trained=False)
             part, engine = _next_part_of(found.point, engine, run / ours)
         result = train_strategy(
             engine,

@@ -98,9 +98,8 @@ def find(config: Config, strategy: str, store_fingerprint: str) -> Found:
     there = _read(run / RUN)
     if there is None:
         return Found()
-    same = there["identity"] == wanted
     if there["trained"]:
-        return Found(trained=same)
+        return Found(trained=_changed(there["identity"], wanted) is None)
     for folder in sorted(run.glob(f"*/{CHECKPOINTS}")):  # of whatever strategy: nothing unfinished is thrown away
         for checkpoint in list_checkpoints(folder)[:1]:
             _refuse_change(there, wanted, checkpoint)
@@ -134,14 +133,18 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _refuse_change(there: Mapping[str, Any] | None, wanted: Mapping[str, Any], checkpoint: Path) -> None:
     if there is None:
         raise HbpError(f"{checkpoint.parents[2]} does not say whose run it holds ({RUN}); use train.resume=never")
-    before = there["identity"]
-    for name in [*wanted, *before]:
-        if before.get(name) != wanted.get(name):
-            what = f"{name} was {before.get(name)!r}, now {wanted.get(name)!r}"
-            what = "its data or tokenizer has changed" if name == "data" else what
-            raise HbpError(
-                f"{checkpoint} is of another run: {what}; restore that, give another run_dir, or train.resume=never"
-            )
+    name = _changed(there["identity"], wanted)
+    if name is not None:
+        what = f"{name} was {there['identity'][name]!r}, now {wanted[name]!r}"
+        what = "its data or tokenizer has changed" if name == "data" else what
+        raise HbpError(
+            f"{checkpoint} is of another run: {what}; restore that, give another run_dir, or train.resume=never"
+        )
+
+
+def _changed(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first option that differs; one that an earlier version did not have yet is no change."""
+    return next((name for name in wanted if name in before and before[name] != wanted[name]), None)
 
 
 def _adopt(checkpoint: Path, strategy_folder: Path) -> Path:
