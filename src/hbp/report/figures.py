@@ -94,7 +94,7 @@ def timelines(lanes: Sequence[Lane], groups: Sequence[Group]) -> str:
         handles = [Patch(color=_colour(g), label=group_name(groups[g])) for g in used]
         handles.append(Patch(color=WAIT, label="waiting for other ranks"))
         figure.legend(handles=handles, loc="outside lower left", ncols=min(3, len(handles)))
-        return _svg(figure, "timelines")
+        return as_svg(figure, "timelines")
 
 
 def _draw_lane(axis: Axes, lane: Lane, longest: float) -> None:
@@ -138,7 +138,7 @@ def time_parts(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str = "sec
         axis.tick_params(length=0)
         axis.set_xlabel(unit)
         figure.legend(loc="outside lower left", ncols=6)
-        return _svg(figure, "parts")
+        return as_svg(figure, "parts")
 
 
 def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) -> str:
@@ -162,7 +162,7 @@ def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) 
         axis.set_xlabel("tokens of a sample (dashed: packing lengths)")
         axis.set_ylabel("%")
         figure.legend(loc="outside upper left", ncols=2)
-        return _svg(figure, "lengths")
+        return as_svg(figure, "lengths")
 
 
 def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
@@ -176,7 +176,7 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -
         axis.set_xlabel("tokens trained on")
         axis.set_ylabel("loss of the step")
         axis.legend()
-        return _svg(figure, "loss")
+        return as_svg(figure, "loss")
 
 
 def predicted_against_measured(points: Sequence[tuple[float, float, int]], quantity: str, unit: str) -> str:
@@ -195,7 +195,7 @@ def predicted_against_measured(points: Sequence[tuple[float, float, int]], quant
         axis.set_xlabel(f"measured {quantity}, {unit}")
         axis.set_ylabel(f"predicted, {unit}")
         axis.legend()
-        return _svg(figure, quantity)
+        return as_svg(figure, quantity)
 
 
 def standalone(svg: str) -> str:
@@ -209,18 +209,8 @@ def standalone(svg: str) -> str:
     return svg[:head].replace(" class=", ' font-family="sans-serif" class=') + paper + svg[head:] + "\n"
 
 
-def _colour(group: int) -> str:
-    return PALETTE[group % len(PALETTE)]
-
-
-def _count(value: float, _: Any) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
-
-
-def _svg(figure: Figure, name: str) -> str:
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure as the text of one ``<svg class="name">``, in the page's fonts, width and ink."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -241,3 +231,14 @@ def _svg(figure: Figure, name: str) -> str:
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, variable)
     return text.strip()
+
+
+def _colour(group: int) -> str:
+    return PALETTE[group % len(PALETTE)]
+
+
+def _count(value: float, _: Any) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
