@@ -155,7 +155,23 @@ def test_looks_right_in_a_browser(run: Path, tmp_path: Path, width: int) -> None
       const small = [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height < 60).length;
       document.title = JSON.stringify({overflow: document.documentElement.scrollWidth - innerWidth, small,
         svgs: document.querySelectorAll('svg').length, bar: box('svg.timelines path').width,
-        ink: getComputedStyle(document.querySelector('svg text')).fill});
+        ink: getComputedStyle(document.querySelector('svg text')).fill, explorer: explore()});
+      function explore() {
+        const canvas = document.querySelector('#explorer canvas'), at = canvas.getBoundingClientRect();
+        const inked = () => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data
+          .reduce((sum, value, i) => sum + (i % 4 == 3 ? 0 : value * (1 + i % 97)), 0);
+        const whole = inked();
+        canvas.dispatchEvent(new PointerEvent('pointermove', {clientX: at.left + 90, clientY: at.top + 32}));
+        const tip = document.querySelector('#explorer .tip').textContent;
+        document.querySelector('#explorer [data-act=in]').click();
+        const zoomed = inked();
+        document.querySelector('#explorer select').value = 'groups';
+        document.querySelector('#explorer select').dispatchEvent(new Event('change'));
+        const groups = inked();
+        document.querySelector('#explorer [data-act=all]').click();
+        return {tip, drawn: whole > 0, zooms: zoomed != whole, recolours: groups != zoomed,
+          keys: document.querySelectorAll('#explorer .legend span').length};
+      }
     </script></body>"""
     page.write_text(write_report(run).html.read_text().replace("</body>", measure))
     title = re.search(r"<title>(\{.*?\})</title>", _browse(page, width, tmp_path, "--dump-dom"))
@@ -166,6 +182,11 @@ def test_looks_right_in_a_browser(run: Path, tmp_path: Path, width: int) -> None
     assert seen["small"] == 0, "a picture collapsed"
     assert seen["bar"] > 0
     assert seen["ink"].startswith("rgb"), "pictures take their ink from the page"
+    explorer = seen["explorer"]
+    assert explorer["drawn"] and explorer["zooms"] and explorer["recolours"]
+    assert explorer["keys"] >= 3
+    assert re.search(r"rank 0 · step \d+ · micro-step \d+", explorer["tip"]), "pointing at a bar tells its numbers"
+    assert "tokens in" in explorer["tip"] and "waiting" in explorer["tip"]
 
     from PIL import Image
 

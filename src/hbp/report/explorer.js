@@ -86,7 +86,7 @@
 
   function key() {
     const shown = mode === "parts"
-      ? [...new Set(data.lanes.flatMap(l => l.parts))].map(p => data.parts[p])
+      ? Object.keys(data.parts).filter(p => data.lanes.some(l => l.parts.includes(p))).map(p => data.parts[p])
       : data.groups;
     const entries = [...shown, { name: "waiting", colour: "var(--wait)" }];
     legend.replaceChildren(...entries.map(({ name, colour }) => {

@@ -29,6 +29,8 @@ INK, FAINT, WAIT = "#010203", "#040506", "#070809"
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--rule)", WAIT: "var(--wait)"}
 LIGHT = {INK: "#1c2430", FAINT: "#d5dae1", WAIT: "#f3c6bf"}
 PALETTE = ("#2f7fc1", "#e3912f", "#7d5fb8", "#3b9b78", "#c2557f", "#6f7f2e", "#35a0b5", "#9a6a44")
+LABEL_WIDTH = 0.13
+"""Of a packing length, as a share of the axis."""
 PART_COLOURS = {
     "linear": "#2f7fc1",
     "attention": "#7d5fb8",
@@ -153,9 +155,14 @@ def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) 
             share = 100 * counts / counts.sum()
             axis.stairs(share, bins, fill=True, color=colour, alpha=0.25)
             axis.stairs(share, bins, color=colour, label=f"share of {name}", linewidth=1.6)
-        for group in groups:
-            axis.axvline(group.capacity, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-            axis.text(group.capacity, 1.01, f"{group.capacity:,}", transform=axis.get_xaxis_transform(), ha="center")
+        label_ends, row = 0.0, 0
+        for capacity in sorted({group.capacity for group in groups}):
+            axis.axvline(capacity, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            at = np.log(capacity / low) / np.log((high + 1) / low)
+            row = 1 - row if at - LABEL_WIDTH < label_ends else 0  # labels that would meet take turns
+            label_ends = at
+            height = 1.01 + 0.07 * row
+            axis.text(capacity, height, f"{capacity:,}", transform=axis.get_xaxis_transform(), ha="center")
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(_count))
         axis.xaxis.set_minor_formatter("")

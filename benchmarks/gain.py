@@ -1,0 +1,210 @@
+"""How much will I gain? Predicted speed-ups over contexts, GPUs, networks, long samples, and against every peer.
+
+What the paper could not show, on the built-in H100 clusters: `peers` (every strategy and a FlexSP-style solver, four
+sets), `gpus` (8 to 1,024 GPUs, three networks), `contexts` (128K to 1M tokens) and `map` (share of long samples × speed
+of the network). The reference is `bfd`, the tightest single-length packing, under the fastest static setting that fits:
+a well-tuned user of today's packers, not naive packing. Every plan is made for the same samples.
+
+Rows that are in the file already are kept, so that a run can be continued or widened by a strategy: --fresh plans all
+anew. --draw makes the pictures and the numbers of docs/how-much-will-i-gain.md from the file and plans nothing.
+
+    python benchmarks/gain.py [--quick] [--json] [--sections peers,map] [--strategies hbp] [--fresh] [--draw]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from by_hand import plan_by_hand
+from flexsp import flexsp
+
+from hbp.cost.cluster import CLUSTERS, GB, ClusterSpec
+from hbp.cost.model_spec import load_model_spec
+from hbp.cost.predict import CostModel
+from hbp.data.length_sets import generate
+from hbp.errors import HbpError
+from hbp.planning.groups import longest_capacity, longest_settings
+from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.progress import Progress
+from hbp.simulate import DAY
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gain.json"
+MODEL, REFERENCE, K = "llama-3.1-8b", "bfd", 1024
+OURS = [name for name in STRATEGIES if name.startswith("hbp")]
+H100 = CLUSTERS["h100-nvlink"]
+NETWORKS = {
+    "NVLink throughout": dataclasses.replace(H100, name="nvlink-throughout", devices_per_node=1 << 20),
+    "400 Gb/s a GPU": H100,
+    "100 Gb/s a node": CLUSTERS["h100-ethernet"],
+}
+GBPS = (12.5, 25, 50, 100, 400)
+"""Of the map: Gb/s a GPU between nodes of eight, nine tenths of it achieved; then NVLink throughout."""
+SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3)
+MANY_SAMPLES = {"lb": 4_000, "flexsp": 4_000}
+"""More would take minutes; they balance batch by batch, so fewer batches show the same."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One place of a section."""
+
+    section: str
+    data: str
+    samples: int
+    gpus: int
+    network: str
+    context: int = 128 * K
+    share: float | None = None
+
+    def lengths(self) -> np.ndarray:
+        """Samples no longer than the context."""
+        if self.share is None:
+            lengths = generate(self.data, self.samples, seed=0)
+        else:
+            rng = np.random.default_rng(0)
+            lengths = generate("short-128k", self.samples, seed=0)
+            long = rng.random(self.samples) < self.share
+            lengths[long] = rng.integers(8 * K, 128 * K + 1, int(long.sum()))
+        return lengths[lengths <= self.context]
+
+    def cluster(self) -> ClusterSpec:
+        """H100s on the network."""
+        if self.network in NETWORKS:
+            return NETWORKS[self.network]
+        return dataclasses.replace(H100, node_bytes_per_s=8 * float(self.network.split()[0]) / 8 * 0.9 * GB)
+
+
+def cases(quick: bool) -> Iterator[tuple[Case, list[str]]]:
+    """Every place, and the strategies that are planned there."""
+    usual = [REFERENCE, "isf", "dcp", *OURS]
+    every = [name for name in STRATEGIES if name != "ffd"] + ["flexsp"]
+    fast = "400 Gb/s a GPU"
+    few = 5_000 if quick else 20_000
+    for data in ("tulu3-longcite",) if quick else ("short-32k", "tulu3-longcite", "mix-128k", "mix-1m"):
+        yield Case("peers", data, few, 32, fast, 1024 * K if data == "mix-1m" else 128 * K), every
+    if quick:
+        return
+    for gpus, network in itertools.product((8, 16, 32, 64, 128, 256, 1024), NETWORKS):
+        yield Case("gpus", "tulu3-longcite", max(20_000, 100 * gpus), gpus, network), usual
+    for context, network in itertools.product((128, 256, 512, 1024), NETWORKS):
+        more = ["flexsp"] if network == fast else []
+        yield Case("contexts", "mix-1m", 20_000, 64, network, context * K), usual + more
+    names = [f"{gbps:g} Gb/s a GPU" if gbps < 400 else fast for gbps in GBPS] + ["NVLink throughout"]
+    for share, network in itertools.product(SHARES, names):
+        yield Case("map", "short + long", 20_000, 32, network, share=share), [REFERENCE, *OURS]
+
+
+def measure(case: Case, strategy: str) -> dict[str, Any]:
+    """One row."""
+    case = dataclasses.replace(case, samples=min(case.samples, MANY_SAMPLES.get(strategy, case.samples)))
+    lengths = case.lengths()
+    cost = CostModel(load_model_spec(MODEL), case.cluster(), case.gpus)
+    longest = longest_capacity(lengths, None)
+    row: dict[str, Any] = {**dataclasses.asdict(case), "strategy": strategy}
+    start = time.perf_counter()
+    try:
+        if strategy == "flexsp":
+            static = longest_settings(cost, lengths, longest)[0].group
+            batch = case.gpus // static.sp_degree * longest
+            plan = plan_by_hand(strategy, flexsp, lengths, cost, None, batch, longest)
+        else:
+            plan = make_plan(lengths, cost, strategy=strategy)
+    except HbpError as error:
+        return row | {"error": str(error)}
+    metrics = plan.info.metrics
+    return row | {
+        "tokens": plan.info.n_tokens,
+        "tokens_per_s": plan.info.n_tokens / metrics["predicted_s"],
+        "gpu_days_per_billion": metrics["predicted_s"] * case.gpus / DAY / plan.info.n_tokens * 1e9,
+        "planning_s": time.perf_counter() - start,
+        **{name: metrics[name] for name in ("pr", "abr", "cr", "efficiency")},
+        "groups": " · ".join(f"{g.capacity / K:.4g}K SP{g.sp_degree} GC{g.gc_layers}" for g in plan.info.groups),
+    }
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two rows the same measurement."""
+    return tuple(row[name] for name in ("section", "data", "gpus", "network", "context", "share", "strategy"))
+
+
+def add_speedups(rows: list[dict[str, Any]]) -> None:
+    """Speed-up of every row over the reference in its place."""
+    reference = {key(r)[:-1]: r["tokens_per_s"] for r in rows if r["strategy"] == REFERENCE and "error" not in r}
+    for row in rows:
+        if "error" not in row and key(row)[:-1] in reference:
+            row["speedup"] = row["tokens_per_s"] / reference[key(row)[:-1]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the peers on one set, 5,000 samples; nothing is kept")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--sections", default="peers,gpus,contexts,map", help="comma-separated (default all)")
+    parser.add_argument("--strategies", help="only these, comma-separated")
+    parser.add_argument("--fresh", action="store_true", help="plan anew what is in the file")
+    parser.add_argument("--draw", action="store_true", help="only make the pictures and the page's numbers")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default {RESULTS.relative_to(ROOT)}")
+    args = parser.parse_args()
+    if args.draw:
+        from gain_page import draw
+
+        draw(json.loads(args.out.read_text()), ROOT / "docs")
+        return
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if args.out.is_file() and not args.quick:
+        kept = {key(row): row for row in json.loads(args.out.read_text())["rows"]}
+    chosen = args.strategies.split(",") if args.strategies else None
+    sections = args.sections.split(",")
+    wanted = [
+        (case, strategy)
+        for case, strategies in cases(args.quick)
+        for strategy in strategies
+        if case.section in sections and (chosen is None or strategy in chosen)
+    ]
+    result: dict[str, Any] = {}
+    with Progress("gain", len(wanted)) as progress:
+        for case, strategy in wanted:
+            name = key(dataclasses.asdict(case) | {"strategy": strategy})
+            if args.fresh or name not in kept:
+                kept[name] = measure(case, strategy)
+            rows = list(kept.values())
+            add_speedups(rows)
+            result = {
+                "command": "python benchmarks/gain.py" + (" --quick" if args.quick else ""),
+                "date": datetime.date.today().isoformat(),
+                "model": MODEL,
+                "reference": REFERENCE,
+                "rows": rows,
+            }
+            if not args.quick:
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+            progress.advance(f"{case.section}: {case.data}, {case.gpus} GPUs, {strategy}")
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{'section':9} {'data':15} {'context':>7} {'GPUs':>5} {'network':18} {'share':>6} "
+        f"{'strategy':10} {'speed-up':>8}"
+    )
+    for r in result.get("rows", []):
+        share = "" if r["share"] is None else f"{r['share']:.1%}"
+        speedup = f"{r['speedup']:.2f}" if "speedup" in r else "-"
+        print(
+            f"{r['section']:9} {r['data']:15} {r['context'] // K:6}K {r['gpus']:5} {r['network']:18} {share:>6} "
+            f"{r['strategy']:10} {speedup:>8}"
+        )
+
+
+if __name__ == "__main__":
+    main()
