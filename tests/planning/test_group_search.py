@@ -96,3 +96,13 @@ def test_no_slower_than_algorithm_1() -> None:
     trial = group_search._Trial(LLAMA, SamplesByLength(LLAMA, lengths), 32)
     found = search_groups(LLAMA, lengths, longest, None)
     assert trial.seconds(found) < trial.seconds(published_groups(LLAMA, lengths, longest))
+
+
+def test_no_micro_step_exceeds_the_global_batch_asked_for() -> None:
+    lengths = generate("short-32k", 20_000, 0)
+    longest = int(lengths.max())
+    for batch in (2 * 32 * longest, 32 * longest):
+        groups = search_groups(LLAMA, lengths, longest, None, batch)
+        assert all(32 // group.sp_degree * group.capacity <= batch for group in groups)
+    small = search_groups(LLAMA, lengths, longest, None, 8 * longest)  # packs of the longest sample have to be
+    assert all(32 // g.sp_degree * g.capacity <= 8 * longest or g.capacity == longest for g in small)

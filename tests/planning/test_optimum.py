@@ -2,7 +2,7 @@
 
 Every way to put up to four samples into packs, every setting that memory allows each pack, every way to lay the packs
 over two ranks micro-step by micro-step. Packs that small leave nothing to fill, and the search works with candidate
-lengths 64 tokens apart, so the gap here is an upper end: on average a few percent, at worst below 40 %.
+lengths 64 tokens apart, so the gap here is an upper end: on average below 5 %, at worst below 30 %.
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ def test_the_bound_and_the_plan_enclose_the_optimum() -> None:
         assert lower_bound_seconds(cost, np.array(lengths)) <= best * (1 + 1e-9)
         assert best <= found * (1 + 1e-6)
         gaps.append(found / best - 1)
-    assert max(gaps) < 0.4
-    assert np.mean(gaps) < 0.1
+    assert max(gaps) < 0.3
+    assert np.mean(gaps) < 0.05

@@ -72,7 +72,9 @@ def candidate_capacities(cost: CostModel, longest: int, limit: int | None) -> li
     return sorted({longest} | {c for c in found if SHORTEST_CANDIDATE <= c <= most})
 
 
-def search_groups(cost: CostModel, lengths: Lengths, longest: int, limit: int | None) -> tuple[Group, ...]:
+def search_groups(
+    cost: CostModel, lengths: Lengths, longest: int, limit: int | None, batch: int | None = None
+) -> tuple[Group, ...]:
     """The groups to plan with, in order of rising capacity; the last one holds `longest`.
 
     Args:
@@ -80,11 +82,16 @@ def search_groups(cost: CostModel, lengths: Lengths, longest: int, limit: int | 
         lengths: of the samples to plan, none over `longest`.
         longest: of the last group at least; some setting must fit it.
         limit: no packing length may exceed it; None: what memory holds.
+        batch: tokens of an optimizer step that a micro-step should not exceed, but for packs of `longest`.
     """
     options = {c: _settings(cost, c) for c in candidate_capacities(cost, longest, limit)}
+    if batch is not None:
+        world = cost.world_size
+        small = {c: [g for g in groups if world // g.sp_degree * c <= batch] for c, groups in options.items()}
+        options = {c: small[c] or (groups if c == longest else []) for c, groups in options.items()}
     options = {c: groups for c, groups in options.items() if groups}
     samples = SamplesByLength(cost, lengths)
-    alone = bool(samples.lengths[0] <= cost.longest_packs(1)[-1])
+    alone = any(g.sp_degree == 1 and c >= samples.lengths[0] for c, groups in options.items() for g in groups)
     starts = {best_groups(cost, samples, longest, options, alone=alone, filled=filled) for filled in (True, False)}
     trial = _Trial(cost, samples, max(g.sp_degree for groups in starts for g in groups))
     best = min(sorted(starts), key=trial.seconds)

@@ -65,7 +65,8 @@ def hbp(problem: Problem) -> Outcome:
 def hbp_mixed(problem: Problem) -> Outcome:
     """Our best: groups searched for the data, packs that are alike, steps that hold the data's mix."""
     lengths = problem.lengths[problem.sample_ids]
-    groups = search_groups(problem.cost, lengths, int(lengths.max()), problem.longest)
+    batch = problem.global_batch_tokens if problem.batch_given else None
+    groups = search_groups(problem.cost, lengths, int(lengths.max()), problem.longest, batch)
     return windowed_schedule(problem, groups)
 
 
@@ -105,7 +106,8 @@ def make_plan(
         seed: of every random choice; the same input and seed give the same plan, another seed another epoch.
         max_length: longest packing length; longer samples are dropped, by name. None: the longest sample, and for
             `hbp-mixed` what memory holds.
-        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest length.
+        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest length,
+            and for `hbp-mixed` at least one micro-step of the packs it finds best.
         short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only ours have one.
         windows: of `hbp-mixed`: pieces that the shuffled samples are planned in. More stay closer to a random order,
             fewer are faster. None: as many as cost at most a hundredth of the speed.
@@ -143,6 +145,7 @@ def make_plan(
             pack_cost=lambda groups: predicted_seconds(cost, lengths, groups),
             world_size=cost.world_size,
             global_batch_tokens=batch,
+            batch_given=global_batch_tokens is not None,
             short_steps=short_steps,
             windows=windows,
             rng=np.random.default_rng(seed),

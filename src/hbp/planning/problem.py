@@ -30,6 +30,8 @@ class Problem:
     pack_cost: Callable[[Sequence[Group]], PackCost]
     world_size: int
     global_batch_tokens: int
+    batch_given: bool
+    """Whether the user asked for that global batch, so that no micro-step should exceed it."""
     short_steps: int | None
     """Of the curriculum; None for its default."""
     windows: int | None

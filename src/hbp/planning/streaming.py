@@ -132,7 +132,8 @@ class StreamPlanner:
     def _plan(self, *, to_the_end: bool) -> Plan:
         """Rows of the buffer; what fills no whole micro-step stays, unless this is the end or nothing would leave."""
         if self.groups is None:
-            self.groups = search_groups(self.cost, self.lengths, self.max_length, self.max_length)
+            longest, batch = self.max_length, self.global_batch_tokens
+            self.groups = search_groups(self.cost, self.lengths, longest, longest, batch)
         problem = self._problem(self.groups[-1])
         try:
             outcome = windowed_schedule(problem, self.groups, to_the_end=to_the_end)
@@ -164,6 +165,7 @@ class StreamPlanner:
             pack_cost=lambda groups: predicted_seconds(self.cost, lengths, groups),
             world_size=self.cost.world_size,
             global_batch_tokens=self.global_batch_tokens or self.cost.world_size // last.sp_degree * last.capacity,
+            batch_given=self.global_batch_tokens is not None,
             short_steps=0,
             windows=1,
             rng=np.random.default_rng([self.seed, self.planned]),
