@@ -28,7 +28,8 @@ def test_profile_of_stacks(tmp_path: Path) -> None:
     with (tmp_path / "data.jsonl").open("w") as out:
         for i in range(40):
             said = " ".join(rng.choice(["pack", "rank", "step"], 5 + 10 * (i % 7)))
-            out.write(json.dumps({"prompt": f"Say {i}.", "completion": said}) + "\n")
+            turns = [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": said}]
+            out.write(json.dumps({"messages": turns}) + "\n")
     train_tokenizer(tmp_path / "data.jsonl", tmp_path / "tokenizer", vocab_size=300)
     config = {
         "run_dir": str(tmp_path / "run"),

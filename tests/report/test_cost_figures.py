@@ -1,20 +1,15 @@
-"""The cost model's pictures and page: every point and curve that the data asks for, and a browser can read them."""
+"""The cost model's pictures: every point and curve that the data asks for."""
 
 from __future__ import annotations
 
-import json
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
-import pytest
 from profiles import MODEL, make_profile
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
-from hbp.errors import HbpError
 from hbp.report import cost_figures
-from hbp.report.cost_page import write_cost_page
 from hbp.report.figures import PALETTE, standalone
 
 H100 = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 64)
@@ -60,19 +55,3 @@ def test_pictures_stand_alone_and_are_the_same_every_time() -> None:
     assert first == second
     assert "var(--" in first
     assert "var(--" not in standalone(first)
-
-
-def test_page_of_a_profile(tmp_path: Path) -> None:
-    fit, points, data = make_profile(world_size=2)
-    file = tmp_path / "profile.json"
-    file.write_text(json.dumps(data))
-    page = write_cost_page(file)
-    assert page == tmp_path / "profile.html"
-    text = page.read_text()
-    assert text.count("<svg") == 4
-    assert f"{100 * fit.held_out_error:.1f} %" in text
-    assert f"{len(points)}\n micro-batches" in text
-    assert text.count("predicted from measured collectives") == 5
-    (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(HbpError, match="not a profile"):
-        write_cost_page(tmp_path / "none.json")

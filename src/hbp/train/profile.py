@@ -10,7 +10,8 @@ which sees every tensor including temporaries, in a run of its own so as not to 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,37 @@ def _peak_bytes(run: Callable[[], None], device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated() - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return float(np.cumsum([e.nbytes() for e in events]).max())
+    return peak_of(sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree())))
+
+
+def _allocations(events: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
+
+
+def peak_of(events: Sequence[tuple[int, int, int]]) -> float:
+    """Peak of what is allocated, from (time, address, bytes) in order of time, bytes negative where they are freed.
+
+    A block that another thread frees last, as gloo's do with messages, leaves no record of that. Nothing that a
+    micro-batch allocates outlives it (gradients are there before), so a block without such a record was freed somewhere
+    else; it is counted until the next of its kind is allocated.
+    """
+    alive: dict[int, int] = {}
+    lost: set[int] = set()
+    for index, (_, address, size) in enumerate(events):
+        if size > 0:
+            if address in alive:
+                lost.add(alive[address])
+            alive[address] = index
+        else:
+            alive.pop(address, None)
+    lost |= set(alive.values())
+    total, peak, last_lost = 0, 0, 0
+    for index, (_, _, size) in enumerate(events):
+        total += size
+        if index in lost:
+            total, last_lost = total - last_lost, size
+        peak = max(peak, total)
+    return float(peak)
