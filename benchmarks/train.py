@@ -135,7 +135,7 @@ def switch_rank(out: Path, *, quick: bool) -> None:
     from hbp.train.model import load_model, shard
     from hbp.train.profile import forward_backward
 
-    rounds, row, tokens = (3, 6, 512) if quick else (12, 10, 1024)
+    rounds, row, tokens = (2, 3, 256) if quick else (12, 10, 1024)
     with process_group() as device:
         rank, rng = dist.get_rank(), np.random.default_rng(0)
         mesh = make_mesh(RANKS, [1, RANKS], device.type)
