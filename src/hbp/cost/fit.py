@@ -14,8 +14,8 @@ A point may have run fewer layers than the model has. Its row is then that of th
 out the same, and a model too large for the machine is fitted from stacks of a few of its layers.
 
 Memory has one scale (measured over modelled activation bytes) and one constant, taken so that nine in ten measured
-points are not predicted too small, and the others the least too large. The tenth is left out because over gloo a peak
-depends on when another process takes its messages; a trainer measures the fullest packs of its plan before it starts.
+points are not predicted too small, and then the closest to all. The tenth is left out so that one odd measurement does
+not make every pack seem larger; a trainer measures the fullest packs of its plan before it starts.
 
 Complexity: points × (overlaps × a few least squares problems of points × constants), for the leave-one-out errors.
 """
