@@ -58,7 +58,8 @@ def draw(gain: dict[str, Any], docs: Path) -> None:
         "contexts": contexts_table(rows),
         "paper": paper_table(json.loads((results / "paper.json").read_text())["rows"]),
         "simulator": simulator_table(json.loads((results / "simulator.json").read_text())),
-        "made": f"Planned {gain['date']} by `{gain['command']}` for {gain['model']}.",
+        "made": f"Planned {gain['date']} by `{gain['command']}` for {gain['model']}"
+        + (f", at commit {gain['commit']}." if "commit" in gain else "."),
     }
     text = page.read_text()
     for name, table in tables.items():
@@ -162,6 +163,8 @@ def peers_table(rows: Sequence[Row]) -> str:
     """Every strategy on every set; the fastest of a set in bold."""
     mine = [r for r in rows if r["section"] == "peers" and "speedup" in r]
     sets = [name for name in SETS if any(r["data"] == name for r in mine)]
+    if not sets:
+        return "Not in the kept results: `python benchmarks/gain.py --sections peers`."
     lines = []
     for strategy in sorted({r["strategy"] for r in mine}, key=lambda s: list(NAMES).index(s) if s in NAMES else 99):
         cells = []
