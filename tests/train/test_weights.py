@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN2, QWEN3_MOE, random_samples, run_ranks, write_config, write_model
 
 from hbp.errors import HbpError
-from hbp.parallel.mesh import make_mesh
+from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.train import weights
 from hbp.train.batch import micro_batch_of
 from hbp.train.model import CausalLMWithLoss, load_model, load_sharded, local_parameter_bytes, shard
@@ -191,3 +191,42 @@ def test_what_is_a_checkpoint_of_safetensors(tmp_path, monkeypatch):
     assert weights.safetensors_folder("lab/model") == Path(folder)
     assert weights.safetensors_folder("lab/other") is None
     assert asked == ["lab/model", "lab/other"]
+
+
+def load_adapted(rank: int, world: int, folder: str) -> dict[str, object]:
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    mesh = make_mesh(world, [], "cpu")
+
+    def adapt(model: CausalLMWithLoss) -> None:
+        peft.inject_adapter_in_model(config, model.lm)
+
+    model = load_sharded(folder, mesh.world, CPU, seed=3, adapt=adapt)
+    batch = micro_batch_of(random_samples([9, 4, 12], 64).documents, 0, 1, 0, 1, mesh, CPU)
+    loss = forward_backward(model, batch)
+    values = {name.removeprefix("lm."): p.full_tensor().detach() for name, p in model.named_parameters()}
+    trained = {name for name, p in model.lm.named_parameters() if p.grad is not None}
+    return {"values": values, "loss": loss, "trained": trained}
+
+
+def test_adapters_on_a_model_that_no_rank_holds(tmp_path):
+    pytest.importorskip("peft")
+    folder = write_model(tmp_path, LLAMA)
+    runs = [run_ranks(load_adapted, world, folder)[0] for world in (1, 3)]
+    saved = load_file(f"{folder}/model.safetensors")
+    batch = micro_batch_of(random_samples([9, 4, 12], 64).documents, 0, 1, 0, 0, ParallelMesh(None), CPU)
+    loss = forward_backward(load_model(folder), batch)
+    for run in runs:
+        values = run["values"]
+        base = {name.replace(".base_layer.", "."): x for name, x in values.items() if ".lora_" not in name}
+        assert base.keys() == saved.keys()
+        assert all(torch.equal(base[name], saved[name]) for name in saved)
+        adapters = {name for name in values if ".lora_" in name}
+        assert run["trained"] == adapters
+        assert len(adapters) == 2 * 7 * LLAMA["num_hidden_layers"]
+        for name in adapters:
+            assert torch.equal(values[name], runs[0]["values"][name])  # for any number of ranks
+            assert bool(values[name].any()) == (".lora_A." in name)
+            assert values[name].abs().max() <= values[name].size(1) ** -0.5  # uniform, as peft draws them
+        torch.testing.assert_close(run["loss"], loss)  # B is zero

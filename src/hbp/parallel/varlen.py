@@ -3,8 +3,8 @@
 One interface, :func:`document_attention`, over four kernels:
 
 - ``varlen``: torch's native variable-length flash attention, one launch for the whole pack; CUDA, half precision;
-- ``sdpa``: ``scaled_dot_product_attention``, document by document; anywhere. A call costs tens of microseconds, little
-  beside the layer around it even for documents of 16 tokens, so documents are not batched by length;
+- ``sdpa``: ``scaled_dot_product_attention``, document by document; anywhere. One call each, and no batching of equal
+  lengths: few documents have the same;
 - ``flex``: torch's FlexAttention, compiled, with a block mask made once a pack; CUDA (on CPU it has no backward);
 - ``flash``: the ``flash-attn`` package, for users who have it.
 

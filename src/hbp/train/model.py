@@ -205,19 +205,18 @@ def load_sharded(
     """:func:`load_model` in float32 and :func:`shard`, but a checkpoint of safetensors is read shard by shard.
 
     The model is built without storage, sharded, given memory, and each rank reads its own slices, so that none holds
-    the whole. A fresh initialisation, a checkpoint in another format, and a model that is adapted first, is whole on
-    every rank before it is sharded.
+    the whole. A fresh initialisation, and a checkpoint in another format, is whole on every rank before it is sharded.
 
     Args:
         name_or_folder: as for :func:`load_model`, and so `vocab_size`, `seed` and `attention`.
         mesh: of the world, and so `by_layer`, `compute_dtype` and `compiled` as for :func:`shard`.
         device: of this rank.
-        adapt: called with the whole model before it is sharded, to add adapters.
+        adapt: called with the model before it is sharded, and maybe before it has storage, to add low-rank adapters.
 
     Raises:
         HbpError: as they do, or a checkpoint whose tensors do not fit the model.
     """
-    folder = None if adapt else safetensors_folder(name_or_folder)
+    folder = safetensors_folder(name_or_folder)
     options: dict[str, Any] = {
         "by_layer": by_layer,
         "compute_dtype": compute_dtype,
@@ -238,8 +237,10 @@ def load_sharded(
     if (folder / "generation_config.json").is_file():  # for the exported model
         lm.generation_config = GenerationConfig.from_pretrained(folder)
     model = _ready(lm)
+    if adapt:
+        adapt(model)
     shard(model, mesh, **options)
-    load_shards(model.lm, folder, device)
+    load_shards(model.lm, folder, device, seed)
     return model
 
 

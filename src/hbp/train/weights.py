@@ -4,14 +4,18 @@ The model has been built on the meta device and sharded by FSDP2, so every param
 It is sliced out of the memory-mapped files and converted to the parameter's type, one tensor after another; the rest is
 never read.
 
-Three things are not in a checkpoint as the model has them: experts, saved one by one and trained as one tensor (a rank
-reads its own experts, or with fewer experts than ranks its rows of each); tied weights, saved once; and buffers that
-follow from the configuration (rotary frequencies), which are computed anew.
+Four things are not in a checkpoint as the model has them: experts, saved one by one and trained as one tensor (a rank
+reads its own experts, or with fewer experts than ranks its rows of each); tied weights, saved once; buffers that follow
+from the configuration (rotary frequencies), computed anew; and low-rank adapters that were added to the model,
+whose first values are drawn, the same for any number of ranks.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,9 @@ from hbp.errors import HbpError
 INDEX = "model.safetensors.index.json"
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Of a tensor of all experts: what a checkpoint has for each, laid one below the other."""
+
+ADAPTER = re.compile(r"\.lora_([AB])\.")
+"""Names of peft's adapters"""
 
 Part = Callable[[int, int, int], Tensor]
 """Of a dimension of a parameter, the entries ``[begin, end)``, as the checkpoint has them"""
@@ -44,13 +51,14 @@ def safetensors_folder(name_or_folder: str) -> Path | None:
     return path if path.is_dir() and any(path.glob("*.safetensors")) else None
 
 
-def load_shards(lm: Any, folder: Path, device: torch.device) -> None:
+def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> None:
     """Give a sharded model without storage its memory and the values of a checkpoint.
 
     Args:
         lm: transformers model on the meta device, its parameters sharded along their rows.
         folder: of the checkpoint.
         device: of this rank.
+        seed: of the first values of adapters.
 
     Raises:
         HbpError: a tensor of the model is missing or has another shape; names it.
@@ -61,13 +69,22 @@ def load_shards(lm: Any, folder: Path, device: torch.device) -> None:
         names.setdefault(parameter, []).append(name)
     state = {}
     for parameter, aliases in names.items():
-        loaded = nn.Parameter(
-            _shard(parameter, read.parameter(aliases, parameter.shape), device), parameter.requires_grad
-        )
+        name, shape, adapter = aliases[0], parameter.shape, ADAPTER.search(aliases[0])
+        part = _adapter(adapter[1], name, shape, seed) if adapter else read.parameter(aliases, shape)
+        loaded = nn.Parameter(_shard(parameter, part, device), parameter.requires_grad)
         state.update(dict.fromkeys(aliases, loaded))
     lm.load_state_dict(state, assign=True)
     for module in lm.modules():
         _compute_buffers(module, lm.config, device)
+
+
+def _adapter(which: str, name: str, shape: torch.Size, seed: int) -> Part:
+    """First values of a low-rank adapter, as peft's: B zero, A uniform; small, so drawn whole and then cut."""
+    values = torch.zeros(shape)
+    if which == "A":
+        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    return lambda dim, begin, end: values.narrow(dim, begin, end - begin)
 
 
 def _shard(parameter: nn.Parameter, part: Part, device: torch.device) -> Tensor:
@@ -110,7 +127,7 @@ class _Checkpoint:
         Raises:
             HbpError: it is not there, or not of this shape.
         """
-        for name in aliases:
+        for name in (alias.replace(".base_layer.", ".") for alias in aliases):  # peft's, of a layer with adapters
             if name in self.file_of:
                 self._check(name, shape)
                 tensor = self._slice(name)
