@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,7 @@ from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.progress import say
 from hbp.train.launch import rank_zero_first
 from hbp.train.lora import add_adapters
-from hbp.train.model import (
-    CausalLMWithLoss,
-    is_configuration_alone,
-    load_model,
-    load_sharded,
-    read_config,
-    shard,
-)
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, read_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,23 +67,19 @@ class Engine:
     def fresh_model(self) -> CausalLMWithLoss:
         """The model at its starting point, sharded; the same bits every time."""
         config, lora = self.config.model, self.config.lora
-        options: dict[str, Any] = {
-            "by_layer": self.cost.model.sharded_by_layer,
-            "compute_dtype": getattr(torch, config.compute_dtype),
-            "compiled": config.compile,
-        }
-        seen: dict[str, Any] = {
-            "vocab_size": self.samples.store.vocab_size,
-            "seed": self.config.seed,
-            "attention": config.attention,
-        }
-        if lora.rank:  # adapters are added to a model that is there
-            model = load_model(config.path, **seen)
-            add_adapters(model, lora, config.path, self.config.seed)
-            model.to(self.device)
-            shard(model, self.mesh.world, **options)
-        else:
-            model = load_sharded(config.path, self.mesh.world, self.device, **seen, **options)
+        adapt = partial(add_adapters, config=lora, base=config.path, seed=self.config.seed) if lora.rank else None
+        model = load_sharded(
+            config.path,
+            self.mesh.world,
+            self.device,
+            vocab_size=self.samples.store.vocab_size,
+            seed=self.config.seed,
+            by_layer=self.cost.model.sharded_by_layer,
+            compute_dtype=getattr(torch, config.compute_dtype),
+            attention=config.attention,
+            compiled=config.compile,
+            adapt=adapt,
+        )
         model.offload_activations = config.offload_activations
         return model
 
