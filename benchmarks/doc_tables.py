@@ -230,8 +230,10 @@ def quickstart() -> str:
     budget, date = runs[0]["memory_budget_bytes"] / 2**30, runs[0]["date"]
     lead = (
         f"Measured by `make quickstart` on {results[0]['device']} (two processes, gloo, {budget:.2f} GiB a process, "
-        f"{date}): **HBP is {first:.2f}× as fast** ({second:.2f}× in a second run) at the same loss, on "
-        f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens.\n\n"
+        f"{date}): **HBP is {first:.2f}× as fast** ({second:.2f}× in a second run), on "
+        f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens. Its {results[0]['steps']} steps come nearer "
+        f"to the global batch asked for than the {results[1]['steps']} of longer packs, so the losses are not those of the "
+        "same steps.\n\n"
     )
     sweep = [json.loads(file.read_text()) for file in sorted(folder.glob("memory-*.json"))]
     others = ", ".join(f"{run['speedup']:.2f}× at {run['memory_budget_bytes'] / 2**30:.2f} GiB" for run in sweep)

@@ -43,12 +43,13 @@ def mixed(strategy: str, **options: object) -> Plan:
     return make_plan(generate("mix-128k", 4000, 0), LLAMA, strategy=strategy, **options)
 
 
-def test_the_same_bytes_in_every_process() -> None:
+def test_the_same_bytes_in_every_process_and_with_any_number_of_threads() -> None:
     tests = Path(__file__).parents[1]
     digests = set()
-    for seed in ("0", "12345"):
+    for seed, threads in (("0", "1"), ("12345", "4")):
         path = os.pathsep.join([str(tests), str(tests.parent / "src")])
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        counts = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+        environment = {**os.environ, **counts, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
         done = subprocess.run(
             [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True, timeout=60
         )

@@ -1,0 +1,36 @@
+"""Reasons for groups: whose home they are, what other degrees would cost, what the run would take without them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hbp.cost.cluster import CLUSTERS
+from hbp.cost.model_spec import load_model_spec
+from hbp.cost.predict import CostModel
+from hbp.data.length_sets import generate
+from hbp.planning.explain import explain
+from hbp.planning.planner import make_plan
+
+COST = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 8)
+
+
+@pytest.mark.parametrize("strategy", ["hbp", "hbp-mixed", "concat"])
+def test_every_group_has_a_reason(strategy: str) -> None:
+    lengths = generate("mix-128k", 3000, 0)
+    plan = make_plan(lengths, COST, strategy=strategy)
+    reasons = explain(plan, COST, lengths)
+    assert [reason.group for reason in reasons] == sorted(plan.info.groups)
+    assert sum(reason.time_share for reason in reasons) == pytest.approx(1)
+    homes = [r for r in reasons if r.micro_steps > 1 or r.above]
+    for reason in homes:
+        mine = lengths[(lengths > reason.above) & (lengths <= reason.group.capacity)]
+        assert reason.samples == len(mine)
+        assert reason.tokens_share == pytest.approx(mine.sum() / lengths.sum())
+        own = next(s for s in reason.settings if s.sp_degree == reason.group.sp_degree)
+        assert own.slower == pytest.approx(0, abs=1e-9) or strategy == "concat"
+        for setting in reason.settings:
+            assert setting.gc_layers == COST.fewest_gc_layers(reason.group.capacity, setting.sp_degree)
+        assert f"{reason.group.capacity:,} / SP {reason.group.sp_degree}" in str(reason)
+    assert reasons[-1].without is None
+    assert np.isfinite([r.without for r in reasons[:-1]]).all()
