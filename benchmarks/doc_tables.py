@@ -231,9 +231,9 @@ def quickstart() -> str:
     lead = (
         f"Measured by `make quickstart` on {results[0]['device']} (two processes, gloo, {budget:.2f} GiB a process, "
         f"{date}): **HBP is {first:.2f}× as fast** ({second:.2f}× in a second run), on "
-        f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens. Its {results[0]['steps']} steps come nearer "
-        f"to the global batch asked for than the {results[1]['steps']} of longer packs, so the losses are not those of the "
-        "same steps.\n\n"
+        f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens. "
+        f"Its {results[0]['steps']} steps come nearer to the global batch asked for than the {results[1]['steps']} of "
+        "longer packs, so the losses are not those of the same steps.\n\n"
     )
     sweep = [json.loads(file.read_text()) for file in sorted(folder.glob("memory-*.json"))]
     others = ", ".join(f"{run['speedup']:.2f}× at {run['memory_budget_bytes'] / 2**30:.2f} GiB" for run in sweep)
