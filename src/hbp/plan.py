@@ -211,14 +211,20 @@ def validate(plan: Plan) -> None:
 def _check_samples(plan: Plan) -> None:
     info = plan.info
     dropped = np.fromiter((sample for sample, _ in info.dropped), np.int64, len(info.dropped))
-    seen = np.concatenate([plan.sample_ids.astype(np.int64), dropped])
-    if len(seen) and (seen.min() < 0 or seen.max() >= info.n_samples):
-        bad = int(seen[(seen < 0) | (seen >= info.n_samples)][0])
-        raise HbpError(f"plan names sample {bad}, but its data set has {info.n_samples} samples (ids from 0)")
-    first = min(info.n_samples, len(seen) + 1)  # more samples than these leave a gap among these already
-    times = np.bincount(seen[seen < first], minlength=first)
-    wrong = np.flatnonzero(times != 1)
-    if len(wrong):
+    for ids in (plan.sample_ids, dropped):
+        if len(ids) and (ids.min() < 0 or ids.max() >= info.n_samples):
+            bad = int(ids[(ids < 0) | (ids >= info.n_samples)][0])
+            raise HbpError(f"plan names sample {bad}, but its data set has {info.n_samples} samples (ids from 0)")
+    count = len(plan.sample_ids) + len(dropped)
+    first = min(info.n_samples, count + 1)  # more samples than these leave a gap among these already
+    there = np.zeros(first, bool)  # a byte a sample; counted out only where something is wrong
+    for ids in (plan.sample_ids, dropped):
+        there[ids[ids < first] if first < info.n_samples else ids] = True
+    if count != info.n_samples or not there.all():
+        times = np.zeros(first, np.int64)
+        for ids in (plan.sample_ids, dropped):
+            times += np.bincount(ids[ids < first], minlength=first)
+        wrong = np.flatnonzero(times != 1)
         sample = int(wrong[0])
         raise HbpError(
             f"plan holds sample {sample} {int(times[sample])} times; each must be packed or dropped exactly once "

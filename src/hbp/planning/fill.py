@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from hbp.planning.packs import Int, Lengths
+from hbp.planning.packs import Int, Lengths, numbered
 
 ONE = np.uint64(1)
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -262,8 +262,10 @@ def counting_sort(values: Int, lengths: Lengths, longest: int) -> Int:
 
 
 def shuffled(n: int, rng: np.random.Generator) -> Int:
-    """0..n−1 in random order; int32 where that can count them, which halves the memory of a large data set."""
-    return rng.permutation(np.arange(n, dtype=np.int32 if n < 2**31 else np.int64))
+    """0..n−1 in random order."""
+    order = numbered(n)
+    rng.shuffle(order)
+    return order
 
 
 def by_rising_length(lengths: Lengths, rng: np.random.Generator) -> Int:

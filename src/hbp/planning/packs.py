@@ -13,6 +13,12 @@ Int = npt.NDArray[np.int64]
 Lengths = npt.NDArray[np.integer]
 
 
+def numbered(n: int) -> Int:
+    """0..n−1, in int32 where that can count them: half the memory of a large data set."""
+    kind: Any = np.int32 if n < 2**31 else np.int64
+    return np.arange(n, dtype=kind)
+
+
 @dataclass(frozen=True, eq=False)
 class Packs:
     """Pack ``p`` holds ``sample_ids[offsets[p]:offsets[p + 1]]``."""

@@ -27,7 +27,7 @@ from hbp.planning.groups import (
 )
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
-from hbp.planning.packs import Lengths, Packs
+from hbp.planning.packs import Lengths, Packs, numbered
 from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import PackCost, balance_batches
 from hbp.planning.windows import windowed_schedule
@@ -64,7 +64,7 @@ def hbp(problem: Problem) -> Outcome:
 
 def hbp_mixed(problem: Problem) -> Outcome:
     """Our best: groups searched for the data, packs that are alike, steps that hold the data's mix."""
-    lengths = problem.lengths[problem.sample_ids]
+    lengths = problem.own_lengths()
     batch = problem.global_batch_tokens if problem.batch_given else None
     groups = search_groups(problem.cost, lengths, int(lengths.max()), problem.longest, batch)
     return windowed_schedule(problem, groups)
@@ -128,12 +128,15 @@ def make_plan(
             f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens; every length must be 1 or more"
         )
     longest = static.capacity if static else longest_capacity(lengths, max_length)
-    keep = lengths <= longest
-    ids = np.flatnonzero(keep)
+    dropped = np.flatnonzero(lengths > longest)
+    ids, own = numbered(len(lengths)), lengths
+    if len(dropped):
+        ids = np.delete(ids, dropped)
+        own = lengths[ids]
     if not len(ids):
         raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
-    statics = [static] if static else [choice.group for choice in longest_settings(cost, lengths[ids], longest)]
-    batch = global_batch_tokens or default_batch_tokens(cost, lengths[ids], longest)
+    statics = [static] if static else [choice.group for choice in longest_settings(cost, own, longest)]
+    batch = global_batch_tokens or default_batch_tokens(cost, own, longest)
     plans = []
     for setting in statics[:1] if strategy in OURS else statics:
         problem = Problem(
@@ -150,7 +153,7 @@ def make_plan(
             windows=windows,
             rng=np.random.default_rng(seed),
         )
-        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, np.flatnonzero(~keep)))
+        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, dropped))
     return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
 
 
@@ -227,7 +230,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, droppe
         capacity=column["capacity"].astype(np.int32),
         predicted_s=seconds.astype(np.float32),
         sample_offsets=packs.offsets,
-        sample_ids=packs.sample_ids,
+        sample_ids=packs.sample_ids.astype(np.int64, copy=False),
         lengths=in_plan,
     )
     details = {**measure_order(plan), **outcome.details}

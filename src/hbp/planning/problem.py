@@ -38,6 +38,10 @@ class Problem:
     """Pieces of the shuffle that are planned apart; None for the default."""
     rng: np.random.Generator
 
+    def own_lengths(self) -> Lengths:
+        """Of the samples to schedule; the data set's own array where none is left out."""
+        return self.lengths if len(self.sample_ids) == len(self.lengths) else self.lengths[self.sample_ids]
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -139,9 +139,9 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
     order = shuffled(len(ids), problem.rng)
     if len(ids) < len(problem.lengths):  # some are dropped: positions are not ids
         order = ids.astype(order.dtype)[order]
-    tokens = int(problem.lengths[ids].sum(dtype=np.int64))
+    tokens = int(problem.own_lengths().sum(dtype=np.int64))
     n_windows = min(len(ids), problem.windows or default_windows(tokens, groups, world))
-    costs = PackCosts(problem.cost, int(problem.lengths[ids].max()))
+    costs = PackCosts(problem.cost, int(problem.own_lengths().max()))
     bounds = np.linspace(0, len(ids), n_windows + 1).astype(np.int64)
     waiting = np.zeros(0, order.dtype)
     found: list[Window] = []
@@ -188,7 +188,8 @@ def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
     middle = _middle_of_steps(step, tokens)
     sample_ids = np.empty(int(offsets[-1]), np.int64)
     away, at = 0.0, 0
-    for w in found:
+    n_windows = len(found)
+    for w in (found.pop(0) for _ in range(n_windows)):  # each is let go once it is laid out
         here = slice(at, at + len(w.packs))
         away += _lay_out(sample_ids, begins[here], w.packs.offsets, w.packs.sample_ids, order, middle[step[here]])
         at += len(w.packs)
@@ -204,7 +205,7 @@ def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
         groups,
         seconds[rows],
         first_steps,
-        len(found),
+        n_windows,
         {"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
     )
 
