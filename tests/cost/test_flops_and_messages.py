@@ -38,6 +38,7 @@ def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=RANK, world_size=WORLD)
     monkeypatch.setattr("hbp.parallel.ulysses.document_attention", eager_attention)
+    monkeypatch.setattr("hbp.parallel.mesh.BACKENDS", {"cpu": "fake"})
     yield
     torch.distributed.destroy_process_group()
 

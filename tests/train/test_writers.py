@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 
 import pytest
 
@@ -87,13 +88,21 @@ def test_wandb_offline(tmp_path):
         writers[0](scalars_of(RECORD), 1)
         writers[0](scalars_of(dataclasses.replace(RECORD, loss=1.25)), 2)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    losses = []
-    for data in log_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            losses += [i.value_json for i in record.history.item if "train/loss" in (i.key, *i.nested_key)]
-    assert [float(loss) for loss in losses] == [2.5, 1.25]
+
+    def losses() -> list[float]:
+        found = []
+        for data in log_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                found += [i.value_json for i in record.history.item if "train/loss" in (i.key, *i.nested_key)]
+        return [float(loss) for loss in found]
+
+    for _ in range(100):  # its own process writes the file, and on a busy machine ends after us
+        if losses() == [2.5, 1.25]:
+            break
+        time.sleep(0.3)
+    assert losses() == [2.5, 1.25]
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
