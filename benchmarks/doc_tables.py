@@ -237,7 +237,8 @@ def quickstart() -> str:
     )
     sweep = [json.loads(file.read_text()) for file in sorted(folder.glob("memory-*.json"))]
     others = ", ".join(f"{run['speedup']:.2f}× at {run['memory_budget_bytes'] / 2**30:.2f} GiB" for run in sweep)
-    tail = f"\nThe gain follows the memory budget: {others}. Raw output in `benchmarks/results/quickstart/`.\n"
+    follows = f"The gain follows the memory budget: {others}. " if others else ""
+    tail = f"\n{follows}Raw output in `benchmarks/results/quickstart/`.\n"
     return lead + table(header, cells) + tail
 
 
