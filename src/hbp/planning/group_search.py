@@ -23,9 +23,9 @@ is not worth having and is left out.
 
 If the shorter samples do not suffice to fill the longer packs, these stay unfilled and nothing is taken off any bill.
 What such a sum cannot see (which packs hide FSDP's traffic, how evenly they come out) the second step looks at: both
-sets are planned for real on a sample of the lengths, with as many micro-steps as the run will have, and the better one
-is improved by local search: another capacity, another degree, one group fewer, as long as that is faster and the lower
-bound is not near.
+sets, and the paper's, are planned for real on a sample of the lengths, with as many micro-steps as the run will have,
+and the best one is improved by local search: another capacity, another degree, one group fewer, as long as that is
+faster and the lower bound is not near.
 
 Complexity: candidates² × degrees, then at most :data:`MOST_TRIALS` plans of a sample.
 """
@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
 from hbp.plan import Group
-from hbp.planning.groups import SamplesByLength
+from hbp.planning.groups import SamplesByLength, published_groups
 from hbp.planning.histogram_packs import PackCosts, pack_histogram
 from hbp.planning.metrics import rank_seconds
 from hbp.planning.packs import Int, Lengths
@@ -93,6 +93,9 @@ def search_groups(
     samples = SamplesByLength(cost, lengths)
     alone = any(g.sp_degree == 1 and c >= samples.lengths[0] for c, groups in options.items() for g in groups)
     starts = {best_groups(cost, samples, longest, options, alone=alone, filled=filled) for filled in (True, False)}
+    published = published_groups(cost, lengths, longest)
+    if all(group in options.get(group.capacity, []) for group in published):
+        starts.add(published)
     trial = _Trial(cost, samples, max(g.sp_degree for groups in starts for g in groups))
     best = min(sorted(starts), key=trial.seconds)
     improved = trial.seconds(best) > NEAR * trial.least
