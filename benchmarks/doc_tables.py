@@ -242,6 +242,18 @@ def quickstart() -> str:
     return lead + table(header, cells) + tail
 
 
+def train() -> str:
+    data = json.loads((RESULTS / "train.json").read_text())
+    cells = []
+    for name, mix in data["mixes"].items():
+        speeds = [f"{mix[side]['tokens_per_s']:,.0f}" for side in ("hbp", "naive", "trl")]
+        ratios = [f"{mix[f'speedup_vs_{side}']:.2f}×" for side in ("naive", "trl")]
+        cells.append((f"{name} (`{mix['hbp']['strategy']}`)", *speeds, *ratios))
+    header = ("mix", "ours, tokens/s", "best static naive", "TRL", "over naive", "over TRL")
+    where = f"Two processes of one thread, {data['device']}, {data['date']}: `python benchmarks/train.py`.\n\n"
+    return where + table(header, cells) + f"\nSwitching degrees costs {data['switch_overhead']:.1%} of a step.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "packing-fitting": packing_fitting,
     "packing-plans": packing_plans,
@@ -251,6 +263,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing-drift": packing_drift,
     "packing-readme": packing_readme,
     "quickstart": quickstart,
+    "train": train,
 }
 
 
