@@ -210,3 +210,15 @@ def test_data_for_planning_is_tokenized_and_bad_lines_are_named(
     assert "line 21 is not JSON" in refused(capsys, "plan", *arguments, "--out", str(tmp_path / "plan"))
     data.write_text("")
     assert "no records" in refused(capsys, "plan", *arguments, "--out", str(tmp_path / "plan"))
+
+
+@pytest.mark.parametrize("gib", ["nan", "-1", "0", "1e9"])
+def test_impossible_memory_is_one_line(gib: str, lengths: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = planning(lengths, "--memory-gib", gib)
+    assert "give a device's memory in GiB" in refused(capsys, "compare", *arguments)
+
+
+def test_a_plot_into_a_new_folder(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "new" / "compare.svg"
+    output(capsys, "compare", *planning(lengths, "--strategies", "bfd", "--plot", str(plot), "--json"))
+    assert plot.read_text().startswith("<svg")

@@ -44,7 +44,8 @@ def train_baseline(
     """
     budget, n_layers = engine.cost.cluster.memory_bytes, engine.cost.model.n_layers
     longest = max(group.capacity for group in ours.info.groups)
-    global_batch = int(ours.info.settings["global_batch_tokens"])
+    asked = ours.info.settings.get("global_batch_tokens") or engine.config.plan.global_batch_tokens
+    global_batch = int(asked or ours.info.n_tokens // ours.n_steps)
     trials: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     model = engine.fresh_model()

@@ -257,6 +257,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         from hbp.report.comparison import strategies_over_gpus
         from hbp.report.figures import standalone
 
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
         args.plot.write_text(standalone(strategies_over_gpus(rows)))
         print(f"hbp: plot: {args.plot}", file=sys.stderr)
     return {"rows": rows}
@@ -441,6 +442,8 @@ def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
         raise HbpError(f"--gpus {gpus}: give at least 1")
     cluster = load_cluster(args.cluster)
     if args.memory_gib is not None:
+        if not 0 < args.memory_gib < 1e6:
+            raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
         cluster = dataclasses.replace(cluster, memory_bytes=args.memory_gib * GIB)
     return CostModel(load_model_spec(args.model), cluster, gpus)
 

@@ -27,7 +27,7 @@ from hbp.config import Config
 from hbp.cost.cluster import ClusterSpec
 from hbp.errors import HbpError
 from hbp.live_plan import evaluation_plan, plan_to_run, plan_within_memory, write_and_read
-from hbp.plan import read_info, read_plan
+from hbp.plan import Plan, read_info, read_plan
 from hbp.planning.planner import STRATEGIES
 from hbp.prepare import Engine, make_engine
 from hbp.progress import say
@@ -112,7 +112,7 @@ def _next_part_of(point: Point, engine: Engine, folder: Path) -> tuple[Part, Eng
         engine.config.plan.strategy,
         here,
         seed=engine.config.seed + part.epoch,
-        global_batch_tokens=int(info.settings["global_batch_tokens"]),
+        global_batch_tokens=_global_batch(part.plan, engine.config),
     )
     return Part(number, part.epoch, left, plan, here), dataclasses.replace(planned, samples=engine.samples)
 
@@ -126,6 +126,12 @@ def _as_planned(engine: Engine, cluster: Mapping[str, Any]) -> Engine:
     return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=spec))
 
 
+def _global_batch(plan: Plan, config: Config) -> int:
+    """That a plan was made for; of another program's plan that does not say, the configured one or its mean step."""
+    asked = plan.info.settings.get("global_batch_tokens") or config.plan.global_batch_tokens
+    return int(asked or plan.info.n_tokens // plan.n_steps)
+
+
 def _next_epoch(last: Part, engine: Engine, folder: Path) -> Part:
     """All samples again, planned with another seed; a plan of the user's own is run again as it is."""
     config, epoch = engine.config, last.epoch + 1
@@ -134,7 +140,7 @@ def _next_epoch(last: Part, engine: Engine, folder: Path) -> Part:
     if own is not None and own.info.world_size == engine.cost.world_size:
         plan, _ = plan_to_run(engine, here)
     else:
-        global_batch = int(last.plan.info.settings["global_batch_tokens"])
+        global_batch = _global_batch(last.plan, config)
         strategy = config.plan.strategy
         plan = write_and_read(engine, strategy, here, seed=config.seed + epoch, global_batch_tokens=global_batch)
     return Part(last.number + 1, epoch, engine.samples, plan, here)
@@ -183,6 +189,8 @@ def _clear(run: Path, kept: str | None) -> None:
     for name in ("summary.json", "profile.json", resume.RUN):
         (run / name).unlink(missing_ok=True)
     for plan in run.glob("*/plan"):
+        if plan.parent.name not in STRATEGIES:  # not ours to remove
+            continue
         for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS):
             shutil.rmtree(stale, ignore_errors=True)
         if kept is None or plan.resolve() != Path(kept).resolve():

@@ -99,7 +99,7 @@ class PlanInfo:
     details: Mapping[str, float] = field(default_factory=dict)
     """Further figures: time imbalance, composition drift, travel from random order (docs/plan-format.md)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Options that shaped the plan (global batch, curriculum, GC policy), for the reader and for resume."""
+    """Options that shaped the plan (global batch, curriculum, longest packing length, windows)."""
 
 
 @dataclass(frozen=True, eq=False)

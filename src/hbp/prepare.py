@@ -151,5 +151,10 @@ def split_samples(
         raise HbpError(f"data.eval_samples={held} leaves none of the {n} samples to train on; lower it")
     order = np.random.default_rng(config.seed).permutation(n)
     fits = lengths[order] <= (config.data.max_length or lengths.max())
+    if held >= fits.sum():
+        raise HbpError(
+            f"data.eval_samples={held} leaves none to train on of the {fits.sum()} samples of up to "
+            f"{config.data.max_length} tokens; lower it or raise data.max_length"
+        )
     eval_ids = order[fits][:held]
     return np.setdiff1d(np.arange(n), eval_ids), np.sort(eval_ids)

@@ -1,8 +1,8 @@
 """What a plan's samples would take on other hardware: planned anew, since the best groups change with it, and played.
 
 The samples, model, strategy, seed, longest packing length, curriculum and tokens of an optimizer step stay those of the
-plan: the same training run on more or fewer devices. A step cannot hold less than one micro-step of the whole world,
-though, so with very many devices its tokens grow.
+plan, defaults included: the same training run on more or fewer devices. A step cannot hold less than one micro-step of
+the whole world, though, so with very many devices its tokens grow.
 """
 
 from __future__ import annotations

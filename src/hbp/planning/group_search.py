@@ -23,9 +23,9 @@ is not worth having and is left out.
 
 If the shorter samples do not suffice to fill the longer packs, these stay unfilled and nothing is taken off any bill.
 What such a sum cannot see (which packs hide FSDP's traffic, how evenly they come out) the second step looks at: both
-sets, and the paper's, are planned for real on a sample of the lengths, with as many micro-steps as the run will have,
-and the best one is improved by local search: another capacity, another degree, one group fewer, as long as that is
-faster and the lower bound is not near.
+sets, and the paper's where its groups are candidates too, are planned for real on a sample of the lengths, with as many
+micro-steps as the run will have, and the best one is improved by local search: another capacity, another degree, one
+group fewer, as long as that is faster and the lower bound is not near.
 
 Complexity: candidates² × degrees, then at most :data:`MOST_TRIALS` plans of a sample.
 """
