@@ -94,7 +94,8 @@ def search_groups(
     alone = any(g.sp_degree == 1 and c >= samples.lengths[0] for c, groups in options.items() for g in groups)
     starts = {best_groups(cost, samples, longest, options, alone=alone, filled=filled) for filled in (True, False)}
     published = published_groups(cost, lengths, longest)
-    if all(group in options.get(group.capacity, []) for group in published):
+    needless = alone and published[0].sp_degree > 1
+    if not needless and all(group in options.get(group.capacity, []) for group in published):
         starts.add(published)
     trial = _Trial(cost, samples, max(g.sp_degree for groups in starts for g in groups))
     best = min(sorted(starts), key=trial.seconds)
