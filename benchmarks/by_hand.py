@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,28 +12,13 @@ from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning.groups import longest_settings
 from hbp.planning.metrics import measure
-from hbp.planning.packs import Packs
+from hbp.planning.planner import predicted_seconds
 from hbp.planning.schedule import Schedule
 
 Lengths = npt.NDArray[np.int32]
 Made = tuple[Schedule, tuple[Group, ...]]
 ByHand = Callable[[Lengths, CostModel, Group, int, np.random.Generator], Made]
 """From lengths, cost, the one static setting, tokens of a step, and chance."""
-
-
-def pack_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> Callable[[Packs], np.ndarray]:
-    """Predicted seconds of packs of these groups."""
-
-    def seconds(packs: Packs) -> np.ndarray:
-        work = cost.work(lengths[packs.sample_ids], packs.offsets)
-        result = np.empty(len(packs))
-        for index in np.unique(packs.group):
-            here = packs.group == index
-            group = groups[index]
-            result[here] = cost.seconds(group.sp_degree, group.gc_layers).of(work[here])
-        return result
-
-    return seconds
 
 
 def plan_by_hand(
@@ -74,7 +59,7 @@ def _plan(name: str, schedule: Schedule, groups: tuple[Group, ...], lengths: Len
         sp_degree=column["sp_degree"].astype(np.int16),
         gc_layers=column["gc_layers"].astype(np.int16),
         capacity=column["capacity"].astype(np.int32),
-        predicted_s=pack_seconds(cost, lengths, groups)(packs).astype(np.float32),
+        predicted_s=predicted_seconds(cost, lengths, groups)(packs).astype(np.float32),
         sample_offsets=packs.offsets,
         sample_ids=packs.sample_ids,
         lengths=lengths[packs.sample_ids].astype(np.int32),

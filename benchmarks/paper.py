@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from by_hand import ByHand, Lengths, Made, pack_seconds, plan_by_hand
+from by_hand import ByHand, Lengths, Made, plan_by_hand
 from flexsp import flexsp
 from testbed import K, iteration_rows, testbed
 
@@ -42,7 +42,7 @@ from hbp.plan import Group
 from hbp.planning.fill import first_fit
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.packs import Int, packs_of
-from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.planner import STRATEGIES, make_plan, predicted_seconds
 from hbp.planning.schedule import balance_batches
 from hbp.progress import Progress
 from hbp.simulate import DAY
@@ -128,7 +128,7 @@ def hierarchical(shape: Sequence[tuple[int, int]] | None, balanced: bool) -> ByH
         packs = hierarchical_packs(lengths, np.arange(len(lengths)), groups, rng)
         if not balanced:
             packs = packs.take(rng.permutation(len(packs)))
-        spent, world = pack_seconds(cost, lengths, groups), cost.world_size
+        spent, world = predicted_seconds(cost, lengths, groups), cost.world_size
         return balance_batches(packs, spent, groups, lengths, world, batch, rng, by_cost=balanced), groups
 
     return make
@@ -143,7 +143,7 @@ def packer(fit: Callable[[Int, int], Int], falling: bool = False) -> ByHand:
             ids = ids[np.argsort(-lengths[ids], kind="stable")]
         packs = packs_of(fit(lengths[ids], static.capacity), ids)
         packs, groups = packs.take(rng.permutation(len(packs))), (static,)
-        spent, world = pack_seconds(cost, lengths, groups), cost.world_size
+        spent, world = predicted_seconds(cost, lengths, groups), cost.world_size
         return balance_batches(packs, spent, groups, lengths, world, batch, rng, by_cost=False), groups
 
     return make
