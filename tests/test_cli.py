@@ -155,7 +155,16 @@ def test_planning_half_runs_without_torch(command: str, lengths: Path, tmp_path:
 
 def test_missing_training_half_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    arguments = ["--data", str(tmp_path / "data.jsonl"), "--model", "llama-3.1-8b", "--gpus", "2"]
+    arguments = [
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--model",
+        "llama-3.1-8b",
+        "--gpus",
+        "2",
+        "--tokenizer",
+        "nowhere",
+    ]
     code = WITHOUT_TORCH.replace('ImportError(f"the planning half imported {name}")', "ModuleNotFoundError(name=name)")
     done = subprocess.run(
         [sys.executable, "-c", code, "plan", *arguments, "--out", str(tmp_path / "plan")],
@@ -222,3 +231,32 @@ def test_a_plot_into_a_new_folder(lengths: Path, tmp_path: Path, capsys: pytest.
     plot = tmp_path / "new" / "compare.svg"
     output(capsys, "compare", *planning(lengths, "--strategies", "bfd", "--plot", str(plot), "--json"))
     assert plot.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "--model", "llama-3.1-8b", "--gpus", "8", "--out", "x"], "--data --lengths is required"),
+        (["plan", "--lengths", "x.npy", "--model", "llama-3.1-8b", "--gpus", "many", "--out", "x"], "'many'"),
+        (["pack"], "invalid choice: 'pack'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert says in captured.err and "--help" in captured.err
+
+
+def test_help_of_train_lists_options_however_called(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    assert "global_batch_tokens" in capsys.readouterr().out
+
+
+def test_built_in_model_has_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(tmp_path / "none.jsonl")]
+    message = refused(capsys, "plan", *data, "--model", "llama-3.1-8b", "--gpus", "8", "--out", str(tmp_path / "p"))
+    assert "--tokenizer" in message

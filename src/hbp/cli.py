@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 
@@ -36,8 +36,9 @@ STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        args = _parser(arguments).parse_args(arguments)
         result = args.run(args)
     except HbpError as error:
         if not report_to_parent(error):
@@ -69,10 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hbp", description="Hierarchical Balance Packing for long-context training")
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other wrong input is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HbpError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="hbp", description="Hierarchical Balance Packing for long-context training")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
     plan = commands.add_parser("plan", parents=[common], help="turn lengths into a plan folder")
@@ -147,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.set_defaults(run=_profile)
 
-    if {"train", "profile"} & set(sys.argv[1:2]):  # the options' list needs pydantic and yaml, plan does not
+    if {"train", "profile"} & set(arguments[:1]):  # the options' list needs pydantic and yaml, plan does not
         from hbp.config import describe
 
         train.epilog = profile.epilog = "options of CONFIG.yaml:\n\n" + describe()
@@ -425,9 +433,12 @@ def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
         return read_lengths(args.lengths)
     if (Path(args.data) / "store.json").is_file():
         return np.asarray(open_store(Path(args.data)).lengths)
+    from hbp.cost.known_models import KNOWN_MODELS
     from hbp.data.sources import source_fingerprint
     from hbp.data.tokenize import prepare_store
 
+    if args.tokenizer is None and args.model in KNOWN_MODELS:
+        raise HbpError(f"--data needs --tokenizer DIR: the built-in {args.model} is dimensions only")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hbp"
     folder = cache / source_fingerprint(args.data, tokenizer := args.tokenizer or args.model)[:16]
     return np.asarray(prepare_store(args.data, tokenizer, folder).lengths)
