@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp.cli import STRATEGY_NAMES, main
+from hbp.cli import STRATEGY_NAMES, _compared, main
 from hbp.planning.planner import STRATEGIES
 
 LENGTHS = np.random.default_rng(0).integers(20, 4000, 400).astype(np.int32)
@@ -90,6 +90,7 @@ def test_simulate_prices_and_what_if(lengths: Path, tmp_path: Path, capsys: pyte
     assert "on 1 GPUs" in printed
     assert "--gpus 0" in refused(capsys, "simulate", out, "--gpus", "0")
     assert "--price" in refused(capsys, "simulate", out, "--price", "-1")
+    assert "--price inf" in refused(capsys, "simulate", out, "--price", "inf")
     assert "no cluster" in refused(capsys, "simulate", out, "--cluster", "abacus")
 
 
@@ -124,6 +125,23 @@ def test_compare_over_cluster_sizes_with_a_plot(
     picture = plot.read_text()
     assert picture.startswith("<svg")
     assert all(word in picture for word in ("bfd", "hbp-mixed", "speed over bfd"))
+
+
+def test_compare_goes_on_where_a_size_does_not_fit(lengths: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = planning(lengths, "--gpus", "1,8", "--strategies", "bfd,hbp-mixed")
+    rows = output(capsys, "compare", *arguments, "--json")["rows"]
+    assert ["error" in row for row in rows] == [True, True, False, False]
+    assert rows[2]["speedup"] == 1
+    assert main(["compare", *arguments]) == 0
+    assert "1 GPUs, bfd, hbp-mixed: " in capsys.readouterr().out
+    assert "memory" in refused(capsys, "compare", *planning(lengths, "--gpus", "1", "--strategies", "bfd"))
+
+
+def test_compare_leaves_slow_strategies_to_those_who_name_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _compared(None, 1000) == list(STRATEGY_NAMES)
+    assert "lb" not in _compared(None, 1_000_000)
+    assert "lb left out" in capsys.readouterr().err
+    assert _compared("lb", 1_000_000) == ["lb"]
 
 
 def test_plan_explains_its_groups(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +210,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert "longer than 10" in refused(capsys, "plan", *planning(lengths, *out, "--max-length", "10"))
     assert "--seed -1" in refused(capsys, "plan", *planning(lengths, *out, "--seed", "-1"))
     assert "--short-steps -1" in refused(capsys, "plan", *planning(lengths, *out, "--short-steps", "-1"))
-    assert "names none" in refused(capsys, "compare", *planning(lengths, "--strategies", ","))
+    assert "--strategies ," in refused(capsys, "compare", *planning(lengths, "--strategies", ","))
+    assert "--strategies magic" in refused(capsys, "compare", *planning(lengths, "--strategies", "magic"))
     assert "lengths.npy" in refused(capsys, "plan", *planning(lengths, "--out", str(lengths)))
     assert "no plan" in refused(capsys, "simulate", str(tmp_path))
     assert "neither" in refused(capsys, "report", str(tmp_path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ PROFILE_LIMIT_S = 170.0
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
 STOPPED = 128 + 15
 """Exit code of a run that a signal ended, as the shell has it for a process that SIGTERM ended."""
+SLOW_ABOVE = {"lb": 100_000}
+"""Samples above which `compare` leaves a strategy out unless it is asked for by name: it would take minutes."""
 STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed")
 
 
@@ -97,7 +100,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--gpus", required=True, metavar="N|N,N|N..N", help="ranks to plan for, one number or several (8..256 doubles)"
     )
     compare.add_argument(
-        "--strategies", default=",".join(STRATEGY_NAMES), help="comma-separated (default: all of them)"
+        "--strategies",
+        metavar="NAME,NAME",
+        help="in this order; speed-ups are over the first (default: all that take seconds)",
     )
     compare.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw efficiency and speed-up over GPUs")
     compare.set_defaults(run=_compare)
@@ -242,21 +247,27 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.simulate import simulate
     from hbp.what_if import parse_counts
 
-    names = [name.strip() for name in args.strategies.split(",") if name.strip()]
-    if not names:
-        raise HbpError(f"--strategies names none; give some of {','.join(STRATEGY_NAMES)}")
     sizes, rows = parse_counts(args.gpus), []
     lengths, options = _lengths(args), _options(args)
+    names = _compared(args.strategies, len(lengths))
     with Progress("compare", len(names) * len(sizes)) as progress:
         for gpus in sizes:
             cost, first = _cost(args, gpus), None
             for name in names:
-                plan = make_plan(lengths, cost, strategy=name, **options)
-                metrics = plan.info.metrics
-                first = first or metrics["predicted_s"]
-                speedup = first / metrics["predicted_s"]
-                rows.append({"strategy": name, "gpus": gpus, **metrics, **simulate(plan).to_json(), "speedup": speedup})
+                row: dict[str, Any] = {"strategy": name, "gpus": gpus}
+                try:
+                    plan = make_plan(lengths, cost, strategy=name, **options)
+                except HbpError as error:
+                    rows.append(row | {"error": str(error)})
+                else:
+                    metrics = plan.info.metrics
+                    first = first or metrics["predicted_s"]
+                    speedup = first / metrics["predicted_s"]
+                    rows.append(row | {**metrics, **simulate(plan).to_json(), "speedup": speedup})
                 progress.advance(f"{name}, {gpus} GPUs")
+    planned = [row for row in rows if "error" not in row]
+    if not planned:
+        raise HbpError(rows[0]["error"])
     if not args.json:
         from hbp.tables import compare_table
 
@@ -266,9 +277,22 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         from hbp.report.figures import standalone
 
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        args.plot.write_text(standalone(strategies_over_gpus(rows)))
+        args.plot.write_text(standalone(strategies_over_gpus(planned)))
         print(f"hbp: plot: {args.plot}", file=sys.stderr)
     return {"rows": rows}
+
+
+def _compared(asked: str | None, samples: int) -> list[str]:
+    """Strategies to compare: those asked for, or all that are quick enough for so many samples."""
+    if asked is not None:
+        names = [name.strip() for name in asked.split(",") if name.strip()]
+        if not names or not set(names) <= set(STRATEGY_NAMES):
+            raise HbpError(f"--strategies {asked}: give some of {','.join(STRATEGY_NAMES)}")
+        return names
+    slow = [name for name, limit in SLOW_ABOVE.items() if samples > limit]
+    if slow:
+        print(f"hbp: {', '.join(slow)} left out, slow on {samples:,} samples; --strategies takes it", file=sys.stderr)
+    return [name for name in STRATEGY_NAMES if name not in slow]
 
 
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
@@ -277,8 +301,8 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
 
     for name in ("price", "global_batch_tokens"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise HbpError(f"--{name.replace('_', '-')} {value:g}: give more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise HbpError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     plans = [read_plan(folder) for folder in args.plans]
     if args.gpus is not None or args.cluster:
         return _what_if(args, plans)

@@ -63,7 +63,9 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, An
 def compare_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Strategies side by side, for each number of GPUs; a bar shows the efficiency."""
     cells = [
-        (
+        (r["strategy"], f"{r['gpus']:,}", *["–"] * 9)
+        if "error" in r
+        else (
             r["strategy"],
             f"{r['gpus']:,}",
             f"{r['pr']:.3%}",
@@ -80,6 +82,20 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> None:
     ]
     header = ("strategy", "GPUs", "PR", "ABR", "CR", "Ave-T", "predicted", "tokens/s", "speed-up", "efficiency")
     table("predicted", (*header, "of best".ljust(BAR)), cells, left=len(header))
+    for message, names in _same_errors(rows).items():
+        print(f"{names}: {message}")
+
+
+def _same_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Each message once, with the GPUs that it is about and their strategies."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for row in rows:
+        if "error" in row:
+            found.setdefault(row["error"], {}).setdefault(row["gpus"], []).append(row["strategy"])
+    return {
+        message: "; ".join(f"{gpus:,} GPUs, {', '.join(names)}" for gpus, names in sizes.items())
+        for message, sizes in found.items()
+    }
 
 
 def parts_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
