@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp.cli import STRATEGY_NAMES, _compared, main
+from hbp.arguments import STRATEGY_NAMES
+from hbp.cli import _compared, main
 from hbp.planning.planner import STRATEGIES
 
 LENGTHS = np.random.default_rng(0).integers(20, 4000, 400).astype(np.int32)
