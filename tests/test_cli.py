@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from hbp.arguments import STRATEGY_NAMES
@@ -90,6 +91,13 @@ def test_simulate_prices_and_what_if(lengths: Path, tmp_path: Path, capsys: pyte
     assert "what if" in printed
     assert "on 1 GPUs" in printed
     assert "--gpus 0" in refused(capsys, "simulate", out, "--gpus", "0")
+    timeline = tmp_path / "timeline.parquet"
+    piece = ["--timeline", str(timeline), "--steps", "0..1", "--ranks", "2"]
+    output(capsys, "simulate", out, *piece, "--json")
+    assert set(pq.read_table(timeline)["rank"].to_pylist()) == {2}
+    assert set(pq.read_table(timeline)["step"].to_pylist()) == {0, 1}
+    assert "--ranks 8..9" in refused(capsys, "simulate", out, *piece, "--ranks", "8..9")
+    assert "leave out" in refused(capsys, "simulate", out, *piece, "--gpus", "8")
     assert "--price" in refused(capsys, "simulate", out, "--price", "-1")
     assert "--price inf" in refused(capsys, "simulate", out, "--price", "inf")
     assert "no cluster" in refused(capsys, "simulate", out, "--cluster", "abacus")

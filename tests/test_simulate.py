@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import hand_plan, tiny_cost
 
+from hbp import simulate as simulate_module
 from hbp.errors import HbpError
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.simulate import (
     DAY,
+    PACK_PARTS,
     RANK_PARTS,
     detailed_json,
     rank_use,
@@ -21,6 +25,7 @@ from hbp.simulate import (
     split_packs,
     step_seconds,
     timeline,
+    write_timeline,
 )
 
 ROWS = [
@@ -90,7 +95,7 @@ def test_parts_add_up_on_every_rank(lengths: list[int], strategy: str, world: in
 )
 def test_a_window_is_a_piece_of_the_whole_timeline(lengths: list[int], strategy: str, first: int, count: int) -> None:
     plan = make_plan(np.array(lengths), tiny_cost(4, 1000), strategy=strategy, max_length=1000)
-    whole = timeline(plan, 0, 10**6, 4)
+    whole = timeline(plan, 0, 10**6, range(4))
     micro_steps = simulate(plan).micro_steps
     assert whole.row.shape == (4, micro_steps)
     assert whole.begin_s[-1] + whole.wall_s[-1] + plan.info.cluster["step_overhead_s"] == pytest.approx(
@@ -101,12 +106,34 @@ def test_a_window_is_a_piece_of_the_whole_timeline(lengths: list[int], strategy:
     idle = whole.row < 0
     assert (whole.busy_s()[idle] == 0).all(), "a rank without a pack waits"
     first = min(first, micro_steps)
-    window = timeline(plan, first, count, 2)
+    window = timeline(plan, first, count, range(1, 3))
     piece = slice(first, first + count)
-    np.testing.assert_array_equal(window.row, whole.row[:2, piece])
+    np.testing.assert_array_equal(window.row, whole.row[1:3, piece])
     np.testing.assert_allclose(window.begin_s, whole.begin_s[piece])
     for name, seconds in window.parts.items():
-        np.testing.assert_allclose(seconds, whole.parts[name][:2, piece], rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(seconds, whole.parts[name][1:3, piece], rtol=1e-6, atol=1e-12)
+
+
+def test_timeline_file_says_what_every_rank_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 200)
+    plan = make_plan(lengths, tiny_cost(4, 1000), strategy="dcp", max_length=1000)
+    use, path = rank_use(plan), tmp_path / "new" / "timeline.parquet"
+    monkeypatch.setattr(simulate_module, "TIMELINE_ROWS", 12)  # several pieces
+    assert write_timeline(plan, path, range(plan.n_steps), range(4)) == 4 * simulate(plan).micro_steps
+    table = pq.read_table(path)
+    rank = table["rank"].to_numpy()
+    for name in ("linear", "attention", "alltoall", "waiting"):
+        np.testing.assert_allclose(np.bincount(rank, table[name]), use.parts[name], rtol=1e-4, atol=1e-6)
+    parts = sum(table[name].to_numpy() for name in (*PACK_PARTS, "waiting"))
+    np.testing.assert_allclose(parts, table["wall_s"], rtol=1e-4)
+    pack = table["pack"].to_numpy()
+    ran = pack >= 0
+    np.testing.assert_array_equal(table["step"].to_numpy()[ran], plan.step[pack[ran]])
+    np.testing.assert_array_equal(table["micro_step"].to_numpy()[ran], plan.micro_step[pack[ran]])
+    own = rank[ran] - plan.rank_start[pack[ran]]
+    assert ((own >= 0) & (own < plan.sp_degree[pack[ran]])).all()
+    assert write_timeline(plan, path, range(1, 2), range(2, 4)) == 2 * len(np.unique(plan.micro_step[plan.step == 1]))
+    assert set(pq.read_table(path)["rank"].to_pylist()) == {2, 3}
 
 
 def test_ranks_of_a_plan_without_a_cost_model() -> None:

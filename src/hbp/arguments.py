@@ -52,6 +52,11 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "plans", type=Path, nargs="+", metavar="PLAN", help="plan folders; the first is the reference"
     )
     simulate.add_argument("--price", type=float, metavar="PER_HOUR", help="of one GPU for an hour, to give the cost")
+    simulate.add_argument(
+        "--timeline", type=Path, metavar="FILE.parquet", help="write what each rank of the first plan does when"
+    )
+    simulate.add_argument("--steps", metavar="A..B", help="of the timeline (default: all)")
+    simulate.add_argument("--ranks", metavar="A..B", help="of the timeline (default: all)")
     simulate.add_argument("--gpus", metavar="N,N|N..N", help='"what if": plan anew for these numbers of GPUs')
     simulate.add_argument(
         "--cluster", nargs="+", action="extend", default=[], metavar="NAME|FILE", help='"what if": on these clusters'

@@ -171,7 +171,7 @@ def _compared(asked: str | None, samples: int) -> list[str]:
 
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.plan import read_plan
-    from hbp.simulate import detailed_json
+    from hbp.simulate import detailed_json, write_timeline
 
     for name in ("price", "global_batch_tokens"):
         value = getattr(args, name)
@@ -179,7 +179,14 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
             raise HbpError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
     plans = [read_plan(folder) for folder in args.plans]
     if args.gpus is not None or args.cluster:
+        if args.timeline is not None:
+            raise HbpError("--timeline plays the plan as it is; leave out --gpus and --cluster")
         return _what_if(args, plans)
+    if args.timeline is not None:
+        steps = _span("--steps", args.steps, plans[0].n_steps)
+        ranks = _span("--ranks", args.ranks, plans[0].info.world_size)
+        written = write_timeline(plans[0], args.timeline, steps, ranks)
+        print(f"hbp: timeline: {args.timeline}, {written:,} rows", file=sys.stderr)
     rows = [
         (str(folder), plan.info.metrics, detailed_json(plan, args.price))
         for folder, plan in zip(args.plans, plans, strict=True)
@@ -191,6 +198,17 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
         parts_table([(name, row) for name, _, row in rows])
     first = rows[0][2]["tokens_per_s"]
     return {"plans": [{"plan": name, **row, "speedup": row["tokens_per_s"] / first} for name, _, row in rows]}
+
+
+def _span(option: str, text: str | None, end: int) -> range:
+    """What ``A..B`` names of 0 to end − 1, both ends included."""
+    if text is None:
+        return range(end)
+    first, _, last = text.partition("..")
+    span = range(int(first), int(last or first) + 1) if first.isdecimal() and (last or first).isdecimal() else range(0)
+    if not span or span.stop > end:
+        raise HbpError(f"{option} {text}: give A..B within 0..{end - 1}")
+    return span
 
 
 def _what_if(args: argparse.Namespace, plans: Sequence[Plan]) -> dict[str, Any]:

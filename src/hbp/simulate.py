@@ -16,10 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hbp.cost.cluster import cluster_from_json
 from hbp.cost.model_spec import ModelSpec
@@ -46,6 +49,8 @@ PART_NAMES = {
 }
 """The parts of a rank's time and what tables and pictures call them."""
 RANK_PARTS = tuple(PART_NAMES)
+TIMELINE_ROWS = 1 << 18
+"""Of a timeline file that are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -193,22 +198,67 @@ def rank_use(plan: Plan) -> RankUse:
     return RankUse(parts, _sum_over_ranks(plan, plan.tokens() / plan.sp_degree), _peak_bytes(plan))
 
 
-def timeline(plan: Plan, first: int, count: int, ranks: int) -> Timeline:
-    """Micro-steps ``[first, first + count)``, counted over the whole plan, on the first `ranks` ranks."""
+def timeline(plan: Plan, first: int, count: int, ranks: range) -> Timeline:
+    """Micro-steps ``[first, first + count)``, counted over the whole plan, on these ranks."""
     walls = plan.micro_step_seconds().astype(np.float64)
     begin = np.concatenate([[0.0], np.cumsum(walls)])[:-1] + _optimizer_seconds(plan) * _step_of_micro_step(plan)
     window = slice(first, min(first + count, len(walls)))
     micro = plan.micro_step_index()
     a, b = (int(i) for i in np.searchsorted(micro, [window.start, window.stop]))
-    row = np.full((min(ranks, plan.info.world_size), max(0, window.stop - window.start)), -1, np.int64)
-    for i in range(a, b):
-        start = int(plan.rank_start[i])
-        row[start : start + int(plan.sp_degree[i]), micro[i] - window.start] = i
+    degree = plan.sp_degree[a:b].astype(np.int64)
+    within = np.arange(degree.sum()) - np.repeat(np.cumsum(degree) - degree, degree)
+    whole = np.full((plan.info.world_size, max(0, window.stop - window.start)), -1, np.int64)
+    rank = np.repeat(plan.rank_start[a:b], degree) + within
+    whole[rank, np.repeat(micro[a:b] - window.start, degree)] = np.repeat(np.arange(a, b), degree)
+    row = whole[ranks.start : ranks.stop]
     parts = {}
     for name, seconds in split_packs(plan, a, b).items():
         if seconds.any():
             parts[name] = np.where(row >= 0, seconds[np.maximum(row - a, 0)], 0.0)
     return Timeline(begin[window], walls[window], parts, row)
+
+
+def write_timeline(plan: Plan, path: Path, steps: range, ranks: range) -> int:
+    """Write what each rank does in each micro-step as Parquet, a row for each; returns how many.
+
+    Columns: ``step``, ``micro_step`` (of the step), ``rank``, ``pack`` (row of ``plan.parquet``, -1 where the rank
+    idles), ``begin_s`` and ``wall_s`` of the micro-step, then the seconds of :data:`PACK_PARTS` and ``waiting``, which
+    add up to ``wall_s``. Written a piece at a time, so that memory does not grow with the run.
+
+    Args:
+        plan: to be played.
+        path: file to write.
+        steps: optimizer steps to write.
+        ranks: ranks to write.
+    """
+    step, micro = _step_of_micro_step(plan), plan.micro_step_index()
+    numbers = plan.micro_step[np.unique(micro, return_index=True)[1]]
+    first, end = (int(i) for i in np.searchsorted(step, [steps.start, steps.stop]))
+    size, written = max(1, TIMELINE_ROWS // max(1, len(ranks))), 0
+    names = (*PACK_PARTS, "waiting")
+    kinds = {"step": pa.int32(), "micro_step": pa.int16(), "rank": pa.int32(), "pack": pa.int64()}
+    seconds = {name: pa.float64() if name == "begin_s" else pa.float32() for name in ("begin_s", "wall_s", *names)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, pa.schema({**kinds, **seconds}.items()), compression="zstd") as file:
+        for at in range(first, end, size):
+            played = timeline(plan, at, min(size, end - at), ranks)
+            n, drawn = len(played.wall_s), len(played.row)
+            waiting = np.maximum(0.0, played.wall_s - played.busy_s())
+            cells = {name: played.parts.get(name, np.zeros((drawn, n))) for name in PACK_PARTS} | {"waiting": waiting}
+            columns = {
+                "step": np.repeat(step[at : at + n], drawn),
+                "micro_step": np.repeat(numbers[at : at + n], drawn),
+                "rank": np.tile(np.arange(ranks.start, ranks.start + drawn), n),
+                "pack": played.row.T.ravel(),
+                "begin_s": np.repeat(played.begin_s, drawn),
+                "wall_s": np.repeat(played.wall_s, drawn),
+                **{name: values.T.ravel() for name, values in cells.items()},
+            }
+            file.write_table(
+                pa.table({name: pa.array(columns[name]).cast(kind) for name, kind in {**kinds, **seconds}.items()})
+            )
+            written += n * drawn
+    return written
 
 
 def _optimizer_seconds(plan: Plan) -> float:

@@ -36,7 +36,7 @@ def predicted_lane(plan: Plan, title: str, groups: Sequence[Group]) -> dict[str,
         groups: that the page numbers, all of the plan's among them.
     """
     ranks, count = window(plan)
-    played = timeline(plan, 0, count, ranks)
+    played = timeline(plan, 0, count, range(ranks))
     rows, where = np.unique(played.row, return_index=True)
     spent = np.array([seconds.ravel()[where] for seconds in played.parts.values()])  # [parts, rows]
     tokens, documents = plan.tokens(), np.diff(plan.sample_offsets)
