@@ -28,11 +28,13 @@ import numpy as np
 from plans import tiny_cost
 from hbp.plan import write_plan
 from hbp.planning.planner import STRATEGIES, make_plan
-lengths = np.random.default_rng(5).integers(1, 900, 200).astype(np.int32)
+few = np.random.default_rng(5).integers(1, 900, 200).astype(np.int32)
+plans = [make_plan(few, tiny_cost(8, 300), strategy=strategy, seed=1, max_length=800) for strategy in STRATEGIES]
+plans.append(make_plan(np.arange(1, 40000, dtype=np.int32), tiny_cost(8)))  # enough for BLAS to share sums out
 digest = hashlib.sha256()
-for strategy in STRATEGIES:
+for plan in plans:
     with tempfile.TemporaryDirectory() as name:
-        write_plan(make_plan(lengths, tiny_cost(8, 300), strategy=strategy, seed=1, max_length=800), Path(name))
+        write_plan(plan, Path(name))
         for file in sorted(Path(name).iterdir()):
             digest.update(file.read_bytes())
 print(digest.hexdigest())
