@@ -27,9 +27,9 @@ from hbp.planning.groups import (
 )
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
-from hbp.planning.packs import Lengths, Packs, numbered
+from hbp.planning.packs import Lengths, Packs
 from hbp.planning.problem import Outcome, Problem
-from hbp.planning.schedule import PackCost, balance_batches
+from hbp.planning.schedule import PackCost, balance_batches, in_order
 from hbp.planning.windows import windowed_schedule
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
@@ -64,7 +64,7 @@ def hbp(problem: Problem) -> Outcome:
 
 def hbp_mixed(problem: Problem) -> Outcome:
     """Our best: groups searched for the data, packs that are alike, steps that hold the data's mix."""
-    lengths = problem.own_lengths()
+    lengths = problem.own_lengths
     batch = problem.global_batch_tokens if problem.batch_given else None
     groups = search_groups(problem.cost, lengths, int(lengths.max()), problem.longest, batch)
     return windowed_schedule(problem, groups)
@@ -129,11 +129,8 @@ def make_plan(
         )
     longest = static.capacity if static else longest_capacity(lengths, max_length)
     dropped = np.flatnonzero(lengths > longest)
-    ids, own = numbered(len(lengths)), lengths
-    if len(dropped):
-        ids = np.delete(ids, dropped)
-        own = lengths[ids]
-    if not len(ids):
+    own = np.delete(lengths, dropped) if len(dropped) else lengths
+    if not len(own):
         raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
     statics = [static] if static else [choice.group for choice in longest_settings(cost, own, longest)]
     batch = global_batch_tokens or default_batch_tokens(cost, own, longest)
@@ -141,7 +138,7 @@ def make_plan(
     for setting in statics[:1] if strategy in OURS else statics:
         problem = Problem(
             lengths=lengths,
-            sample_ids=ids,
+            dropped=dropped,
             static=setting,
             longest=max_length,
             cost=cost,
@@ -153,7 +150,7 @@ def make_plan(
             windows=windows,
             rng=np.random.default_rng(seed),
         )
-        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, dropped))
+        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed))
     return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
 
 
@@ -179,7 +176,7 @@ def predicted_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]
     return seconds
 
 
-def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropped: np.ndarray) -> Plan:
+def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Plan:
     """Rows and metrics of scheduled packs."""
     schedule, groups, cost, lengths = outcome.schedule, outcome.groups, problem.cost, problem.lengths
     most = int(schedule.micro_step.max()) + 1
@@ -188,27 +185,28 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, droppe
             f"a step of {problem.global_batch_tokens} tokens takes {most} micro-steps, over the limit of "
             f"{MOST_MICRO_STEPS}; lower global_batch_tokens"
         )
-    order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
-    in_order = bool((np.diff(order) == 1).all())
-    packs = schedule.packs if in_order else schedule.packs.take(order)
-    seconds = predicted_seconds(cost, lengths, groups)(packs) if outcome.seconds is None else outcome.seconds[order]
-    used = np.unique(packs.group)
-    column = {
-        name: np.array([getattr(group, name) for group in groups])[packs.group]
-        for name in ("capacity", "sp_degree", "gc_layers")
-    }
-    in_plan = lengths[packs.sample_ids].astype(np.int32, copy=False)
+    if outcome.known is None:
+        schedule = in_order(schedule)
+        seconds = predicted_seconds(cost, lengths, groups)(schedule.packs)
+        in_plan = lengths[schedule.packs.sample_ids]
+    else:
+        seconds, in_plan = outcome.known
+    packs = schedule.packs
+
+    def column(name: str, kind: type) -> np.ndarray:
+        return np.array([getattr(group, name) for group in groups], kind)[packs.group]
+
     info = PlanInfo(
         strategy=strategy,
         seed=seed,
         world_size=problem.world_size,
-        groups=tuple(sorted(groups[i] for i in used)),
+        groups=tuple(sorted(groups[i] for i in np.unique(packs.group))),
         n_samples=len(lengths),
         n_tokens=int(in_plan.sum(dtype=np.int64)),
         lengths_sha256=hash_lengths(lengths),
         dropped=tuple(
             (int(i), f"{int(lengths[i])} tokens, longer than the longest group ({problem.static.capacity})")
-            for i in dropped
+            for i in problem.dropped
         ),
         model=cost.model.to_json(),
         cluster=cost.cluster.to_json(),
@@ -222,16 +220,16 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, droppe
     )
     plan = Plan(
         info,
-        step=schedule.step[order].astype(np.int32),
-        micro_step=schedule.micro_step[order].astype(np.int16),
-        rank_start=schedule.rank_start[order].astype(np.int32),
-        sp_degree=column["sp_degree"].astype(np.int16),
-        gc_layers=column["gc_layers"].astype(np.int16),
-        capacity=column["capacity"].astype(np.int32),
-        predicted_s=seconds.astype(np.float32),
+        step=schedule.step.astype(np.int32, copy=False),
+        micro_step=schedule.micro_step.astype(np.int16, copy=False),
+        rank_start=schedule.rank_start.astype(np.int32, copy=False),
+        sp_degree=column("sp_degree", np.int16),
+        gc_layers=column("gc_layers", np.int16),
+        capacity=column("capacity", np.int32),
+        predicted_s=seconds.astype(np.float32, copy=False),
         sample_offsets=packs.offsets,
         sample_ids=packs.sample_ids.astype(np.int64, copy=False),
-        lengths=in_plan,
+        lengths=in_plan.astype(np.int32, copy=False),
     )
     details = {**measure_order(plan), **outcome.details}
     return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost)), details=details))

@@ -39,6 +39,13 @@ class Schedule:
     rank_start: Int
 
 
+def in_order(schedule: Schedule) -> Schedule:
+    """Packs in order of step, micro-step and first rank, as a plan's rows are."""
+    order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
+    columns = (schedule.step, schedule.micro_step, schedule.rank_start)
+    return Schedule(schedule.packs.take(order), *(column[order] for column in columns))
+
+
 def micro_steps_per_step(group: Group, world_size: int, global_batch_tokens: int) -> int:
     """Gradient accumulation that brings a step of full packs nearest to the global batch."""
     tokens = world_size // group.sp_degree * group.capacity

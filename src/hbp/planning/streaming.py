@@ -139,7 +139,7 @@ class StreamPlanner:
             outcome = windowed_schedule(problem, self.groups, to_the_end=to_the_end)
         except TooFewSamples:
             outcome = windowed_schedule(self._problem(self.groups[-1]), self.groups)
-        plan = to_plan(outcome, problem, "hbp-mixed", self.seed, np.zeros(0, np.int64))
+        plan = to_plan(outcome, problem, "hbp-mixed", self.seed)
         dropped = tuple((i, f"{n} tokens, longer than the longest group ({self.max_length})") for i, n in self.too_long)
         piece = replace(
             plan,
@@ -158,7 +158,7 @@ class StreamPlanner:
         lengths = self.lengths
         return Problem(
             lengths=lengths,
-            sample_ids=np.arange(len(lengths)),
+            dropped=np.zeros(0, np.int64),
             static=last,
             longest=last.capacity,
             cost=self.cost,

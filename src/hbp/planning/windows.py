@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +42,17 @@ class TooFewSamples(HbpError):
 
 @dataclass(frozen=True)
 class Window:
-    """Packs of one window with their place, in micro-steps from 0, and what waits for the next."""
+    """Packs of one window in order of their place, and what waits for the next. Columns as narrow as the plan file's,
+    since all windows are held until the last is planned."""
 
-    packs: Packs
-    micro_step: Int  # [P]
-    rank_start: Int  # [P]
-    seconds: npt.NDArray[np.float64]  # [P]
-    tokens: npt.NDArray[np.float64]  # [P]
+    sizes: Int  # [P] int32: samples of each pack
+    positions: Int  # [N] of the samples in the shuffle, pack by pack
+    lengths: Int  # [N] int32
+    group: Int  # [P] int16
+    micro_step: Int  # [P] int32, from 0
+    rank_start: Int  # [P] int32
+    seconds: npt.NDArray[np.float64]  # [P] predicted
+    tokens: Int  # [P] int32
     groups: tuple[Group, ...]
     waiting: Int
     """Positions of the samples that were not placed."""
@@ -79,46 +84,50 @@ def plan_window(
     starts = ends - counts
     packed = pack_histogram(counts, groups, costs, world_size, rng, last=last)
     ordered = counting_sort(positions, lengths, len(starts) - 1)
-    order = np.lexsort((packed.rank_start, packed.micro_step))
+    order = np.argsort(packed.micro_step * world_size + packed.rank_start, kind="stable")
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
-    offsets, ids = _draw(number[packed.pack_of], packed.taken, len(order), starts, ordered)
-    # Of each length, what was drawn came first; the rest waits.
-    waiting = ordered[_ranges(ends - counts, counts)]
-    packs = Packs(offsets, ids, packed.group[order])
+    sizes, tokens, drawn, of_drawn, waiting = _draw(
+        number[packed.pack_of], packed.taken, len(order), starts, ends, ordered
+    )
     return Window(
-        packs,
-        packed.micro_step[order],
-        packed.rank_start[order],
+        sizes,
+        drawn,
+        of_drawn,
+        packed.group[order].astype(np.int16),
+        packed.micro_step[order].astype(np.int32),
+        packed.rank_start[order].astype(np.int32),
         packed.seconds[order],
-        np.bincount(number[packed.pack_of], packed.taken, len(order)).astype(np.float64),
+        tokens,
         packed.groups,
         waiting,
     )
 
 
 @njit(cache=True)
-def _draw(pack_of: Int, taken: Int, n_packs: int, starts: Int, ordered: Int) -> tuple[Int, Int]:
-    """Offsets of the packs, and for each sample placed the next one of its length, pack by pack."""
-    offsets = np.zeros(n_packs + 1, np.int64)
-    for pack in pack_of:
-        offsets[pack + 1] += 1
-    for pack in range(n_packs):
-        offsets[pack + 1] += offsets[pack]
-    at, next_of = offsets[:-1].copy(), starts.copy()
-    drawn = np.empty(len(pack_of), ordered.dtype)
+def _draw(pack_of: Int, taken: Int, n_packs: int, starts: Int, ends: Int, ordered: Int) -> tuple[Any, ...]:
+    """For each sample placed the next one of its length, which are ``ordered[starts[l] : ends[l]]``.
+
+    Returns:
+        Samples and tokens of each pack; what was drawn and its length, pack by pack; what was not drawn.
+    """
+    sizes, tokens = np.zeros(n_packs, np.int32), np.zeros(n_packs, np.int32)
     for i in range(len(pack_of)):
-        drawn[at[pack_of[i]]] = ordered[next_of[taken[i]]]
-        next_of[taken[i]] += 1
-        at[pack_of[i]] += 1
-    return offsets, drawn
-
-
-def _ranges(starts: Int, counts: Int) -> Int:
-    """starts[i] .. starts[i] + counts[i] − 1 for every i, one after the other."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - counts), counts) + np.arange(total)
+        sizes[pack_of[i]] += 1
+        tokens[pack_of[i]] += taken[i]
+    at, next_of = np.cumsum(sizes) - sizes, starts.copy()
+    drawn, lengths = np.empty(len(pack_of), ordered.dtype), np.empty(len(pack_of), np.int32)
+    for i in range(len(pack_of)):
+        pack, length = pack_of[i], taken[i]
+        drawn[at[pack]], lengths[at[pack]] = ordered[next_of[length]], length
+        at[pack] += 1
+        next_of[length] += 1
+    waiting, n = np.empty(len(ordered) - len(pack_of), ordered.dtype), 0
+    for length in range(len(starts)):
+        for i in range(next_of[length], ends[length]):
+            waiting[n] = ordered[i]
+            n += 1
+    return sizes, tokens, drawn, lengths, waiting
 
 
 def default_windows(tokens: int, groups: Sequence[Group], world_size: int) -> int:
@@ -135,79 +144,86 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
         groups: in order of rising capacity.
         to_the_end: False leaves samples that fill no whole micro-step waiting (a stream has more to come).
     """
-    ids, world = problem.sample_ids, problem.world_size
-    order = shuffled(len(ids), problem.rng)
-    if len(ids) < len(problem.lengths):  # some are dropped: positions are not ids
-        order = ids.astype(order.dtype)[order]
-    tokens = int(problem.own_lengths().sum(dtype=np.int64))
-    n_windows = min(len(ids), problem.windows or default_windows(tokens, groups, world))
-    costs = PackCosts(problem.cost, int(problem.own_lengths().max()))
-    bounds = np.linspace(0, len(ids), n_windows + 1).astype(np.int64)
+    own, world = problem.own_lengths, problem.world_size
+    order = shuffled(len(own), problem.rng)
+    n_windows = min(len(own), problem.windows or default_windows(int(own.sum(dtype=np.int64)), groups, world))
+    costs = PackCosts(problem.cost, int(own.max()))
+    bounds = np.linspace(0, len(own), n_windows + 1).astype(np.int64)
     waiting = np.zeros(0, order.dtype)
     found: list[Window] = []
     for number in range(n_windows):
         fresh = np.arange(bounds[number], bounds[number + 1], dtype=order.dtype)
         positions = np.concatenate([waiting, fresh])
-        here = problem.lengths[order[positions]]
         last = to_the_end and number == n_windows - 1
-        found.append(plan_window(positions, here, groups, costs, world, problem.rng, last=last))
+        found.append(plan_window(positions, own[order[positions]], groups, costs, world, problem.rng, last=last))
         waiting = found[-1].waiting
-    if not any(len(window.packs) for window in found):
-        raise TooFewSamples(f"{len(ids)} samples do not fill one micro-step; give a larger buffer")
+    if not any(len(window.sizes) for window in found):
+        raise TooFewSamples(f"{len(own)} samples do not fill one micro-step; give a larger buffer")
+    if len(problem.dropped):  # numbers among those left become sample ids
+        order = problem.sample_ids[order]
     return replace(_compose(problem, found, order), waiting=order[waiting])
 
 
 def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
-    """Order the micro-steps of all windows, cut them into steps, and lay the samples out pack by pack."""
-    groups, world = found[-1].groups, problem.world_size
-    sizes = np.concatenate([np.diff(w.packs.offsets) for w in found])
-    kind = np.concatenate([w.packs.group for w in found])
-    seconds = np.concatenate([w.seconds for w in found])
-    start = np.concatenate([w.rank_start for w in found])
-    n_micro = np.cumsum([0, *(int(w.micro_step[-1]) + 1 if len(w.micro_step) else 0 for w in found)])
-    micro = np.concatenate([w.micro_step + base for w, base in zip(found, n_micro, strict=False)])
-    tokens = np.concatenate([w.tokens for w in found])
+    """Order the micro-steps of all windows, cut them into steps, and lay the samples out pack by pack.
 
-    firsts = np.unique(micro, return_index=True)[1]
-    window = np.repeat(np.arange(len(found)), np.diff(n_micro))
-    of_micro = np.bincount(micro, weights=tokens).astype(np.float64)
+    Packs of a micro-step are adjacent and stay so: the order of packs follows from that of the micro-steps.
+    """
+    groups, n_windows = found[-1].groups, len(found)
+    of_windows = [np.bincount(w.micro_step) for w in found]
+    packs_of_micro = np.concatenate(of_windows)
+    firsts = np.cumsum(packs_of_micro) - packs_of_micro
+    kind, seconds = (np.concatenate([getattr(w, name) for w in found]) for name in ("group", "seconds"))
+    spent, sorted_whole = _order_price(seconds, kind, firsts, groups, problem.world_size)
+
+    tokens = np.add.reduceat(np.concatenate([w.tokens for w in found]), firsts, dtype=np.float64)
+    window = np.repeat(np.arange(n_windows), [len(packs) for packs in of_windows])
     sequence = interleave(kind[firsts], window, problem.rng)
     degree = np.array([group.sp_degree for group in groups])
     short = degree[kind[firsts]] == degree.min()
-    sequence, first_steps = shorts_first(sequence, short, of_micro, problem.global_batch_tokens, problem.short_steps)
-    step_of_micro = cut_steps(sequence, of_micro, problem.global_batch_tokens)
-    place = np.empty(len(sequence), np.int64)
-    place[sequence] = np.arange(len(sequence))
-    first_of_step = np.unique(step_of_micro[sequence], return_index=True)[1]
+    sequence, first_steps = shorts_first(sequence, short, tokens, problem.global_batch_tokens, problem.short_steps)
+    step_of_micro = cut_steps(sequence, tokens, problem.global_batch_tokens)
+    place = np.repeat(_middle_of_steps(step_of_micro, tokens)[step_of_micro], packs_of_micro)
 
-    rows = np.lexsort((start, place[micro]))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[rows])])
+    here = packs_of_micro[sequence]
+    rows = _ranges(firsts[sequence], here)
+    sizes = np.concatenate([w.sizes for w in found])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[rows], dtype=np.int64)])
     begins = np.empty(len(rows), np.int64)
     begins[rows] = offsets[:-1]
-    step = step_of_micro[micro]
-    middle = _middle_of_steps(step, tokens)
-    sample_ids = np.empty(int(offsets[-1]), np.int64)
+    steps = step_of_micro[sequence]
+    first_of_step = np.flatnonzero(np.diff(steps, prepend=-1))
+    micro_in_step = np.arange(len(steps)) - first_of_step[steps]
+    rank_start = np.concatenate([w.rank_start for w in found])[rows]
+    kind, predicted = kind[rows], seconds.astype(np.float32)[rows]
+    del seconds, sizes, rows
+
+    sample_ids, lengths = np.empty(int(offsets[-1]), np.int64), np.empty(int(offsets[-1]), np.int32)
     away, at = 0.0, 0
-    n_windows = len(found)
     for w in (found.pop(0) for _ in range(n_windows)):  # each is let go once it is laid out
-        here = slice(at, at + len(w.packs))
-        away += _lay_out(sample_ids, begins[here], w.packs.offsets, w.packs.sample_ids, order, middle[step[here]])
-        at += len(w.packs)
+        mine = slice(at, at + len(w.sizes))
+        away += _lay_out(sample_ids, lengths, begins[mine], w.sizes, w.positions, w.lengths, order, place[mine])
+        at += len(w.sizes)
     schedule = Schedule(
-        Packs(offsets, sample_ids, kind[rows]),
-        step[rows],
-        place[micro[rows]] - first_of_step[step[rows]],
-        start[rows],
+        Packs(offsets, sample_ids, kind),
+        np.repeat(steps.astype(np.int32), here),
+        np.repeat(micro_in_step.astype(np.int32), here),
+        rank_start,
     )
-    spent, sorted_whole = _order_price(seconds, kind, micro, groups, world)
     return Outcome(
         schedule,
         groups,
-        seconds[rows],
+        (predicted, lengths),
         first_steps,
         n_windows,
         {"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
     )
+
+
+def _ranges(starts: Int, counts: Int) -> Int:
+    """starts[i] .. starts[i] + counts[i] − 1 for every i, one after the other."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1])
 
 
 def _middle_of_steps(step: Int, tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -217,27 +233,39 @@ def _middle_of_steps(step: Int, tokens: npt.NDArray[np.float64]) -> npt.NDArray[
 
 
 @njit(cache=True)
-def _lay_out(into: Int, begins: Int, offsets: Int, positions: Int, order: Int, place: npt.NDArray[np.float64]) -> float:
-    """Write each pack's sample ids to its place in the plan; returns how far the samples travelled, summed."""
-    away, n = 0.0, len(order)
+def _lay_out(
+    ids: Int,
+    lengths: Int,
+    begins: Int,
+    sizes: Int,
+    positions: Int,
+    of_positions: Int,
+    order: Int,
+    place: npt.NDArray[np.float64],
+) -> float:
+    """Write each pack's sample ids and lengths to its place in the plan.
+
+    Returns:
+        How far the samples travelled, summed.
+    """
+    away, n, i = 0.0, len(order), 0
     for pack in range(len(begins)):
-        at = begins[pack]
-        for i in range(offsets[pack], offsets[pack + 1]):
-            position = positions[i]
-            into[at] = order[position]
-            at += 1
-            away += abs(place[pack] - (position + 0.5) / n)
+        for at in range(begins[pack], begins[pack] + sizes[pack]):
+            ids[at], lengths[at] = order[positions[i]], of_positions[i]
+            away += abs(place[pack] - (positions[i] + 0.5) / n)
+            i += 1
     return away
 
 
 def _order_price(
-    seconds: npt.NDArray[np.float64], kind: Int, micro: Int, groups: Sequence[Group], world: int
+    seconds: npt.NDArray[np.float64], kind: Int, firsts: Int, groups: Sequence[Group], world: int
 ) -> tuple[float, float]:
-    """Seconds of the micro-steps as they are, and if each group's packs were sorted over the whole run instead."""
-    slowest = np.zeros(int(micro.max()) + 1)
-    np.maximum.at(slowest, micro, seconds)
+    """Seconds of the micro-steps as they are, and if each group's packs were sorted over the whole run instead.
+
+    ``firsts`` are the first packs of the micro-steps.
+    """
     whole = 0.0
     for index, group in enumerate(groups):
         own = -np.sort(-seconds[kind == index])
         whole += float(own[:: world // group.sp_degree].sum())
-    return float(slowest.sum()), whole
+    return float(np.maximum.reduceat(seconds, firsts).sum()), whole
