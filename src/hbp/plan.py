@@ -189,9 +189,9 @@ def validate(plan: Plan) -> None:
         raise HbpError(
             f"plan is damaged: {len(plan.sample_ids)} sample ids but {len(plan.lengths)} lengths; make it again"
         )
-    _check_samples(plan)
-    if (plan.lengths < 1).any():
+    if int(plan.lengths.min(initial=1)) < 1:
         raise HbpError("plan is damaged: a sample has no tokens; make it again with `hbp plan`")
+    _check_samples(plan)
     tokens = plan.tokens()
     over = np.flatnonzero(tokens > plan.capacity)
     if len(over):
@@ -199,11 +199,6 @@ def validate(plan: Plan) -> None:
         raise HbpError(f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}")
     if info.n_tokens != int(tokens.sum()):
         raise HbpError(f"plan.json counts {info.n_tokens} tokens but the rows hold {int(tokens.sum())}")
-    if not info.dropped:  # else the whole data set's lengths are not known here
-        by_sample = np.empty(info.n_samples, np.int32)
-        by_sample[plan.sample_ids] = plan.lengths
-        if hash_lengths(by_sample) != info.lengths_sha256:
-            raise HbpError("plan is damaged: its rows' lengths are not those of its data set; make it again")
     if p:
         _check_tiling(plan)
 
@@ -216,20 +211,24 @@ def _check_samples(plan: Plan) -> None:
             bad = int(ids[(ids < 0) | (ids >= info.n_samples)][0])
             raise HbpError(f"plan names sample {bad}, but its data set has {info.n_samples} samples (ids from 0)")
     count = len(plan.sample_ids) + len(dropped)
+    if count == info.n_samples:
+        lengths = np.zeros(count, np.int32)
+        lengths[plan.sample_ids] = plan.lengths
+        lengths[dropped] = 1  # theirs are not known here
+        if lengths.all():  # as many as there are, and none left out: each once
+            if not info.dropped and hash_lengths(lengths) != info.lengths_sha256:
+                raise HbpError("plan is damaged: its rows' lengths are not those of its data set; make it again")
+            return
     first = min(info.n_samples, count + 1)  # more samples than these leave a gap among these already
-    there = np.zeros(first, bool)  # a byte a sample; counted out only where something is wrong
+    times = np.zeros(first, np.int64)
     for ids in (plan.sample_ids, dropped):
-        there[ids[ids < first] if first < info.n_samples else ids] = True
-    if count != info.n_samples or not there.all():
-        times = np.zeros(first, np.int64)
-        for ids in (plan.sample_ids, dropped):
-            times += np.bincount(ids[ids < first], minlength=first)
-        wrong = np.flatnonzero(times != 1)
-        sample = int(wrong[0])
-        raise HbpError(
-            f"plan holds sample {sample} {int(times[sample])} times; each must be packed or dropped exactly once "
-            f"({len(wrong)} samples are wrong)"
-        )
+        times += np.bincount(ids[ids < first], minlength=first)
+    wrong = np.flatnonzero(times != 1)
+    sample = int(wrong[0])
+    raise HbpError(
+        f"plan holds sample {sample} {int(times[sample])} times; each must be packed or dropped exactly once "
+        f"({len(wrong)} samples are wrong)"
+    )
 
 
 def _check_tiling(plan: Plan) -> None:
@@ -266,17 +265,27 @@ def write_plan(plan: Plan, folder: Path) -> None:
     if len(plan.sample_ids) > np.iinfo(np.int32).max:
         raise HbpError(f"{len(plan.sample_ids)} samples are more than one plan file can index; plan the data in parts")
     folder.mkdir(parents=True, exist_ok=True)
-    offsets = _arrow(plan.sample_offsets, pa.int32())
-    columns: dict[str, Any] = {name: getattr(plan, name) for name in SCALAR_COLUMNS}
-    for name in ("sample_ids", "lengths"):
-        values = _arrow(getattr(plan, name), SCHEMA.field(name).type.value_type)
-        columns[name] = pa.ListArray.from_arrays(offsets, values).cast(SCHEMA.field(name).type)
-    arrays = [x if isinstance(x := columns[f.name], pa.Array) else _arrow(x, f.type) for f in SCHEMA]
-    table = pa.table(arrays, schema=SCHEMA)
-    options = {"compression": "zstd", "row_group_size": 1 << 17, "write_page_checksum": True}
-    options["use_dictionary"] = list(SCALAR_COLUMNS)  # ids hardly repeat
-    pq.write_table(table, folder / PARQUET_NAME, **options)
+    # Repeated values are few bytes under zstd with no dictionary; ids do not repeat, but their differences are short.
+    options = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": False}
+    options["column_encoding"] = {"sample_ids.list.element": "DELTA_BINARY_PACKED"}
+    with pq.ParquetWriter(folder / PARQUET_NAME, SCHEMA, **options) as writer:
+        for begin in range(0, max(plan.n_packs, 1), PACKS_AT_A_TIME):  # no copy of the whole
+            writer.write_batch(_rows(plan, slice(begin, begin + PACKS_AT_A_TIME)))
     (folder / JSON_NAME).write_text(json.dumps(_info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
+
+
+def _rows(plan: Plan, rows: slice) -> pa.RecordBatch:
+    """Some rows of a plan in Arrow."""
+    offsets = plan.sample_offsets[rows.start : rows.stop + 1]
+    samples, counted = slice(offsets[0], offsets[-1]), _arrow(offsets - offsets[0], pa.int32())
+
+    def column(field: pa.Field) -> pa.Array:
+        values = getattr(plan, field.name)
+        if field.name in SCALAR_COLUMNS:
+            return _arrow(values[rows], field.type)
+        return pa.ListArray.from_arrays(counted, _arrow(values[samples], field.type.value_type), field.type)
+
+    return pa.record_batch([column(field) for field in SCHEMA], schema=SCHEMA)
 
 
 def _arrow(array: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
