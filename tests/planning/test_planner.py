@@ -93,8 +93,24 @@ def test_nonsense_is_refused_in_one_line(lengths: list[int], options: dict[str, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_impossible_memory_is_refused(strategy: str) -> None:
-    with pytest.raises(HbpError, match=r"a pack of 4096 tokens needs .* over the budget"):
-        make_plan(np.array([4096, 5]), tiny_cost(2, 500), strategy=strategy)
+    cost = tiny_cost(2, 500)
+    with pytest.raises(HbpError, match=r"a pack of 4096 tokens needs .* over the budget") as caught:
+        make_plan(np.array([4096, 5]), cost, strategy=strategy)
+    most = int(str(caught.value).split("or --max-length ")[1].split()[0])
+    assert "use more GPUs, a cluster with more memory, or" in str(caught.value)
+    validate(make_plan(np.array([most, 5]), cost, strategy=strategy, max_length=most))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_max_length_beyond_memory_is_no_obstacle_to_samples_that_fit(strategy: str) -> None:
+    """Nor is the rounding up of the longest sample."""
+    cost = tiny_cost(2, 500)
+    most = int(cost.longest_packs(2)[-1])
+    for longest in (64, most):
+        plan = make_plan(np.array([longest, 5]), cost, strategy=strategy, max_length=10**6)
+        validate(plan)
+        assert not plan.info.dropped
+        assert max(group.capacity for group in plan.info.groups) <= most
 
 
 def test_micro_steps_up_to_the_limit_are_planned() -> None:

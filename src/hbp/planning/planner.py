@@ -21,7 +21,7 @@ from hbp.planning.group_search import search_groups
 from hbp.planning.groups import (
     SamplesByLength,
     best_setting,
-    longest_capacity,
+    fitting_capacity,
     longest_settings,
     published_groups,
 )
@@ -104,8 +104,8 @@ def make_plan(
         cost: predicts the user's model on the user's cluster at its world size.
         strategy: a key of :data:`STRATEGIES`.
         seed: of every random choice; the same input and seed give the same plan, another seed another epoch.
-        max_length: longest packing length; longer samples are dropped, by name. None: the longest sample, and for
-            `hbp-mixed` what memory holds.
+        max_length: longest packing length; longer samples are dropped, by name. None, or one that fits memory at no
+            setting: the longest sample. `hbp-mixed` has it as a limit only, and None for what memory holds.
         global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest length,
             and for `hbp-mixed` at least one micro-step of the packs it finds best.
         short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only ours have one.
@@ -117,7 +117,7 @@ def make_plan(
         The plan with its metrics; not yet validated (:func:`hbp.plan.write_plan` does).
 
     Raises:
-        HbpError: no samples, an unknown strategy, or a longest pack that no setting fits into memory.
+        HbpError: no samples, an unknown strategy, or a longest sample that no setting fits into memory.
     """
     if strategy not in STRATEGIES:
         raise HbpError(f"no strategy {strategy!r}: give one of {', '.join(STRATEGIES)}")
@@ -127,11 +127,12 @@ def make_plan(
         raise HbpError(
             f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens; every length must be 1 or more"
         )
-    longest = static.capacity if static else longest_capacity(lengths, max_length)
-    dropped = np.flatnonzero(lengths > longest)
+    limit = static.capacity if static else max_length
+    dropped = np.zeros(0, np.int64) if limit is None else np.flatnonzero(lengths > limit)
     own = np.delete(lengths, dropped) if len(dropped) else lengths
     if not len(own):
-        raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
+        raise HbpError(f"every sample is longer than {limit} tokens; raise --max-length to {int(lengths.max())}")
+    longest = static.capacity if static else fitting_capacity(cost, own, max_length)
     statics = [static] if static else [choice.group for choice in longest_settings(cost, own, longest)]
     batch = global_batch_tokens or default_batch_tokens(cost, own, longest)
     plans = []
