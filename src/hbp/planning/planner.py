@@ -217,6 +217,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Pla
             "short_steps": outcome.short_steps,
             "max_length": problem.static.capacity,
             "windows": outcome.windows,
+            "extra_groups": [asdict(group) for group in outcome.extra],
         },
     )
     plan = Plan(

@@ -58,6 +58,8 @@ class Outcome:
     schedule: Schedule
     groups: tuple[Group, ...]
     """That ``schedule.packs.group`` indexes."""
+    extra: tuple[Group, ...] = ()
+    """Those of them that the strategy did not choose, but made for what filled none."""
     known: tuple[npt.NDArray[np.float32], Lengths] | None = None
     """Predicted seconds ``[P]`` and lengths of the samples pack by pack ``[N]``, of a strategy that knows them already
     and schedules its packs in order of their place."""

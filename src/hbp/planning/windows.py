@@ -161,7 +161,8 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
         raise TooFewSamples(f"{len(own)} samples do not fill one micro-step; give a larger buffer")
     if len(problem.dropped):  # numbers among those left become sample ids
         order = problem.sample_ids[order]
-    return replace(_compose(problem, found, order), waiting=order[waiting])
+    extra = tuple(group for group in found[-1].groups if group not in groups)
+    return replace(_compose(problem, found, order), extra=extra, waiting=order[waiting])
 
 
 def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
@@ -213,10 +214,10 @@ def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
     return Outcome(
         schedule,
         groups,
-        (predicted, lengths),
-        first_steps,
-        n_windows,
-        {"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
+        known=(predicted, lengths),
+        short_steps=first_steps,
+        windows=n_windows,
+        details={"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
     )
 
 
