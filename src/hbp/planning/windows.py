@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
 from hbp.errors import HbpError
-from hbp.plan import Group
+from hbp.plan import Group, IntArray
 from hbp.planning.composition import cut_steps, interleave, shorts_first
 from hbp.planning.fill import count_lengths, counting_sort, shuffled
 from hbp.planning.histogram_packs import PackCosts, pack_histogram
@@ -41,18 +40,27 @@ class TooFewSamples(HbpError):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Samples in the order of their packs, of one window or of all."""
+
+    positions: Int  # [N] in the shuffle
+    lengths: Int  # [N] int32
+
+    def __getitem__(self, part: slice) -> Drawn:
+        return Drawn(self.positions[part], self.lengths[part])
+
+
+@dataclass(frozen=True)
 class Window:
     """Packs of one window in order of their place, and what waits for the next. Columns as narrow as the plan file's,
     since all windows are held until the last is planned."""
 
-    sizes: Int  # [P] int32: samples of each pack
-    positions: Int  # [N] of the samples in the shuffle, pack by pack
-    lengths: Int  # [N] int32
-    group: Int  # [P] int16
-    micro_step: Int  # [P] int32, from 0
-    rank_start: Int  # [P] int32
+    sizes: IntArray  # [P] int32: samples of each pack
+    tokens: IntArray  # [P] int32
     seconds: npt.NDArray[np.float64]  # [P] predicted
-    tokens: Int  # [P] int32
+    group: IntArray  # [P] int16
+    micro_step: IntArray  # [P] int32, from 0
+    rank_start: IntArray  # [P] int32
     groups: tuple[Group, ...]
     waiting: Int
     """Positions of the samples that were not placed."""
@@ -65,6 +73,7 @@ def plan_window(
     costs: PackCosts,
     world_size: int,
     rng: np.random.Generator,
+    into: Drawn,
     *,
     last: bool,
 ) -> Window:
@@ -77,6 +86,7 @@ def plan_window(
         costs: predicts packs.
         world_size: ranks.
         rng: decides which lengths wait.
+        into: gets the samples of the packs from its beginning on, ``[n]`` or longer.
         last: nothing may wait.
     """
     counts = count_lengths(lengths, int(lengths.max(initial=0)))
@@ -87,36 +97,41 @@ def plan_window(
     order = np.argsort(packed.micro_step * world_size + packed.rank_start, kind="stable")
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
-    sizes, tokens, drawn, of_drawn, waiting = _draw(
-        number[packed.pack_of], packed.taken, len(order), starts, ends, ordered
-    )
+    pack_of = number[packed.pack_of]
+    sizes, tokens = np.zeros((2, len(order)), np.int32)
+    waiting = _draw(pack_of, packed.taken, starts, ends, ordered, sizes, tokens, into.positions, into.lengths)
     return Window(
         sizes,
-        drawn,
-        of_drawn,
+        tokens,
+        packed.seconds[order],
         packed.group[order].astype(np.int16),
         packed.micro_step[order].astype(np.int32),
         packed.rank_start[order].astype(np.int32),
-        packed.seconds[order],
-        tokens,
         packed.groups,
         waiting,
     )
 
 
 @njit(cache=True)
-def _draw(pack_of: Int, taken: Int, n_packs: int, starts: Int, ends: Int, ordered: Int) -> tuple[Any, ...]:
-    """For each sample placed the next one of its length, which are ``ordered[starts[l] : ends[l]]``.
+def _draw(
+    pack_of: Int,
+    taken: Int,
+    starts: Int,
+    ends: Int,
+    ordered: Int,
+    sizes: IntArray,
+    tokens: IntArray,
+    drawn: Int,
+    lengths: Int,
+) -> Int:
+    """Draw for each sample placed the next one of its length ``l``, which are ``ordered[starts[l] : ends[l]]``.
 
-    Returns:
-        Samples and tokens of each pack; what was drawn and its length, pack by pack; what was not drawn.
+    Fills samples and tokens of each pack, and what is drawn and its length, pack by pack; returns what is not drawn.
     """
-    sizes, tokens = np.zeros(n_packs, np.int32), np.zeros(n_packs, np.int32)
     for i in range(len(pack_of)):
         sizes[pack_of[i]] += 1
         tokens[pack_of[i]] += taken[i]
     at, next_of = np.cumsum(sizes) - sizes, starts.copy()
-    drawn, lengths = np.empty(len(pack_of), ordered.dtype), np.empty(len(pack_of), np.int32)
     for i in range(len(pack_of)):
         pack, length = pack_of[i], taken[i]
         drawn[at[pack]], lengths[at[pack]] = ordered[next_of[length]], length
@@ -127,7 +142,7 @@ def _draw(pack_of: Int, taken: Int, n_packs: int, starts: Int, ends: Int, ordere
         for i in range(next_of[length], ends[length]):
             waiting[n] = ordered[i]
             n += 1
-    return sizes, tokens, drawn, lengths, waiting
+    return waiting
 
 
 def default_windows(tokens: int, groups: Sequence[Group], world_size: int) -> int:
@@ -149,75 +164,72 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
     n_windows = min(len(own), problem.windows or default_windows(int(own.sum(dtype=np.int64)), groups, world))
     costs = PackCosts(problem.cost, int(own.max()))
     bounds = np.linspace(0, len(own), n_windows + 1).astype(np.int64)
-    waiting = np.zeros(0, order.dtype)
+    waiting, placed = np.zeros(0, order.dtype), 0
+    drawn = Drawn(np.empty_like(order), np.empty(len(own), np.int32))
     found: list[Window] = []
     for number in range(n_windows):
         fresh = np.arange(bounds[number], bounds[number + 1], dtype=order.dtype)
         positions = np.concatenate([waiting, fresh])
+        here, into = own[order[positions]], drawn[placed:]
         last = to_the_end and number == n_windows - 1
-        found.append(plan_window(positions, own[order[positions]], groups, costs, world, problem.rng, last=last))
+        found.append(plan_window(positions, here, groups, costs, world, problem.rng, into, last=last))
         waiting = found[-1].waiting
-    if not any(len(window.sizes) for window in found):
+        placed += len(positions) - len(waiting)
+    if not placed:
         raise TooFewSamples(f"{len(own)} samples do not fill one micro-step; give a larger buffer")
     if len(problem.dropped):  # numbers among those left become sample ids
         order = problem.sample_ids[order]
     extra = tuple(group for group in found[-1].groups if group not in groups)
-    return replace(_compose(problem, found, order), extra=extra, waiting=order[waiting])
+    return replace(_compose(problem, found, drawn[:placed], order), extra=extra, waiting=order[waiting])
 
 
-def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
+def _compose(problem: Problem, found: list[Window], drawn: Drawn, order: Int) -> Outcome:
     """Order the micro-steps of all windows, cut them into steps, and lay the samples out pack by pack.
 
     Packs of a micro-step are adjacent and stay so: the order of packs follows from that of the micro-steps.
     """
     groups, n_windows = found[-1].groups, len(found)
     of_windows = [np.bincount(w.micro_step) for w in found]
-    packs_of_micro = np.concatenate(of_windows)
-    firsts = np.cumsum(packs_of_micro) - packs_of_micro
-    kind, seconds = (np.concatenate([getattr(w, name) for w in found]) for name in ("group", "seconds"))
+    sizes, tokens, seconds, kind, rank_start = (
+        np.concatenate([getattr(w, name) for w in found])
+        for name in ("sizes", "tokens", "seconds", "group", "rank_start")
+    )
+    found.clear()
+    packs = np.concatenate(of_windows)  # of each micro-step
+    firsts = np.cumsum(packs) - packs
     spent, sorted_whole = _order_price(seconds, kind, firsts, groups, problem.world_size)
 
-    tokens = np.add.reduceat(np.concatenate([w.tokens for w in found]), firsts, dtype=np.float64)
-    window = np.repeat(np.arange(n_windows), [len(packs) for packs in of_windows])
-    sequence = interleave(kind[firsts], window, problem.rng)
-    degree = np.array([group.sp_degree for group in groups])
-    short = degree[kind[firsts]] == degree.min()
-    sequence, first_steps = shorts_first(sequence, short, tokens, problem.global_batch_tokens, problem.short_steps)
-    step_of_micro = cut_steps(sequence, tokens, problem.global_batch_tokens)
-    place = np.repeat(_middle_of_steps(step_of_micro, tokens)[step_of_micro], packs_of_micro)
-
-    here = packs_of_micro[sequence]
-    rows = _ranges(firsts[sequence], here)
-    sizes = np.concatenate([w.sizes for w in found])
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[rows], dtype=np.int64)])
-    begins = np.empty(len(rows), np.int64)
-    begins[rows] = offsets[:-1]
+    kinds, degree = kind[firsts], np.array([group.sp_degree for group in groups])
+    of_micro = np.add.reduceat(tokens, firsts, dtype=np.float64)
+    sequence = interleave(kinds, np.repeat(np.arange(n_windows), [len(x) for x in of_windows]), problem.rng)
+    sequence, first_steps = shorts_first(
+        sequence, degree[kinds] == degree.min(), of_micro, problem.global_batch_tokens, problem.short_steps
+    )
+    step_of_micro = cut_steps(sequence, of_micro, problem.global_batch_tokens)
     steps = step_of_micro[sequence]
     first_of_step = np.flatnonzero(np.diff(steps, prepend=-1))
     micro_in_step = np.arange(len(steps)) - first_of_step[steps]
-    rank_start = np.concatenate([w.rank_start for w in found])[rows]
-    kind, predicted = kind[rows], seconds.astype(np.float32)[rows]
-    del seconds, sizes, rows
 
-    sample_ids, lengths = np.empty(int(offsets[-1]), np.int64), np.empty(int(offsets[-1]), np.int32)
-    away, at = 0.0, 0
-    for w in (found.pop(0) for _ in range(n_windows)):  # each is let go once it is laid out
-        mine = slice(at, at + len(w.sizes))
-        away += _lay_out(sample_ids, lengths, begins[mine], w.sizes, w.positions, w.lengths, order, place[mine])
-        at += len(w.sizes)
+    rows = _ranges(firsts[sequence], packs[sequence])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[rows], dtype=np.int64)])
+    sample_ids, lengths = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.int32)
+    middle = _middle_of_steps(step_of_micro, of_micro)[steps]
+    samples = np.add.reduceat(sizes, firsts, dtype=np.int64)
+    begins = (np.cumsum(samples) - samples)[sequence]
+    away = _lay_out(sample_ids, lengths, begins, samples[sequence], drawn.positions, drawn.lengths, order, middle)
     schedule = Schedule(
-        Packs(offsets, sample_ids, kind),
-        np.repeat(steps.astype(np.int32), here),
-        np.repeat(micro_in_step.astype(np.int32), here),
-        rank_start,
+        Packs(offsets, sample_ids, kind[rows]),
+        np.repeat(steps.astype(np.int32), packs[sequence]),
+        np.repeat(micro_in_step.astype(np.int32), packs[sequence]),
+        rank_start[rows],
     )
     return Outcome(
         schedule,
         groups,
-        known=(predicted, lengths),
+        known=(seconds.astype(np.float32)[rows], lengths),
         short_steps=first_steps,
         windows=n_windows,
-        details={"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
+        details={"travel": away / len(sample_ids), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
     )
 
 
@@ -238,23 +250,23 @@ def _lay_out(
     ids: Int,
     lengths: Int,
     begins: Int,
-    sizes: Int,
+    samples: Int,
     positions: Int,
     of_positions: Int,
     order: Int,
     place: npt.NDArray[np.float64],
 ) -> float:
-    """Write each pack's sample ids and lengths to its place in the plan.
+    """Write ids and lengths of the samples, micro-step by micro-step, each ``samples`` many from ``begins`` on.
 
     Returns:
-        How far the samples travelled, summed.
+        How far the samples travelled to the ``place`` of their micro-step, summed.
     """
-    away, n, i = 0.0, len(order), 0
-    for pack in range(len(begins)):
-        for at in range(begins[pack], begins[pack] + sizes[pack]):
+    away, n, at = 0.0, len(order), 0
+    for micro in range(len(begins)):
+        for i in range(begins[micro], begins[micro] + samples[micro]):
             ids[at], lengths[at] = order[positions[i]], of_positions[i]
-            away += abs(place[pack] - (positions[i] + 0.5) / n)
-            i += 1
+            away += abs(place[micro] - (positions[i] + 0.5) / n)
+            at += 1
     return away
 
 
