@@ -212,21 +212,23 @@ def _compose(problem: Problem, found: list[Window], drawn: Drawn, order: Int) ->
 
     rows = _ranges(firsts[sequence], packs[sequence])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[rows], dtype=np.int64)])
-    sample_ids, lengths = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.int32)
-    middle = _middle_of_steps(step_of_micro, of_micro)[steps]
     samples = np.add.reduceat(sizes, firsts, dtype=np.int64)
+    kind, rank_start, predicted = kind[rows], rank_start[rows], seconds.astype(np.float32)[rows]
+    del rows, sizes, tokens, seconds  # before the samples, which are the bulk
+    sample_ids, lengths = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.int32)
     begins = (np.cumsum(samples) - samples)[sequence]
+    middle = _middle_of_steps(step_of_micro, of_micro)[steps]
     away = _lay_out(sample_ids, lengths, begins, samples[sequence], drawn.positions, drawn.lengths, order, middle)
     schedule = Schedule(
-        Packs(offsets, sample_ids, kind[rows]),
+        Packs(offsets, sample_ids, kind),
         np.repeat(steps.astype(np.int32), packs[sequence]),
         np.repeat(micro_in_step.astype(np.int32), packs[sequence]),
-        rank_start[rows],
+        rank_start,
     )
     return Outcome(
         schedule,
         groups,
-        known=(seconds.astype(np.float32)[rows], lengths),
+        known=(predicted, lengths),
         short_steps=first_steps,
         windows=n_windows,
         details={"travel": away / len(sample_ids), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
