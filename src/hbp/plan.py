@@ -197,6 +197,13 @@ def validate(plan: Plan) -> None:
     if len(over):
         row = int(over[0])
         raise HbpError(f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}")
+    wrong = np.flatnonzero(~(plan.predicted_s >= 0) | np.isinf(plan.predicted_s) | (plan.gc_layers < 0))
+    if len(wrong):
+        row = int(wrong[0])
+        layers, seconds = plan.gc_layers[row], plan.predicted_s[row]
+        raise HbpError(
+            f"plan row {row} has {layers} recomputed layers and {seconds} predicted seconds; make the plan again"
+        )
     if info.n_tokens != int(tokens.sum()):
         raise HbpError(f"plan.json counts {info.n_tokens} tokens but the rows hold {int(tokens.sum())}")
     if p:
@@ -344,14 +351,18 @@ def read_info(folder: Path) -> PlanInfo:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise HbpError(f"no plan in {folder} ({JSON_NAME} is missing); make one with `hbp plan`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HbpError(f"cannot read {path} ({_one_line(error)}); make the plan again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise HbpError(f"{path} has schema version {version}, this hbp reads {SCHEMA_VERSION}; make the plan again")
+    if data.get("checksum", _checksum(data)) != _checksum(data):  # plans of other tools need not have one
+        raise HbpError(
+            f"{path} is not as it was written; make the plan again, or take `checksum` out if you changed it"
+        )
     try:
         return _info_from_json(data)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise HbpError(f"{path} is damaged ({_one_line(error)}); make the plan again") from None
 
 
@@ -360,23 +371,41 @@ def _info_to_json(info: PlanInfo) -> dict[str, Any]:
     data["schema_version"] = SCHEMA_VERSION
     data["groups"] = [dataclasses.asdict(group) for group in info.groups]
     data["dropped"] = [{"sample_id": sample, "reason": reason} for sample, reason in info.dropped]
+    data["checksum"] = _checksum(data)
     return data
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else in plan.json."""
+    rest = {key: value for key, value in data.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _info_from_json(data: Mapping[str, Any]) -> PlanInfo:
     values = {f.name: data[f.name] for f in dataclasses.fields(PlanInfo) if f.name != "details"}
     values["details"] = data.get("details", {})  # plans of other tools need not have it
     for name in ("seed", "world_size", "n_samples", "n_tokens"):
-        if type(values[name]) is not int or values[name] < 0:
-            raise ValueError(f"{name} is not a whole number from 0 up")
+        _whole(data, name)
+    for name in ("strategy", "lengths_sha256"):
+        if not isinstance(values[name], str):
+            raise ValueError(f"{name} is not a text")
     for name in ("model", "cluster", "cost_model", "metrics", "details", "settings"):
         if not isinstance(values[name], dict):
             raise ValueError(f"{name} is not an object")
+    for name, value in [*values["metrics"].items(), *values["details"].items()]:
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} is not a number")
     values["groups"] = tuple(
-        Group(int(g["capacity"]), int(g["sp_degree"]), int(g["gc_layers"])) for g in data["groups"]
+        Group(*(_whole(group, name) for name in ("capacity", "sp_degree", "gc_layers"))) for group in data["groups"]
     )
-    values["dropped"] = tuple((int(np.int64(d["sample_id"])), str(d["reason"])) for d in data["dropped"])
+    values["dropped"] = tuple((_whole(entry, "sample_id"), str(entry["reason"])) for entry in data["dropped"])
     return PlanInfo(**values)
+
+
+def _whole(data: Mapping[str, Any], name: str) -> int:
+    if type(data[name]) is not int or not 0 <= data[name] < 2**63:
+        raise ValueError(f"{name} is not a whole number from 0 up")
+    return int(data[name])
 
 
 def _one_line(error: Exception) -> str:
