@@ -106,13 +106,6 @@ def _next_down(bitmap: npt.NDArray[np.uint64], value: int) -> int:
 
 
 @njit(cache=True)
-def _best_fit(counts: Int, capacity: int, total: int) -> Int:
-    """Bin of each sample, samples in order of falling length. ``counts[l]`` samples have length ``l``."""
-    bin_of, _, _ = best_fit_into(counts.copy(), np.empty(0, np.int64), capacity, total)
-    return bin_of
-
-
-@njit(cache=True)
 def best_fit_into(counts: Int, room: Int, capacity: int, most_bins: int) -> tuple[Int, Int, Int]:
     """Best fit decreasing of a histogram into bins of which some may exist already.
 
@@ -204,8 +197,8 @@ def greedy_fill_into(room: Int, counts: Int) -> tuple[Int, Int]:
 
 
 @njit(cache=True)
-def _first_fit(lengths: Lengths, capacity: int) -> Int:
-    """Bin of each sample, in the order given; the first bin with room, found in a tree of maxima."""
+def first_fit(lengths: Lengths, capacity: int) -> Int:
+    """Bin of each sample by first fit in the order given; the bin is found in a tree of maxima."""
     n = len(lengths)
     leaves = 1
     while leaves < n:
@@ -228,7 +221,8 @@ def _first_fit(lengths: Lengths, capacity: int) -> Int:
 
 
 @njit(cache=True)
-def _next_fit(lengths: Lengths, capacity: int) -> Int:
+def next_fit(lengths: Lengths, capacity: int) -> Int:
+    """Bin of each sample by next fit in the order given: greedy concatenation."""
     bin_of = np.empty(len(lengths), np.int64)
     here, room = 0, capacity
     for i in range(len(lengths)):
@@ -307,8 +301,9 @@ def by_falling_length(lengths: Lengths, rng: np.random.Generator) -> Int:
 def best_fit_decreasing(lengths: Lengths, capacity: int, rng: np.random.Generator) -> Int:
     """Bin of each sample by best fit in order of falling length, int64 ``[N]``. No length may exceed the capacity."""
     order = by_falling_length(lengths, rng)
+    counts = count_lengths(lengths, int(lengths.max(initial=0)))
     bin_of = np.empty(len(lengths), np.int64)
-    bin_of[order] = _best_fit(np.bincount(lengths).astype(np.int64), capacity, len(lengths))
+    bin_of[order], _, _ = best_fit_into(counts, np.empty(0, np.int64), capacity, len(lengths))
     return bin_of
 
 
@@ -323,7 +318,7 @@ def greedy_fill(room: Int, lengths: Lengths, rng: np.random.Generator) -> Int:
     Returns:
         Pack of each sample, -1 where it was not taken, int64 ``[N]``.
     """
-    counts = np.bincount(lengths, minlength=1).astype(np.int64)
+    counts = count_lengths(lengths, int(lengths.max(initial=0)))
     order = by_rising_length(lengths, rng)  # samples of length l start at starts[l]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     pack, taken = greedy_fill_into(room.astype(np.int64), counts)
@@ -333,13 +328,3 @@ def greedy_fill(room: Int, lengths: Lengths, rng: np.random.Generator) -> Int:
     result = np.full(len(lengths), -1, np.int64)
     result[order[starts[taken_sorted] + rank]] = pack[by_length]
     return result
-
-
-def first_fit(lengths: Lengths, capacity: int) -> Int:
-    """Bin of each sample by first fit in the order given."""
-    return _first_fit(lengths, capacity)
-
-
-def next_fit(lengths: Lengths, capacity: int) -> Int:
-    """Bin of each sample by next fit in the order given: greedy concatenation."""
-    return _next_fit(lengths, capacity)

@@ -7,7 +7,7 @@ the rows) is common to all, so that strategies differ only in what they decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -27,9 +27,9 @@ from hbp.planning.groups import (
 )
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
-from hbp.planning.packs import Lengths, Packs
+from hbp.planning.packs import Lengths
 from hbp.planning.problem import Outcome, Problem
-from hbp.planning.schedule import PackCost, balance_batches, in_order
+from hbp.planning.schedule import balance_batches, in_order
 from hbp.planning.windows import windowed_schedule
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
@@ -143,8 +143,6 @@ def make_plan(
             static=setting,
             longest=max_length,
             cost=cost,
-            pack_cost=lambda groups: predicted_seconds(cost, lengths, groups),
-            world_size=cost.world_size,
             global_batch_tokens=batch,
             batch_given=global_batch_tokens is not None,
             short_steps=short_steps,
@@ -162,21 +160,6 @@ def default_batch_tokens(cost: CostModel, lengths: Lengths, longest: int) -> int
     return cost.world_size // best.group.sp_degree * longest
 
 
-def predicted_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
-    """Predicted seconds of packs of these groups."""
-
-    def seconds(packs: Packs) -> np.ndarray:
-        work = cost.work(lengths[packs.sample_ids], packs.offsets)
-        result = np.empty(len(packs))
-        for index in np.unique(packs.group):
-            here = packs.group == index
-            group = groups[index]
-            result[here] = cost.seconds(group.sp_degree, group.gc_layers).of(work[here])
-        return result
-
-    return seconds
-
-
 def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Plan:
     """Rows and metrics of scheduled packs."""
     schedule, groups, cost, lengths = outcome.schedule, outcome.groups, problem.cost, problem.lengths
@@ -188,7 +171,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Pla
         )
     if outcome.known is None:
         schedule = in_order(schedule)
-        seconds = predicted_seconds(cost, lengths, groups)(schedule.packs)
+        seconds = problem.pack_cost(groups)(schedule.packs)
         in_plan = lengths[schedule.packs.sample_ids]
     else:
         seconds, in_plan = outcome.known

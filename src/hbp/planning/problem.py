@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hbp.cost.predict import CostModel
 from hbp.plan import Group
 from hbp.planning.packs import Int, Lengths, numbered
-from hbp.planning.schedule import PackCost, Schedule
+from hbp.planning.schedule import PackCost, Schedule, predicted_seconds
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,6 @@ class Problem:
     longest: int | None
     """Longest packing length that the user allows; None for no limit but memory's."""
     cost: CostModel
-    pack_cost: Callable[[Sequence[Group]], PackCost]
-    world_size: int
     global_batch_tokens: int
     batch_given: bool
     """Whether the user asked for that global batch, so that no micro-step should exceed it."""
@@ -38,6 +36,15 @@ class Problem:
     windows: int | None
     """Pieces of the shuffle that are planned apart; None for the default."""
     rng: np.random.Generator
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.cost.world_size
+
+    def pack_cost(self, groups: Sequence[Group]) -> PackCost:
+        """Predicted seconds of packs of these groups."""
+        return predicted_seconds(self.cost, self.lengths, groups)
 
     @cached_property
     def sample_ids(self) -> Int:

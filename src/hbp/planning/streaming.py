@@ -24,7 +24,7 @@ from hbp.plan import Group, Plan
 from hbp.planning.group_search import search_groups
 from hbp.planning.groups import longest_settings
 from hbp.planning.packs import Lengths
-from hbp.planning.planner import predicted_seconds, to_plan
+from hbp.planning.planner import to_plan
 from hbp.planning.problem import Problem
 from hbp.planning.windows import TooFewSamples, windowed_schedule
 
@@ -184,15 +184,12 @@ class StreamPlanner:
 
     def _problem(self, last: Group) -> Problem:
         """The buffer as a data set of its own, its samples numbered from 0."""
-        lengths = self.lengths
         return Problem(
-            lengths=lengths,
+            lengths=self.lengths,
             dropped=np.zeros(0, np.int64),
             static=last,
             longest=last.capacity,
             cost=self.cost,
-            pack_cost=lambda groups: predicted_seconds(self.cost, lengths, groups),
-            world_size=self.cost.world_size,
             global_batch_tokens=self.global_batch_tokens or self.cost.world_size // last.sp_degree * last.capacity,
             batch_given=self.global_batch_tokens is not None,
             short_steps=0,
