@@ -12,8 +12,7 @@ from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning.groups import longest_settings
 from hbp.planning.metrics import measure
-from hbp.planning.planner import predicted_seconds
-from hbp.planning.schedule import Schedule
+from hbp.planning.schedule import Schedule, predicted_seconds
 
 Lengths = npt.NDArray[np.int32]
 Made = tuple[Schedule, tuple[Group, ...]]

@@ -42,8 +42,8 @@ from hbp.plan import Group
 from hbp.planning.fill import first_fit
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.packs import Int, packs_of
-from hbp.planning.planner import STRATEGIES, make_plan, predicted_seconds
-from hbp.planning.schedule import balance_batches
+from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.schedule import balance_batches, predicted_seconds
 from hbp.progress import Progress
 from hbp.simulate import DAY
 

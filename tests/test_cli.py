@@ -157,8 +157,7 @@ def test_plan_explains_its_groups(lengths: Path, tmp_path: Path, capsys: pytest.
     arguments = planning(lengths, "--out", str(tmp_path / "plan"), "--explain")
     made = output(capsys, "plan", *arguments, "--json")
     assert [reason["group"] for reason in made["explain"]] == made["groups"]
-    homes = sum(reason["samples"] for reason in made["explain"] if reason["micro_steps"] > 1 or reason["above"])
-    assert homes == made["samples"]
+    assert sum(reason["samples"] for reason in made["explain"] if reason["home"]) == made["samples"]
     assert sum(reason["time_share"] for reason in made["explain"]) == pytest.approx(1)
     assert main(["plan", *arguments]) == 0
     text = capsys.readouterr().out

@@ -189,21 +189,23 @@ def validate(plan: Plan) -> None:
         raise HbpError(
             f"plan is damaged: {len(plan.sample_ids)} sample ids but {len(plan.lengths)} lengths; make it again"
         )
-    _check_samples(plan)
-    if (plan.lengths < 1).any():
+    if int(plan.lengths.min(initial=1)) < 1:
         raise HbpError("plan is damaged: a sample has no tokens; make it again with `hbp plan`")
+    _check_samples(plan)
     tokens = plan.tokens()
     over = np.flatnonzero(tokens > plan.capacity)
     if len(over):
         row = int(over[0])
         raise HbpError(f"plan row {row} holds {tokens[row]} tokens, over its capacity of {plan.capacity[row]}")
+    wrong = np.flatnonzero(~(plan.predicted_s >= 0) | np.isinf(plan.predicted_s) | (plan.gc_layers < 0))
+    if len(wrong):
+        row = int(wrong[0])
+        layers, seconds = plan.gc_layers[row], plan.predicted_s[row]
+        raise HbpError(
+            f"plan row {row} has {layers} recomputed layers and {seconds} predicted seconds; make the plan again"
+        )
     if info.n_tokens != int(tokens.sum()):
         raise HbpError(f"plan.json counts {info.n_tokens} tokens but the rows hold {int(tokens.sum())}")
-    if not info.dropped:  # else the whole data set's lengths are not known here
-        by_sample = np.empty(info.n_samples, np.int32)
-        by_sample[plan.sample_ids] = plan.lengths
-        if hash_lengths(by_sample) != info.lengths_sha256:
-            raise HbpError("plan is damaged: its rows' lengths are not those of its data set; make it again")
     if p:
         _check_tiling(plan)
 
@@ -216,20 +218,24 @@ def _check_samples(plan: Plan) -> None:
             bad = int(ids[(ids < 0) | (ids >= info.n_samples)][0])
             raise HbpError(f"plan names sample {bad}, but its data set has {info.n_samples} samples (ids from 0)")
     count = len(plan.sample_ids) + len(dropped)
+    if count == info.n_samples:
+        lengths = np.zeros(count, np.int32)
+        lengths[plan.sample_ids] = plan.lengths
+        lengths[dropped] = 1  # theirs are not known here
+        if lengths.all():  # as many as there are, and none left out: each once
+            if not info.dropped and hash_lengths(lengths) != info.lengths_sha256:
+                raise HbpError("plan is damaged: its rows' lengths are not those of its data set; make it again")
+            return
     first = min(info.n_samples, count + 1)  # more samples than these leave a gap among these already
-    there = np.zeros(first, bool)  # a byte a sample; counted out only where something is wrong
+    times = np.zeros(first, np.int64)
     for ids in (plan.sample_ids, dropped):
-        there[ids[ids < first] if first < info.n_samples else ids] = True
-    if count != info.n_samples or not there.all():
-        times = np.zeros(first, np.int64)
-        for ids in (plan.sample_ids, dropped):
-            times += np.bincount(ids[ids < first], minlength=first)
-        wrong = np.flatnonzero(times != 1)
-        sample = int(wrong[0])
-        raise HbpError(
-            f"plan holds sample {sample} {int(times[sample])} times; each must be packed or dropped exactly once "
-            f"({len(wrong)} samples are wrong)"
-        )
+        times += np.bincount(ids[ids < first], minlength=first)
+    wrong = np.flatnonzero(times != 1)
+    sample = int(wrong[0])
+    raise HbpError(
+        f"plan holds sample {sample} {int(times[sample])} times; each must be packed or dropped exactly once "
+        f"({len(wrong)} samples are wrong)"
+    )
 
 
 def _check_tiling(plan: Plan) -> None:
@@ -266,17 +272,27 @@ def write_plan(plan: Plan, folder: Path) -> None:
     if len(plan.sample_ids) > np.iinfo(np.int32).max:
         raise HbpError(f"{len(plan.sample_ids)} samples are more than one plan file can index; plan the data in parts")
     folder.mkdir(parents=True, exist_ok=True)
-    offsets = _arrow(plan.sample_offsets, pa.int32())
-    columns: dict[str, Any] = {name: getattr(plan, name) for name in SCALAR_COLUMNS}
-    for name in ("sample_ids", "lengths"):
-        values = _arrow(getattr(plan, name), SCHEMA.field(name).type.value_type)
-        columns[name] = pa.ListArray.from_arrays(offsets, values).cast(SCHEMA.field(name).type)
-    arrays = [x if isinstance(x := columns[f.name], pa.Array) else _arrow(x, f.type) for f in SCHEMA]
-    table = pa.table(arrays, schema=SCHEMA)
-    options = {"compression": "zstd", "row_group_size": 1 << 17, "write_page_checksum": True}
-    options["use_dictionary"] = list(SCALAR_COLUMNS)  # ids hardly repeat
-    pq.write_table(table, folder / PARQUET_NAME, **options)
+    # Repeated values are few bytes under zstd with no dictionary; ids do not repeat, but their differences are short.
+    options = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": False}
+    options["column_encoding"] = {"sample_ids.list.element": "DELTA_BINARY_PACKED"}
+    with pq.ParquetWriter(folder / PARQUET_NAME, SCHEMA, **options) as writer:
+        for begin in range(0, max(plan.n_packs, 1), PACKS_AT_A_TIME):  # no copy of the whole
+            writer.write_batch(_rows(plan, slice(begin, begin + PACKS_AT_A_TIME)))
     (folder / JSON_NAME).write_text(json.dumps(_info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
+
+
+def _rows(plan: Plan, rows: slice) -> pa.RecordBatch:
+    """Some rows of a plan in Arrow."""
+    offsets = plan.sample_offsets[rows.start : rows.stop + 1]
+    samples, counted = slice(offsets[0], offsets[-1]), _arrow(offsets - offsets[0], pa.int32())
+
+    def column(field: pa.Field) -> pa.Array:
+        values = getattr(plan, field.name)
+        if field.name in SCALAR_COLUMNS:
+            return _arrow(values[rows], field.type)
+        return pa.ListArray.from_arrays(counted, _arrow(values[samples], field.type.value_type), field.type)
+
+    return pa.record_batch([column(field) for field in SCHEMA], schema=SCHEMA)
 
 
 def _arrow(array: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
@@ -335,14 +351,18 @@ def read_info(folder: Path) -> PlanInfo:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise HbpError(f"no plan in {folder} ({JSON_NAME} is missing); make one with `hbp plan`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HbpError(f"cannot read {path} ({_one_line(error)}); make the plan again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise HbpError(f"{path} has schema version {version}, this hbp reads {SCHEMA_VERSION}; make the plan again")
+    if data.get("checksum", _checksum(data)) != _checksum(data):  # plans of other tools need not have one
+        raise HbpError(
+            f"{path} is not as it was written; make the plan again, or take `checksum` out if you changed it"
+        )
     try:
         return _info_from_json(data)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise HbpError(f"{path} is damaged ({_one_line(error)}); make the plan again") from None
 
 
@@ -351,23 +371,41 @@ def _info_to_json(info: PlanInfo) -> dict[str, Any]:
     data["schema_version"] = SCHEMA_VERSION
     data["groups"] = [dataclasses.asdict(group) for group in info.groups]
     data["dropped"] = [{"sample_id": sample, "reason": reason} for sample, reason in info.dropped]
+    data["checksum"] = _checksum(data)
     return data
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else in plan.json."""
+    rest = {key: value for key, value in data.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _info_from_json(data: Mapping[str, Any]) -> PlanInfo:
     values = {f.name: data[f.name] for f in dataclasses.fields(PlanInfo) if f.name != "details"}
     values["details"] = data.get("details", {})  # plans of other tools need not have it
     for name in ("seed", "world_size", "n_samples", "n_tokens"):
-        if type(values[name]) is not int or values[name] < 0:
-            raise ValueError(f"{name} is not a whole number from 0 up")
+        _whole(data, name)
+    for name in ("strategy", "lengths_sha256"):
+        if not isinstance(values[name], str):
+            raise ValueError(f"{name} is not a text")
     for name in ("model", "cluster", "cost_model", "metrics", "details", "settings"):
         if not isinstance(values[name], dict):
             raise ValueError(f"{name} is not an object")
+    for name, value in [*values["metrics"].items(), *values["details"].items()]:
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} is not a number")
     values["groups"] = tuple(
-        Group(int(g["capacity"]), int(g["sp_degree"]), int(g["gc_layers"])) for g in data["groups"]
+        Group(*(_whole(group, name) for name in ("capacity", "sp_degree", "gc_layers"))) for group in data["groups"]
     )
-    values["dropped"] = tuple((int(np.int64(d["sample_id"])), str(d["reason"])) for d in data["dropped"])
+    values["dropped"] = tuple((_whole(entry, "sample_id"), str(entry["reason"])) for entry in data["dropped"])
     return PlanInfo(**values)
+
+
+def _whole(data: Mapping[str, Any], name: str) -> int:
+    if type(data[name]) is not int or not 0 <= data[name] < 2**63:
+        raise ValueError(f"{name} is not a whole number from 0 up")
+    return int(data[name])
 
 
 def _one_line(error: Exception) -> str:

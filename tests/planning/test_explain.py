@@ -22,7 +22,9 @@ def test_every_group_has_a_reason(strategy: str) -> None:
     reasons = explain(plan, COST, lengths)
     assert [reason.group for reason in reasons] == sorted(plan.info.groups)
     assert sum(reason.time_share for reason in reasons) == pytest.approx(1)
-    homes = [r for r in reasons if r.micro_steps > 1 or r.above]
+    homes = [r for r in reasons if r.home]
+    assert sum(reason.samples for reason in reasons) == sum(reason.samples for reason in homes) == len(lengths)
+    assert len(homes) == len(reasons) - (strategy == "hbp-mixed")  # whose last micro-step has a length of its own
     for reason in homes:
         mine = lengths[(lengths > reason.above) & (lengths <= reason.group.capacity)]
         assert reason.samples == len(mine)
@@ -32,5 +34,15 @@ def test_every_group_has_a_reason(strategy: str) -> None:
         for setting in reason.settings:
             assert setting.gc_layers == COST.fewest_gc_layers(reason.group.capacity, setting.sp_degree)
         assert f"{reason.group.capacity:,} / SP {reason.group.sp_degree}" in str(reason)
-    assert reasons[-1].without is None
-    assert np.isfinite([r.without for r in reasons[:-1]]).all()
+    assert homes[-1].without is None
+    assert np.isfinite([r.without for r in homes[:-1]]).all()
+    assert all("the last micro-step, of what was left" in str(r) for r in reasons if not r.home)
+
+
+def test_a_plan_of_one_micro_step_is_not_what_was_left() -> None:
+    for lengths in (np.array([300, 200, 100]), np.array([300, 200, 100, 120_000])):
+        reasons = explain(make_plan(lengths, COST), COST, lengths)
+        assert all(reason.home and "home of" in str(reason) for reason in reasons)
+        assert [reason.micro_steps for reason in reasons] == [1] * len(reasons)
+        assert [reason.above for reason in reasons] == [0, *(reason.group.capacity for reason in reasons[:-1])]
+        assert sum(reason.samples for reason in reasons) == len(lengths)

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbp.planning.fill import best_fit_decreasing, by_falling_length, first_fit, greedy_fill, next_fit
+from hbp.planning.fill import (
+    CACHED,
+    _dealt,
+    best_fit_decreasing,
+    by_falling_length,
+    first_fit,
+    greedy_fill,
+    next_fit,
+    shuffled,
+)
 from hbp.planning.packs import Int
 
 Packer = Callable[[Int, int], Int]
@@ -170,3 +179,24 @@ def test_greedy_fill_draws_among_equal_samples() -> None:
     taken = [set(np.flatnonzero(greedy_fill(np.array([100]), lengths, np.random.default_rng(s)) == 0)) for s in (0, 1)]
     assert len(taken[0]) == len(taken[1]) == 10
     assert taken[0] != taken[1]
+
+
+@pytest.mark.parametrize("n", [0, 1, CACHED, CACHED + 1, 3 * CACHED])
+def test_a_shuffle_holds_every_number_once_and_its_seed_decides(n: int) -> None:
+    order, again, other = (shuffled(n, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(order), np.arange(n))
+    np.testing.assert_array_equal(order, again)
+    if n > 1:
+        assert (order != other).any()
+        assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 4 / np.sqrt(n)
+
+
+def test_every_order_of_a_shuffle_in_buckets_is_as_likely() -> None:
+    """Chi-square over the 24 orders of four numbers: 23 degrees of freedom, above 49.7 once in a thousand times."""
+    rng, runs = np.random.default_rng(0), 12_000
+    found = Counter(
+        tuple(_dealt(rng.integers(0, 2, 4, np.uint8), np.empty(4, np.int32), rng).tolist()) for _ in range(runs)
+    )
+    assert len(found) == 24
+    assert sum((count - runs / 24) ** 2 / (runs / 24) for count in found.values()) < 49.7

@@ -1,8 +1,8 @@
 """Tiny cases against the brute-force optimum: the bound is never above it, and `hbp-mixed` is near it.
 
-Every way to put up to four samples into packs, every setting that memory allows each pack, every way to lay the packs
-over two ranks micro-step by micro-step. Packs that small leave nothing to fill, and the search works with candidate
-lengths 64 tokens apart, so the gap here is an upper end: on average below 5 %, at worst below 30 %.
+Every way to put up to five samples into packs, every setting that memory allows each pack, every way to lay the packs
+over two ranks micro-step by micro-step. Packs that small leave nothing to fill, the search works with candidate lengths
+64 tokens apart, and gives no sample more ranks than memory asks for: so the gap here is an upper end.
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ def optimum(cost: CostModel, lengths: list[int]) -> float:
 
 def test_the_bound_and_the_plan_enclose_the_optimum() -> None:
     rng, gaps = np.random.default_rng(0), []
-    for _ in range(12):
+    for _ in range(60):
         cost = tiny_cost(WORLD, int(rng.integers(700, 2500)))
-        lengths = rng.integers(1, 700, int(rng.integers(1, 5))).tolist()
+        lengths = rng.integers(1, 700, int(rng.integers(1, 6))).tolist()
         best = optimum(cost, lengths)
         plan = make_plan(np.array(lengths), cost, short_steps=0)
         found = float(plan.micro_step_seconds().sum())
         assert lower_bound_seconds(cost, np.array(lengths)) <= best * (1 + 1e-9)
         assert best <= found * (1 + 1e-6)
         gaps.append(found / best - 1)
-    assert max(gaps) < 0.3
-    assert np.mean(gaps) < 0.05
+    assert np.mean(np.array(gaps) < 1e-6) > 0.5  # are optimal
+    assert np.mean(gaps) < 0.04
+    assert np.quantile(gaps, 0.9) < 0.15
+    assert max(gaps) < 0.25

@@ -28,11 +28,13 @@ import numpy as np
 from plans import tiny_cost
 from hbp.plan import write_plan
 from hbp.planning.planner import STRATEGIES, make_plan
-lengths = np.random.default_rng(5).integers(1, 900, 200).astype(np.int32)
+few = np.random.default_rng(5).integers(1, 900, 200).astype(np.int32)
+plans = [make_plan(few, tiny_cost(8, 300), strategy=strategy, seed=1, max_length=800) for strategy in STRATEGIES]
+plans.append(make_plan(np.arange(1, 40000, dtype=np.int32), tiny_cost(8)))  # enough for BLAS to share sums out
 digest = hashlib.sha256()
-for strategy in STRATEGIES:
+for plan in plans:
     with tempfile.TemporaryDirectory() as name:
-        write_plan(make_plan(lengths, tiny_cost(8, 300), strategy=strategy, seed=1, max_length=800), Path(name))
+        write_plan(plan, Path(name))
         for file in sorted(Path(name).iterdir()):
             digest.update(file.read_bytes())
 print(digest.hexdigest())
@@ -91,8 +93,24 @@ def test_nonsense_is_refused_in_one_line(lengths: list[int], options: dict[str, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_impossible_memory_is_refused(strategy: str) -> None:
-    with pytest.raises(HbpError, match=r"a pack of 4096 tokens needs .* over the budget"):
-        make_plan(np.array([4096, 5]), tiny_cost(2, 500), strategy=strategy)
+    cost = tiny_cost(2, 500)
+    with pytest.raises(HbpError, match=r"a pack of 4096 tokens needs .* over the budget") as caught:
+        make_plan(np.array([4096, 5]), cost, strategy=strategy)
+    most = int(str(caught.value).split("or --max-length ")[1].split()[0])
+    assert "use more GPUs, a cluster with more memory, or" in str(caught.value)
+    validate(make_plan(np.array([most, 5]), cost, strategy=strategy, max_length=most))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_max_length_beyond_memory_is_no_obstacle_to_samples_that_fit(strategy: str) -> None:
+    """Nor is the rounding up of the longest sample."""
+    cost = tiny_cost(2, 500)
+    most = int(cost.longest_packs(2)[-1])
+    for longest in (64, most):
+        plan = make_plan(np.array([longest, 5]), cost, strategy=strategy, max_length=10**6)
+        validate(plan)
+        assert not plan.info.dropped
+        assert max(group.capacity for group in plan.info.groups) <= most
 
 
 def test_micro_steps_up_to_the_limit_are_planned() -> None:

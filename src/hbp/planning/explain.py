@@ -33,9 +33,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a group is there and runs as it does."""
+    """Why a group is there and runs as it does. Samples and tokens are counted at their home."""
 
     group: Group
+    home: bool
+    """False where it was made for what filled none of the groups, of whatever length."""
     above: int
     """Its own samples are longer than this."""
     samples: int
@@ -45,7 +47,7 @@ class Reason:
     micro_steps: int
     settings: tuple[Setting, ...]
     without: float | None
-    """How much longer the run would take without the group, as a share; None for the longest group."""
+    """How much longer the run would take without the group, as a share; None for the longest, and for no home."""
 
     def __str__(self) -> str:
         g, others = self.group, []
@@ -56,10 +58,12 @@ class Reason:
                 others.append(f"SP {s.sp_degree} does not fit memory")
             else:
                 others.append(f"SP {s.sp_degree} / GC {s.gc_layers} {s.slower:+.1%}")
-        if self.micro_steps == 1 and not self.above:
-            return f"{g.capacity:,} / SP {g.sp_degree} / GC {g.gc_layers}: the last micro-step, of what was left"
+        name = f"{g.capacity:,} / SP {g.sp_degree} / GC {g.gc_layers}"
+        if not self.home:
+            micro_steps = "the last micro-step" if self.micro_steps == 1 else f"{self.micro_steps:,} micro-steps"
+            return f"{name}: {micro_steps}, of what was left; {self.time_share:.1%} of the time"
         text = (
-            f"{g.capacity:,} / SP {g.sp_degree} / GC {g.gc_layers}: home of {self.samples:,} samples of "
+            f"{name}: home of {self.samples:,} samples of "
             f"{self.above + 1:,} to {g.capacity:,} tokens ({self.tokens_share:.1%} of tokens); "
             f"{self.time_share:.1%} of the time"
         )
@@ -80,18 +84,22 @@ def explain(plan: Plan, cost: CostModel, lengths: Lengths) -> list[Reason]:
     groups, index = sorted(plan.info.groups), plan.micro_step_index()
     samples = SamplesByLength(cost, lengths[lengths <= groups[-1].capacity])
     busy = plan.predicted_s.astype(np.float64) * plan.sp_degree
-    whole = _run_seconds(cost, samples, groups)
+    homes = _homes(groups, [Group(**group) for group in plan.info.settings.get("extra_groups", ())])
+    whole = _run_seconds(cost, samples, homes)
     reasons, above = [], 0
-    for i, group in enumerate(groups):
-        first, last = int(samples.up_to(above)), int(samples.up_to(group.capacity))
-        own = samples.between(above, group.capacity)[0]
+    for group in groups:
+        home = group in homes
+        own, _ = samples.between(above, group.capacity) if home else samples.between(0, 0)
         mine = (plan.capacity == group.capacity) & (plan.sp_degree == group.sp_degree)
-        fewer = _run_seconds(cost, samples, [*groups[:i], *groups[i + 1 :]]) if i + 1 < len(groups) else None
+        mine &= plan.gc_layers == group.gc_layers
+        others = [other for other in homes if other != group]
+        fewer = _run_seconds(cost, samples, others) if home and group != homes[-1] else None
         reasons.append(
             Reason(
                 group,
+                home,
                 above,
-                int(samples.documents[last] - samples.documents[first]),
+                int(own.documents[0]),
                 float(own.tokens[0] / samples.tokens[-1]),
                 float(busy[mine].sum() / busy.sum()),
                 len(np.unique(index[mine])),
@@ -99,8 +107,18 @@ def explain(plan: Plan, cost: CostModel, lengths: Lengths) -> list[Reason]:
                 None if fewer is None else fewer / whole - 1,
             )
         )
-        above = group.capacity if reasons[-1].micro_steps > 1 or above else 0
+        above = group.capacity if home else above
     return reasons
+
+
+def _homes(groups: Sequence[Group], extra: Sequence[Group]) -> list[Group]:
+    """Groups that samples are at home in: all but extra ones that are a shorter form of another group of the plan."""
+
+    def shorter(group: Group) -> bool:
+        alike = (other for other in groups if other not in extra and other.capacity > group.capacity)
+        return (group.sp_degree, group.gc_layers) in {(other.sp_degree, other.gc_layers) for other in alike}
+
+    return [group for group in groups if group not in extra or not shorter(group)]
 
 
 def _settings(cost: CostModel, group: Group, own: Work) -> tuple[Setting, ...]:

@@ -77,6 +77,15 @@ def longest_capacity(lengths: Lengths, max_length: int | None) -> int:
     return math.ceil(longest / unit) * unit
 
 
+def fitting_capacity(cost: CostModel, lengths: Lengths, max_length: int | None) -> int:
+    """:func:`longest_capacity`; where packs of that length fit memory at no setting, what the longest sample needs."""
+    longest = int(lengths.max())
+    for capacity in (longest_capacity(lengths, max_length), longest_capacity(lengths, None)):
+        if any(cost.fewest_gc_layers(capacity, degree) is not None for degree in cost.degrees()):
+            return capacity
+    return longest
+
+
 def group_seconds(cost: CostModel, group: Group, total: Work, longest: Work) -> float:
     """Predicted seconds of samples packed full into one group and spread evenly over the ranks.
 
@@ -114,10 +123,11 @@ def longest_settings(cost: CostModel, lengths: Lengths, capacity: int) -> list[C
     if not choices:
         degree, gib = cost.degrees()[-1], 2.0**30
         least = cost.bytes(capacity, degree, cost.model.n_layers) / gib
+        most = int(max(cost.longest_packs(degree)[-1] for degree in cost.degrees()))
         raise HbpError(
             f"a pack of {capacity} tokens needs {least:.2f} GiB a device at SP degree {degree} with every layer "
-            f"recomputed, over the budget of {cost.cluster.memory_bytes / gib:.2f} GiB; use more devices, a larger "
-            "memory budget, or a shorter --max-length"
+            f"recomputed, over the budget of {cost.cluster.memory_bytes / gib:.2f} GiB; use more GPUs, a cluster with "
+            f"more memory, or " + (f"--max-length {most} at most" if most >= 1 else "a smaller model")
         )
     return sorted(choices, key=lambda c: c.seconds)
 

@@ -107,7 +107,7 @@ def _charges(cost: CostModel, work: Work, counts: Float, x: float) -> tuple[floa
             better = charge < best[:n]
             best[:n][better] = charge[better]
             slope[:n][better] = (traffic - spent.overlap * busy)[better]
-    return float(best @ counts), float(slope @ counts)
+    return float((best * counts).sum()), float((slope * counts).sum())  # @ rounds by the number of threads
 
 
 def measure(plan: Plan, cost: CostModel) -> Metrics:

@@ -7,7 +7,7 @@ the rows) is common to all, so that strategies differ only in what they decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -21,15 +21,15 @@ from hbp.planning.group_search import search_groups
 from hbp.planning.groups import (
     SamplesByLength,
     best_setting,
-    longest_capacity,
+    fitting_capacity,
     longest_settings,
     published_groups,
 )
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
-from hbp.planning.packs import Lengths, Packs, numbered
+from hbp.planning.packs import Lengths
 from hbp.planning.problem import Outcome, Problem
-from hbp.planning.schedule import PackCost, balance_batches
+from hbp.planning.schedule import balance_batches, in_order
 from hbp.planning.windows import windowed_schedule
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
@@ -64,7 +64,7 @@ def hbp(problem: Problem) -> Outcome:
 
 def hbp_mixed(problem: Problem) -> Outcome:
     """Our best: groups searched for the data, packs that are alike, steps that hold the data's mix."""
-    lengths = problem.own_lengths()
+    lengths = problem.own_lengths
     batch = problem.global_batch_tokens if problem.batch_given else None
     groups = search_groups(problem.cost, lengths, int(lengths.max()), problem.longest, batch)
     return windowed_schedule(problem, groups)
@@ -104,8 +104,8 @@ def make_plan(
         cost: predicts the user's model on the user's cluster at its world size.
         strategy: a key of :data:`STRATEGIES`.
         seed: of every random choice; the same input and seed give the same plan, another seed another epoch.
-        max_length: longest packing length; longer samples are dropped, by name. None: the longest sample, and for
-            `hbp-mixed` what memory holds.
+        max_length: longest packing length; longer samples are dropped, by name. None, or one that fits memory at no
+            setting: the longest sample. `hbp-mixed` has it as a limit only, and None for what memory holds.
         global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest length,
             and for `hbp-mixed` at least one micro-step of the packs it finds best.
         short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only ours have one.
@@ -117,7 +117,7 @@ def make_plan(
         The plan with its metrics; not yet validated (:func:`hbp.plan.write_plan` does).
 
     Raises:
-        HbpError: no samples, an unknown strategy, or a longest pack that no setting fits into memory.
+        HbpError: no samples, an unknown strategy, or a longest sample that no setting fits into memory.
     """
     if strategy not in STRATEGIES:
         raise HbpError(f"no strategy {strategy!r}: give one of {', '.join(STRATEGIES)}")
@@ -127,33 +127,29 @@ def make_plan(
         raise HbpError(
             f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens; every length must be 1 or more"
         )
-    longest = static.capacity if static else longest_capacity(lengths, max_length)
-    dropped = np.flatnonzero(lengths > longest)
-    ids, own = numbered(len(lengths)), lengths
-    if len(dropped):
-        ids = np.delete(ids, dropped)
-        own = lengths[ids]
-    if not len(ids):
-        raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
+    limit = static.capacity if static else max_length
+    dropped = np.zeros(0, np.int64) if limit is None else np.flatnonzero(lengths > limit)
+    own = np.delete(lengths, dropped) if len(dropped) else lengths
+    if not len(own):
+        raise HbpError(f"every sample is longer than {limit} tokens; raise --max-length to {int(lengths.max())}")
+    longest = static.capacity if static else fitting_capacity(cost, own, max_length)
     statics = [static] if static else [choice.group for choice in longest_settings(cost, own, longest)]
     batch = global_batch_tokens or default_batch_tokens(cost, own, longest)
     plans = []
     for setting in statics[:1] if strategy in OURS else statics:
         problem = Problem(
             lengths=lengths,
-            sample_ids=ids,
+            dropped=dropped,
             static=setting,
             longest=max_length,
             cost=cost,
-            pack_cost=lambda groups: predicted_seconds(cost, lengths, groups),
-            world_size=cost.world_size,
             global_batch_tokens=batch,
             batch_given=global_batch_tokens is not None,
             short_steps=short_steps,
             windows=windows,
             rng=np.random.default_rng(seed),
         )
-        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, dropped))
+        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed))
     return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
 
 
@@ -164,22 +160,7 @@ def default_batch_tokens(cost: CostModel, lengths: Lengths, longest: int) -> int
     return cost.world_size // best.group.sp_degree * longest
 
 
-def predicted_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
-    """Predicted seconds of packs of these groups."""
-
-    def seconds(packs: Packs) -> np.ndarray:
-        work = cost.work(lengths[packs.sample_ids], packs.offsets)
-        result = np.empty(len(packs))
-        for index in np.unique(packs.group):
-            here = packs.group == index
-            group = groups[index]
-            result[here] = cost.seconds(group.sp_degree, group.gc_layers).of(work[here])
-        return result
-
-    return seconds
-
-
-def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, dropped: np.ndarray) -> Plan:
+def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Plan:
     """Rows and metrics of scheduled packs."""
     schedule, groups, cost, lengths = outcome.schedule, outcome.groups, problem.cost, problem.lengths
     most = int(schedule.micro_step.max()) + 1
@@ -188,27 +169,28 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, droppe
             f"a step of {problem.global_batch_tokens} tokens takes {most} micro-steps, over the limit of "
             f"{MOST_MICRO_STEPS}; lower global_batch_tokens"
         )
-    order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
-    in_order = bool((np.diff(order) == 1).all())
-    packs = schedule.packs if in_order else schedule.packs.take(order)
-    seconds = predicted_seconds(cost, lengths, groups)(packs) if outcome.seconds is None else outcome.seconds[order]
-    used = np.unique(packs.group)
-    column = {
-        name: np.array([getattr(group, name) for group in groups])[packs.group]
-        for name in ("capacity", "sp_degree", "gc_layers")
-    }
-    in_plan = lengths[packs.sample_ids].astype(np.int32, copy=False)
+    if outcome.known is None:
+        schedule = in_order(schedule)
+        seconds = problem.pack_cost(groups)(schedule.packs)
+        in_plan = lengths[schedule.packs.sample_ids]
+    else:
+        seconds, in_plan = outcome.known
+    packs = schedule.packs
+
+    def column(name: str, kind: type) -> np.ndarray:
+        return np.array([getattr(group, name) for group in groups], kind)[packs.group]
+
     info = PlanInfo(
         strategy=strategy,
         seed=seed,
         world_size=problem.world_size,
-        groups=tuple(sorted(groups[i] for i in used)),
+        groups=tuple(sorted(groups[i] for i in np.unique(packs.group))),
         n_samples=len(lengths),
         n_tokens=int(in_plan.sum(dtype=np.int64)),
         lengths_sha256=hash_lengths(lengths),
         dropped=tuple(
             (int(i), f"{int(lengths[i])} tokens, longer than the longest group ({problem.static.capacity})")
-            for i in dropped
+            for i in problem.dropped
         ),
         model=cost.model.to_json(),
         cluster=cost.cluster.to_json(),
@@ -218,20 +200,21 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int, droppe
             "short_steps": outcome.short_steps,
             "max_length": problem.static.capacity,
             "windows": outcome.windows,
+            "extra_groups": [asdict(group) for group in outcome.extra],
         },
     )
     plan = Plan(
         info,
-        step=schedule.step[order].astype(np.int32),
-        micro_step=schedule.micro_step[order].astype(np.int16),
-        rank_start=schedule.rank_start[order].astype(np.int32),
-        sp_degree=column["sp_degree"].astype(np.int16),
-        gc_layers=column["gc_layers"].astype(np.int16),
-        capacity=column["capacity"].astype(np.int32),
-        predicted_s=seconds.astype(np.float32),
+        step=schedule.step.astype(np.int32, copy=False),
+        micro_step=schedule.micro_step.astype(np.int16, copy=False),
+        rank_start=schedule.rank_start.astype(np.int32, copy=False),
+        sp_degree=column("sp_degree", np.int16),
+        gc_layers=column("gc_layers", np.int16),
+        capacity=column("capacity", np.int32),
+        predicted_s=seconds.astype(np.float32, copy=False),
         sample_offsets=packs.offsets,
         sample_ids=packs.sample_ids.astype(np.int64, copy=False),
-        lengths=in_plan,
+        lengths=in_plan.astype(np.int32, copy=False),
     )
     details = {**measure_order(plan), **outcome.details}
     return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost)), details=details))

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hbp.cost.predict import CostModel
 from hbp.plan import Group
 from hbp.planning.packs import Int, Lengths, Packs, join, packs_of
 
@@ -37,6 +38,28 @@ class Schedule:
     step: Int
     micro_step: Int
     rank_start: Int
+
+
+def predicted_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
+    """Predicted seconds of packs of these groups."""
+
+    def seconds(packs: Packs) -> np.ndarray:
+        work = cost.work(lengths[packs.sample_ids], packs.offsets)
+        result = np.empty(len(packs))
+        for index in np.unique(packs.group):
+            here = packs.group == index
+            group = groups[index]
+            result[here] = cost.seconds(group.sp_degree, group.gc_layers).of(work[here])
+        return result
+
+    return seconds
+
+
+def in_order(schedule: Schedule) -> Schedule:
+    """Packs in order of step, micro-step and first rank, as a plan's rows are."""
+    order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
+    columns = (schedule.step, schedule.micro_step, schedule.rank_start)
+    return Schedule(schedule.packs.take(order), *(column[order] for column in columns))
 
 
 def micro_steps_per_step(group: Group, world_size: int, global_batch_tokens: int) -> int:

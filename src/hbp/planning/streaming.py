@@ -24,9 +24,35 @@ from hbp.plan import Group, Plan
 from hbp.planning.group_search import search_groups
 from hbp.planning.groups import longest_settings
 from hbp.planning.packs import Lengths
-from hbp.planning.planner import predicted_seconds, to_plan
+from hbp.planning.planner import to_plan
 from hbp.planning.problem import Problem
 from hbp.planning.windows import TooFewSamples, windowed_schedule
+
+
+def check_groups(groups: Sequence[Group], cost: CostModel, longest: int) -> None:
+    """Refuse groups that samples of up to `longest` tokens cannot be planned with.
+
+    Raises:
+        HbpError: the first group that is wrong, and what it may be.
+    """
+    capacities = [group.capacity for group in groups]
+    if capacities != sorted(set(capacities)) or not capacities or capacities[0] < 1:
+        raise HbpError(f"groups of {capacities} tokens are not in order; give at least one, of rising capacity")
+    if capacities[-1] < longest:
+        raise HbpError(
+            f"the last group holds {capacities[-1]} tokens, but samples may have {longest}; give it that capacity "
+            "or a lower max_length"
+        )
+    for group in groups:
+        if group.sp_degree not in cost.degrees():
+            raise HbpError(
+                f"{cost.world_size} ranks have no groups of SP degree {group.sp_degree} ({group}); "
+                f"give one of {', '.join(map(str, cost.degrees()))}"
+            )
+        fewest, layers = cost.fewest_gc_layers(group.capacity, group.sp_degree), cost.model.n_layers
+        if fewest is None or not fewest <= group.gc_layers <= layers:
+            may = "a shorter group or a higher degree" if fewest is None else f"{fewest} to {layers} recomputed layers"
+            raise HbpError(f"a group of {group} does not fit the model or its memory; give {may}")
 
 
 class StreamPlanner:
@@ -45,13 +71,16 @@ class StreamPlanner:
         """Args: as for :func:`hbp.planning.planner.make_plan`; `groups` replaces the search on the first buffer.
 
         Raises:
-            HbpError: a buffer of no samples, or a `max_length` that fits memory at no setting.
+            HbpError: a buffer of no samples, a `max_length` that fits memory at no setting, or groups that do not hold
+                it, are out of order, or do not fit the world or the memory.
         """
         if buffer_samples < 1:
             raise HbpError(f"a buffer of {buffer_samples} samples holds none; give at least 1")
         longest_settings(cost, np.array([max_length]), max_length)
+        if groups is not None:
+            check_groups(groups, cost, max_length)
         self.cost, self.buffer_samples = cost, buffer_samples
-        self.groups = tuple(groups) if groups else None
+        self.groups = None if groups is None else tuple(groups)
         self.max_length, self.global_batch_tokens, self.seed = max_length, global_batch_tokens, seed
         self.ids = np.zeros(0, np.int64)
         self.lengths = np.zeros(0, np.int32)
@@ -139,7 +168,7 @@ class StreamPlanner:
             outcome = windowed_schedule(problem, self.groups, to_the_end=to_the_end)
         except TooFewSamples:
             outcome = windowed_schedule(self._problem(self.groups[-1]), self.groups)
-        plan = to_plan(outcome, problem, "hbp-mixed", self.seed, np.zeros(0, np.int64))
+        plan = to_plan(outcome, problem, "hbp-mixed", self.seed)
         dropped = tuple((i, f"{n} tokens, longer than the longest group ({self.max_length})") for i, n in self.too_long)
         piece = replace(
             plan,
@@ -155,15 +184,12 @@ class StreamPlanner:
 
     def _problem(self, last: Group) -> Problem:
         """The buffer as a data set of its own, its samples numbered from 0."""
-        lengths = self.lengths
         return Problem(
-            lengths=lengths,
-            sample_ids=np.arange(len(lengths)),
+            lengths=self.lengths,
+            dropped=np.zeros(0, np.int64),
             static=last,
             longest=last.capacity,
             cost=self.cost,
-            pack_cost=lambda groups: predicted_seconds(self.cost, lengths, groups),
-            world_size=self.cost.world_size,
             global_batch_tokens=self.global_batch_tokens or self.cost.world_size // last.sp_degree * last.capacity,
             batch_given=self.global_batch_tokens is not None,
             short_steps=0,

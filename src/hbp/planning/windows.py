@@ -24,7 +24,7 @@ import numpy.typing as npt
 from numba import njit
 
 from hbp.errors import HbpError
-from hbp.plan import Group
+from hbp.plan import Group, IntArray
 from hbp.planning.composition import cut_steps, interleave, shorts_first
 from hbp.planning.fill import count_lengths, counting_sort, shuffled
 from hbp.planning.histogram_packs import PackCosts, pack_histogram
@@ -40,14 +40,27 @@ class TooFewSamples(HbpError):
 
 
 @dataclass(frozen=True)
-class Window:
-    """Packs of one window with their place, in micro-steps from 0, and what waits for the next."""
+class Drawn:
+    """Samples in the order of their packs, of one window or of all."""
 
-    packs: Packs
-    micro_step: Int  # [P]
-    rank_start: Int  # [P]
-    seconds: npt.NDArray[np.float64]  # [P]
-    tokens: npt.NDArray[np.float64]  # [P]
+    positions: Int  # [N] in the shuffle
+    lengths: Int  # [N] int32
+
+    def __getitem__(self, part: slice) -> Drawn:
+        return Drawn(self.positions[part], self.lengths[part])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Packs of one window in order of their place, and what waits for the next. Columns as narrow as the plan file's,
+    since all windows are held until the last is planned."""
+
+    sizes: IntArray  # [P] int32: samples of each pack
+    tokens: IntArray  # [P] int32
+    seconds: npt.NDArray[np.float64]  # [P] predicted
+    group: IntArray  # [P] int16
+    micro_step: IntArray  # [P] int32, from 0
+    rank_start: IntArray  # [P] int32
     groups: tuple[Group, ...]
     waiting: Int
     """Positions of the samples that were not placed."""
@@ -60,6 +73,7 @@ def plan_window(
     costs: PackCosts,
     world_size: int,
     rng: np.random.Generator,
+    into: Drawn,
     *,
     last: bool,
 ) -> Window:
@@ -72,6 +86,7 @@ def plan_window(
         costs: predicts packs.
         world_size: ranks.
         rng: decides which lengths wait.
+        into: gets the samples of the packs from its beginning on, ``[n]`` or longer.
         last: nothing may wait.
     """
     counts = count_lengths(lengths, int(lengths.max(initial=0)))
@@ -79,46 +94,55 @@ def plan_window(
     starts = ends - counts
     packed = pack_histogram(counts, groups, costs, world_size, rng, last=last)
     ordered = counting_sort(positions, lengths, len(starts) - 1)
-    order = np.lexsort((packed.rank_start, packed.micro_step))
+    order = np.argsort(packed.micro_step * world_size + packed.rank_start, kind="stable")
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
-    offsets, ids = _draw(number[packed.pack_of], packed.taken, len(order), starts, ordered)
-    # Of each length, what was drawn came first; the rest waits.
-    waiting = ordered[_ranges(ends - counts, counts)]
-    packs = Packs(offsets, ids, packed.group[order])
+    pack_of = number[packed.pack_of]
+    sizes, tokens = np.zeros((2, len(order)), np.int32)
+    waiting = _draw(pack_of, packed.taken, starts, ends, ordered, sizes, tokens, into.positions, into.lengths)
     return Window(
-        packs,
-        packed.micro_step[order],
-        packed.rank_start[order],
+        sizes,
+        tokens,
         packed.seconds[order],
-        np.bincount(number[packed.pack_of], packed.taken, len(order)).astype(np.float64),
+        packed.group[order].astype(np.int16),
+        packed.micro_step[order].astype(np.int32),
+        packed.rank_start[order].astype(np.int32),
         packed.groups,
         waiting,
     )
 
 
 @njit(cache=True)
-def _draw(pack_of: Int, taken: Int, n_packs: int, starts: Int, ordered: Int) -> tuple[Int, Int]:
-    """Offsets of the packs, and for each sample placed the next one of its length, pack by pack."""
-    offsets = np.zeros(n_packs + 1, np.int64)
-    for pack in pack_of:
-        offsets[pack + 1] += 1
-    for pack in range(n_packs):
-        offsets[pack + 1] += offsets[pack]
-    at, next_of = offsets[:-1].copy(), starts.copy()
-    drawn = np.empty(len(pack_of), ordered.dtype)
+def _draw(
+    pack_of: Int,
+    taken: Int,
+    starts: Int,
+    ends: Int,
+    ordered: Int,
+    sizes: IntArray,
+    tokens: IntArray,
+    drawn: Int,
+    lengths: Int,
+) -> Int:
+    """Draw for each sample placed the next one of its length ``l``, which are ``ordered[starts[l] : ends[l]]``.
+
+    Fills samples and tokens of each pack, and what is drawn and its length, pack by pack; returns what is not drawn.
+    """
     for i in range(len(pack_of)):
-        drawn[at[pack_of[i]]] = ordered[next_of[taken[i]]]
-        next_of[taken[i]] += 1
-        at[pack_of[i]] += 1
-    return offsets, drawn
-
-
-def _ranges(starts: Int, counts: Int) -> Int:
-    """starts[i] .. starts[i] + counts[i] − 1 for every i, one after the other."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - counts), counts) + np.arange(total)
+        sizes[pack_of[i]] += 1
+        tokens[pack_of[i]] += taken[i]
+    at, next_of = np.cumsum(sizes) - sizes, starts.copy()
+    for i in range(len(pack_of)):
+        pack, length = pack_of[i], taken[i]
+        drawn[at[pack]], lengths[at[pack]] = ordered[next_of[length]], length
+        at[pack] += 1
+        next_of[length] += 1
+    waiting, n = np.empty(len(ordered) - len(pack_of), ordered.dtype), 0
+    for length in range(len(starts)):
+        for i in range(next_of[length], ends[length]):
+            waiting[n] = ordered[i]
+            n += 1
+    return waiting
 
 
 def default_windows(tokens: int, groups: Sequence[Group], world_size: int) -> int:
@@ -135,79 +159,86 @@ def windowed_schedule(problem: Problem, groups: Sequence[Group], *, to_the_end: 
         groups: in order of rising capacity.
         to_the_end: False leaves samples that fill no whole micro-step waiting (a stream has more to come).
     """
-    ids, world = problem.sample_ids, problem.world_size
-    order = shuffled(len(ids), problem.rng)
-    if len(ids) < len(problem.lengths):  # some are dropped: positions are not ids
-        order = ids.astype(order.dtype)[order]
-    tokens = int(problem.own_lengths().sum(dtype=np.int64))
-    n_windows = min(len(ids), problem.windows or default_windows(tokens, groups, world))
-    costs = PackCosts(problem.cost, int(problem.own_lengths().max()))
-    bounds = np.linspace(0, len(ids), n_windows + 1).astype(np.int64)
-    waiting = np.zeros(0, order.dtype)
+    own, world = problem.own_lengths, problem.world_size
+    order = shuffled(len(own), problem.rng)
+    n_windows = min(len(own), problem.windows or default_windows(int(own.sum(dtype=np.int64)), groups, world))
+    costs = PackCosts(problem.cost, int(own.max()))
+    bounds = np.linspace(0, len(own), n_windows + 1).astype(np.int64)
+    waiting, placed = np.zeros(0, order.dtype), 0
+    drawn = Drawn(np.empty_like(order), np.empty(len(own), np.int32))
     found: list[Window] = []
     for number in range(n_windows):
         fresh = np.arange(bounds[number], bounds[number + 1], dtype=order.dtype)
         positions = np.concatenate([waiting, fresh])
-        here = problem.lengths[order[positions]]
+        here, into = own[order[positions]], drawn[placed:]
         last = to_the_end and number == n_windows - 1
-        found.append(plan_window(positions, here, groups, costs, world, problem.rng, last=last))
+        found.append(plan_window(positions, here, groups, costs, world, problem.rng, into, last=last))
         waiting = found[-1].waiting
-    if not any(len(window.packs) for window in found):
-        raise TooFewSamples(f"{len(ids)} samples do not fill one micro-step; give a larger buffer")
-    return replace(_compose(problem, found, order), waiting=order[waiting])
+        placed += len(positions) - len(waiting)
+    if not placed:
+        raise TooFewSamples(f"{len(own)} samples do not fill one micro-step; give a larger buffer")
+    if len(problem.dropped):  # numbers among those left become sample ids
+        order = problem.sample_ids[order]
+    extra = tuple(group for group in found[-1].groups if group not in groups)
+    return replace(_compose(problem, found, drawn[:placed], order), extra=extra, waiting=order[waiting])
 
 
-def _compose(problem: Problem, found: list[Window], order: Int) -> Outcome:
-    """Order the micro-steps of all windows, cut them into steps, and lay the samples out pack by pack."""
-    groups, world = found[-1].groups, problem.world_size
-    sizes = np.concatenate([np.diff(w.packs.offsets) for w in found])
-    kind = np.concatenate([w.packs.group for w in found])
-    seconds = np.concatenate([w.seconds for w in found])
-    start = np.concatenate([w.rank_start for w in found])
-    n_micro = np.cumsum([0, *(int(w.micro_step[-1]) + 1 if len(w.micro_step) else 0 for w in found)])
-    micro = np.concatenate([w.micro_step + base for w, base in zip(found, n_micro, strict=False)])
-    tokens = np.concatenate([w.tokens for w in found])
+def _compose(problem: Problem, found: list[Window], drawn: Drawn, order: Int) -> Outcome:
+    """Order the micro-steps of all windows, cut them into steps, and lay the samples out pack by pack.
 
-    firsts = np.unique(micro, return_index=True)[1]
-    window = np.repeat(np.arange(len(found)), np.diff(n_micro))
-    of_micro = np.bincount(micro, weights=tokens).astype(np.float64)
-    sequence = interleave(kind[firsts], window, problem.rng)
-    degree = np.array([group.sp_degree for group in groups])
-    short = degree[kind[firsts]] == degree.min()
-    sequence, first_steps = shorts_first(sequence, short, of_micro, problem.global_batch_tokens, problem.short_steps)
-    step_of_micro = cut_steps(sequence, of_micro, problem.global_batch_tokens)
-    place = np.empty(len(sequence), np.int64)
-    place[sequence] = np.arange(len(sequence))
-    first_of_step = np.unique(step_of_micro[sequence], return_index=True)[1]
-
-    rows = np.lexsort((start, place[micro]))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[rows])])
-    begins = np.empty(len(rows), np.int64)
-    begins[rows] = offsets[:-1]
-    step = step_of_micro[micro]
-    middle = _middle_of_steps(step, tokens)
-    sample_ids = np.empty(int(offsets[-1]), np.int64)
-    away, at = 0.0, 0
-    n_windows = len(found)
-    for w in (found.pop(0) for _ in range(n_windows)):  # each is let go once it is laid out
-        here = slice(at, at + len(w.packs))
-        away += _lay_out(sample_ids, begins[here], w.packs.offsets, w.packs.sample_ids, order, middle[step[here]])
-        at += len(w.packs)
-    schedule = Schedule(
-        Packs(offsets, sample_ids, kind[rows]),
-        step[rows],
-        place[micro[rows]] - first_of_step[step[rows]],
-        start[rows],
+    Packs of a micro-step are adjacent and stay so: the order of packs follows from that of the micro-steps.
+    """
+    groups, n_windows = found[-1].groups, len(found)
+    of_windows = [np.bincount(w.micro_step) for w in found]
+    sizes, tokens, seconds, kind, rank_start = (
+        np.concatenate([getattr(w, name) for w in found])
+        for name in ("sizes", "tokens", "seconds", "group", "rank_start")
     )
-    spent, sorted_whole = _order_price(seconds, kind, micro, groups, world)
+    found.clear()
+    packs = np.concatenate(of_windows)  # of each micro-step
+    firsts = np.cumsum(packs) - packs
+    spent, sorted_whole = _order_price(seconds, kind, firsts, groups, problem.world_size)
+
+    kinds, degree = kind[firsts], np.array([group.sp_degree for group in groups])
+    of_micro = np.add.reduceat(tokens, firsts, dtype=np.float64)
+    sequence = interleave(kinds, np.repeat(np.arange(n_windows), [len(x) for x in of_windows]), problem.rng)
+    sequence, first_steps = shorts_first(
+        sequence, degree[kinds] == degree.min(), of_micro, problem.global_batch_tokens, problem.short_steps
+    )
+    step_of_micro = cut_steps(sequence, of_micro, problem.global_batch_tokens)
+    steps = step_of_micro[sequence]
+    first_of_step = np.flatnonzero(np.diff(steps, prepend=-1))
+    micro_in_step = np.arange(len(steps)) - first_of_step[steps]
+
+    rows = _ranges(firsts[sequence], packs[sequence])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[rows], dtype=np.int64)])
+    samples = np.add.reduceat(sizes, firsts, dtype=np.int64)
+    kind, rank_start, predicted = kind[rows], rank_start[rows], seconds.astype(np.float32)[rows]
+    del rows, sizes, tokens, seconds  # before the samples, which are the bulk
+    sample_ids, lengths = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.int32)
+    begins = (np.cumsum(samples) - samples)[sequence]
+    middle = _middle_of_steps(step_of_micro, of_micro)[steps]
+    away = _lay_out(sample_ids, lengths, begins, samples[sequence], drawn.positions, drawn.lengths, order, middle)
+    schedule = Schedule(
+        Packs(offsets, sample_ids, kind),
+        np.repeat(steps.astype(np.int32), packs[sequence]),
+        np.repeat(micro_in_step.astype(np.int32), packs[sequence]),
+        rank_start,
+    )
     return Outcome(
         schedule,
         groups,
-        seconds[rows],
-        first_steps,
-        n_windows,
-        {"travel": float(away / len(sample_ids)), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
+        known=(predicted, lengths),
+        short_steps=first_steps,
+        windows=n_windows,
+        details={"travel": away / len(sample_ids), "speed_given_up": max(0.0, 1 - sorted_whole / spent)},
     )
+
+
+def _ranges(starts: Int, counts: Int) -> Int:
+    """starts[i] .. starts[i] + counts[i] − 1 for every i, one after the other."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1])
 
 
 def _middle_of_steps(step: Int, tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -217,27 +248,39 @@ def _middle_of_steps(step: Int, tokens: npt.NDArray[np.float64]) -> npt.NDArray[
 
 
 @njit(cache=True)
-def _lay_out(into: Int, begins: Int, offsets: Int, positions: Int, order: Int, place: npt.NDArray[np.float64]) -> float:
-    """Write each pack's sample ids to its place in the plan; returns how far the samples travelled, summed."""
-    away, n = 0.0, len(order)
-    for pack in range(len(begins)):
-        at = begins[pack]
-        for i in range(offsets[pack], offsets[pack + 1]):
-            position = positions[i]
-            into[at] = order[position]
+def _lay_out(
+    ids: Int,
+    lengths: Int,
+    begins: Int,
+    samples: Int,
+    positions: Int,
+    of_positions: Int,
+    order: Int,
+    place: npt.NDArray[np.float64],
+) -> float:
+    """Write ids and lengths of the samples, micro-step by micro-step, each ``samples`` many from ``begins`` on.
+
+    Returns:
+        How far the samples travelled to the ``place`` of their micro-step, summed.
+    """
+    away, n, at = 0.0, len(order), 0
+    for micro in range(len(begins)):
+        for i in range(begins[micro], begins[micro] + samples[micro]):
+            ids[at], lengths[at] = order[positions[i]], of_positions[i]
+            away += abs(place[micro] - (positions[i] + 0.5) / n)
             at += 1
-            away += abs(place[pack] - (position + 0.5) / n)
     return away
 
 
 def _order_price(
-    seconds: npt.NDArray[np.float64], kind: Int, micro: Int, groups: Sequence[Group], world: int
+    seconds: npt.NDArray[np.float64], kind: Int, firsts: Int, groups: Sequence[Group], world: int
 ) -> tuple[float, float]:
-    """Seconds of the micro-steps as they are, and if each group's packs were sorted over the whole run instead."""
-    slowest = np.zeros(int(micro.max()) + 1)
-    np.maximum.at(slowest, micro, seconds)
+    """Seconds of the micro-steps as they are, and if each group's packs were sorted over the whole run instead.
+
+    ``firsts`` are the first packs of the micro-steps.
+    """
     whole = 0.0
     for index, group in enumerate(groups):
         own = -np.sort(-seconds[kind == index])
         whole += float(own[:: world // group.sp_degree].sum())
-    return float(slowest.sum()), whole
+    return float(np.maximum.reduceat(seconds, firsts).sum()), whole
