@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from hbp.cost.fit import Collective
+from hbp.parallel.gather_kv import ALL_GATHER, REDUCE_SCATTER
 
 SIZES = (2**16, 2**20, 2**23)
 """Bytes that a rank receives, about."""
 REPEATS = 5
-# Their names since torch 2.13, and before.
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def measure_collectives(degrees: Iterable[int], device: torch.device) -> list[Collective]:
