@@ -31,7 +31,6 @@ from hbp.train.launch import device_name
 from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import CausalLMWithLoss
-from hbp.train.profile import measure_rows
 from hbp.train.signals import Received, stop_signals
 from hbp.train.trace import trace
 from hbp.train.watch import Watch, watch_others
@@ -103,7 +102,7 @@ def train_strategy(
     engine: Engine,
     folder: Path,
     part: Part,
-    next_part: Callable[[Part], Part],
+    next_part: Callable[[Part, CausalLMWithLoss], Part],
     eval_plan: Plan | None,
     *,
     point: Point | None = None,
@@ -115,7 +114,7 @@ def train_strategy(
         engine: of this rank.
         folder: of the strategy; gets its steps, checkpoints and model.
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
-        next_part: makes the part of the next epoch.
+        next_part: makes the part of the next epoch; gets the last one, and the model to try packs with.
         eval_plan: of the held-out samples.
         point: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
@@ -131,9 +130,6 @@ def train_strategy(
     folder.mkdir(parents=True, exist_ok=True)
     model = engine.fresh_model()
     before, step = _take_up_logs(folder, part, point)
-    peaks = {}
-    if step < part.plan.n_steps:
-        peaks = measure_rows(model, part.plan, part.samples, engine.mesh, engine.device)
     optimizer = make_optimizer(model, config)
     with ExitStack() as stack:
         received = stack.enter_context(stop_signals()) if keeps_state else Received()
@@ -158,7 +154,7 @@ def train_strategy(
                 raise _stopped(run)
             if part.epoch + 1 >= config.epochs:
                 break
-            part, step = next_part(part), 0
+            part, step = next_part(part, model), 0
             _begin_part(part)
         with watch_others():
             if run.checkpoints:
@@ -166,7 +162,7 @@ def train_strategy(
             eval_loss = run.evaluate()
             if config.export:
                 export_model(model, folder / "model", engine.samples.store.tokenizer)
-    return _result(engine, part, records, eval_loss, max(peaks.values(), default=0.0))
+    return _result(engine, part, records, eval_loss)
 
 
 def _begin_part(part: Part) -> None:
@@ -294,9 +290,7 @@ def _seconds(records: Sequence[StepRecord]) -> float:
     return records[-1].started_s + records[-1].seconds if records else 0.0
 
 
-def _result(
-    engine: Engine, part: Part, records: list[StepRecord], eval_loss: float | None, peak_bytes: float
-) -> dict[str, Any]:
+def _result(engine: Engine, part: Part, records: list[StepRecord], eval_loss: float | None) -> dict[str, Any]:
     info = part.plan.info
     seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
     tail = records[-max(1, len(records) // 10) :]
@@ -314,7 +308,7 @@ def _result(
         "predicted_s": info.metrics["predicted_s"],
         "final_train_loss": float(np.average([r.loss for r in tail], weights=[max(r.loss_tokens, 1) for r in tail])),
         "eval_loss": eval_loss,
-        "peak_bytes": peak_bytes,
+        "peak_bytes": part.peak_bytes,
         "groups": [dataclasses.asdict(group) for group in info.groups],
         "metrics": dict(info.metrics),
         "by_group": by_group(records),
