@@ -16,6 +16,7 @@ from hbp.cost.cluster import ClusterSpec
 from hbp.cost.profile_file import profile_json
 from hbp.train.layer_stack import load_stack, stack_heights
 from hbp.train.live_profile import live_profile, packs_to_measure
+from hbp.train.lora import add_adapters
 from hbp.train.model import CausalLMWithLoss, shard
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def profile_cluster(
 def _sharded_stack(engine: Engine, height: int) -> CausalLMWithLoss:
     config, spec = engine.config.model, engine.cost.model
     model = load_stack(config.path, height, engine.device, vocab_size=spec.vocab, seed=engine.config.seed)
+    if engine.config.lora.rank:
+        add_adapters(model, engine.config.lora, config.path, engine.config.seed)
+        model.to(engine.device)
     dtype = getattr(torch, config.compute_dtype)
     shard(model, engine.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype)
     return model
