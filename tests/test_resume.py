@@ -26,7 +26,9 @@ from hbp.data.store import open_store
 from hbp.plan import read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.prepare import Samples
+from hbp.report.page import write_report
 from hbp.resume import Part, fingerprint, remaining
+from hbp.simulate import step_seconds
 from hbp.train.checkpoint import list_checkpoints, read_position
 from hbp.train.loop import learning_rate
 
@@ -124,6 +126,27 @@ def test_another_number_of_ranks_trains_the_rest_once(job, ranks):
     assert tokens == total == summary["results"][0]["tokens"]
     assert np.mean([s["loss"] for s in records[-3:]]) < records[4]["loss"]  # what was learnt is still known
     assert after.info.settings["global_batch_tokens"] == before.info.settings["global_batch_tokens"]
+    parts = summary["results"][0]["parts"]
+    assert [(p["world_size"], p["steps"]) for p in parts] == [(2, 5), (ranks, after.n_steps)]
+    assert [p["predicted_s"] for p in parts] == [step_seconds(before)[:5].sum(), step_seconds(after).sum()]
+    for key in ("tokens", "seconds", "predicted_s"):
+        assert summary["results"][0][key] == pytest.approx(sum(p[key] for p in parts))
+    assert summary["results"][0]["samples"] == len(before.sample_ids)
+
+
+def test_baseline_after_a_change_of_ranks(job):
+    """It runs on the ranks that there are, and is compared with what was trained on as many."""
+    config = config_of(job, f"run_dir={job / 'late-baseline'}", "train.export=false", "plan.baseline=concat")
+    run_ranks(run_here, 2, config, 5)
+    ((summary, _),) = run_ranks(run_here, 1, config)
+    ours, theirs = summary["results"]
+    assert (ours["world_size"], theirs["world_size"], theirs["strategy"]) == (1, 1, "concat")
+    assert theirs["samples"] == ours["samples"]
+    part = ours["parts"][1]
+    assert summary["speedup"] == pytest.approx(part["tokens"] / part["seconds"] / theirs["tokens_per_s"])
+    hbp, concat = write_report(job / "late-baseline").numbers["strategies"]
+    assert [p["world_size"] for p in hbp["stretches"]] == [2, 1]
+    assert hbp["tokens_done"] == concat["tokens_done"] == ours["tokens"]
 
 
 def test_elastic_resume_stopped_again(job):
@@ -150,7 +173,9 @@ def test_epochs_resume_and_are_planned_anew(job):
     assert fingerprint(first) != fingerprint(second)
     stopped = config_of(job, f"run_dir={job / 'epochs-stopped'}", *options)
     run_ranks(run_here, 2, stopped, first.n_steps + 2)
+    (job / "epochs-stopped" / "hbp" / "part-7").mkdir()  # of a way that the run did not go again
     run_ranks(run_here, 2, stopped)
+    assert not (job / "epochs-stopped" / "hbp" / "part-7").exists()
     for part in parts:
         again = job / "epochs-stopped" / part.relative_to(job / "epochs")
         same_steps(steps_of(again), steps_of(part))

@@ -145,20 +145,22 @@ def _global_batch(plan: Plan, config: Config) -> int:
 
 
 def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]) -> dict[str, Any]:
-    """Train the baseline, if one is wanted and not there yet, and compare."""
+    """Train the baseline, if one is wanted and not there yet, and compare it with what ran on as many ranks."""
     baseline, results = engine.config.plan.baseline, summary["results"]
     if baseline is None or any(result["strategy"] == baseline for result in results):
         return summary
-    plan = read_plan(run / ours / "plan")
-    if plan.info.world_size != engine.cost.world_size:
-        say(f"no baseline: this run changed from {plan.info.world_size} ranks to {engine.cost.world_size}")
+    parts = results[0].get("parts") or [results[0]]  # of an earlier version
+    alike = [part for part in parts if part["world_size"] == engine.cost.world_size and part["steps"]]
+    if not alike:
+        say(f"no baseline: this run was trained on other numbers of ranks than {engine.cost.world_size}")
         return summary
+    plan = read_plan(part_folder(run / ours, parts.index(alike[-1])) / "plan")
     engine = as_planned(engine, plan)
     result, trials = train_baseline(engine, baseline, plan, evaluation_plan(engine), run)
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,
-        "speedup": results[0]["tokens_per_s"] / result["tokens_per_s"],
+        "speedup": sum(p["tokens"] for p in alike) / sum(p["seconds"] for p in alike) / result["tokens_per_s"],
     }
     _write_summary(run, summary)
     return summary
