@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hbp.cost.cluster import GIB
 from hbp.errors import HbpError
-from hbp.live_plan import peak_bytes, write_and_read
+from hbp.live_plan import global_batch_tokens, peak_bytes, write_and_read
 from hbp.plan import Group, Plan
 from hbp.prepare import Engine
 from hbp.progress import say
@@ -45,8 +45,7 @@ def train_baseline(
     """
     budget, n_layers = engine.cost.cluster.memory_bytes, engine.cost.model.n_layers
     longest = max(group.capacity for group in ours.info.groups)
-    asked = ours.info.settings.get("global_batch_tokens") or engine.config.plan.global_batch_tokens
-    global_batch = int(asked or ours.info.n_tokens // ours.n_steps)
+    global_batch = global_batch_tokens(ours, engine.config)
     trials: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     model = engine.fresh_model()
@@ -82,14 +81,14 @@ def train_baseline(
 
 
 def _epochs(
-    engine: Engine, strategy: str, folder: Path, static: Group, global_batch_tokens: int, model: CausalLMWithLoss
+    engine: Engine, strategy: str, folder: Path, static: Group, global_batch: int, model: CausalLMWithLoss
 ) -> list[Part]:
     """All epochs, planned before any is trained, since a setting fits only if the packs of each do."""
     parts: list[Part] = []
     peak = 0.0
     for epoch in range(engine.config.train.epochs):
         here, seed = part_folder(folder, epoch), engine.config.seed + epoch
-        plan = write_and_read(engine, strategy, here, seed=seed, global_batch_tokens=global_batch_tokens, static=static)
+        plan = write_and_read(engine, strategy, here, seed=seed, global_batch_tokens=global_batch, static=static)
         peak = max(peak, peak_bytes(engine, plan, model))
         parts.append(Part(epoch, epoch, engine.samples, plan, here, peak))
     return parts

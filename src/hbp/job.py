@@ -25,8 +25,8 @@ from hbp.baseline import train_baseline
 from hbp.cluster_profile import profile_cluster
 from hbp.config import Config
 from hbp.errors import HbpError
-from hbp.live_plan import as_planned, evaluation_plan, plan_to_run, plan_within_memory
-from hbp.plan import Plan, read_info, read_plan
+from hbp.live_plan import as_planned, evaluation_plan, global_batch_tokens, plan_to_run, plan_within_memory
+from hbp.plan import read_info, read_plan
 from hbp.planning.planner import STRATEGIES
 from hbp.prepare import Engine, make_engine
 from hbp.progress import say
@@ -133,15 +133,9 @@ def _planned_part(engine: Engine, last: Part, epoch: int, folder: Path, model: C
         here,
         model,
         seed=config.seed + epoch,
-        global_batch_tokens=_global_batch(last.plan, config),
+        global_batch_tokens=global_batch_tokens(last.plan, config),
     )
     return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes))
-
-
-def _global_batch(plan: Plan, config: Config) -> int:
-    """That a plan was made for; of another program's plan that does not say, the configured one or its mean step."""
-    asked = plan.info.settings.get("global_batch_tokens") or config.plan.global_batch_tokens
-    return int(asked or plan.info.n_tokens // plan.n_steps)
 
 
 def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]) -> dict[str, Any]:

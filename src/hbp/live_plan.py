@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hbp.config import Config
 from hbp.cost.cluster import GIB, ClusterSpec
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, hash_lengths, read_plan, write_plan
@@ -113,6 +114,12 @@ def as_planned(engine: Engine, plan: Plan) -> Engine:
     except TypeError:  # another program's plan
         return engine
     return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=spec))
+
+
+def global_batch_tokens(plan: Plan, config: Config) -> int:
+    """That a plan was made for; of another program's plan that does not say, the configured one or its mean step."""
+    asked = plan.info.settings.get("global_batch_tokens") or config.plan.global_batch_tokens
+    return int(asked or plan.info.n_tokens // plan.n_steps)
 
 
 def check_plan(plan: Plan, lengths: npt.NDArray[np.int32], world_size: int) -> None:

@@ -35,7 +35,7 @@ def test_bytes_by_hand() -> None:
     root = SMALL.parameters() - 6 * layer
     always = SMALL.parameters() * 16 / 4 + 1e6 + root * 4
     end = always + root * (4 + 4)
-    assert cost.static_bytes() == max(always + head + layer * (4 + 2 * 4 + 4), end)
+    assert cost.bytes(0, 1, 0) == max(always + head + layer * (4 + 2 * 4 + 4), end)
     saved, kept = SMALL.layer_activation_bytes(0, 4, 2), 256 * 4
     for gc_layers, whole in ((0, 6), (2, 4), (6, 0)):
         for tokens, in_chunk in ((1000, 500), (8000, 1024)):

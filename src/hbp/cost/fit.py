@@ -33,6 +33,7 @@ from scipy.optimize import nnls
 from hbp.cost.cluster import ClusterSpec
 from hbp.cost.memory import moments
 from hbp.cost.model_spec import ModelSpec
+from hbp.cost.parts import NEVER
 from hbp.cost.predict import CostModel
 
 Float = npt.NDArray[np.float64]
@@ -45,8 +46,6 @@ WORTH = 0.95
 """A larger overlap must bring the squared error below this share of a smaller one's."""
 SCALES = np.linspace(0.2, 3.0, 561)
 """Candidates for measured over modelled activation bytes."""
-NEVER = 1e30
-"""A rate so high that it costs nothing."""
 
 
 @dataclass(frozen=True)

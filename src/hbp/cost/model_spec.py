@@ -214,15 +214,6 @@ class ModelSpec:
         """Whether each layer is gathered apart, or, its layers being small, the model in one piece."""
         return max(map(self.layer_parameters, range(self.n_layers))) >= SMALL_LAYER_PARAMETERS
 
-    @cached_property
-    def active_parameters(self) -> int:
-        """Parameters that a token meets: all but experts it is not routed to (embedding counted whole)."""
-        e = self.experts
-        if e is None:
-            return self.parameters()
-        idle = (e.n_experts - e.experts_per_token) * 3 * self.hidden * e.intermediate
-        return self.parameters() - self.n_moe_layers * idle
-
     def matrix_parameters(self) -> int:
         """Entries of the matrices of all layers, every expert's included: what a pass reads, however few its tokens."""
         count = self.parameter_count
