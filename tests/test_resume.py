@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,10 +17,18 @@ from jobs import config_of, ranks_of, run_here, start, steps_of, write_job
 from safetensors.torch import load_file
 from workers import run_ranks
 
+from hbp import live_plan
+from hbp.config import Config
+from hbp.cost.cluster import CLUSTERS, ClusterSpec
+from hbp.cost.model_spec import ModelSpec
+from hbp.cost.predict import CostModel
 from hbp.data.store import open_store
-from hbp.plan import read_plan
+from hbp.plan import read_plan, write_plan
+from hbp.planning.planner import make_plan
 from hbp.prepare import Samples
+from hbp.report.page import write_report
 from hbp.resume import Part, fingerprint, remaining
+from hbp.simulate import step_seconds
 from hbp.train.checkpoint import list_checkpoints, read_position
 from hbp.train.loop import learning_rate
 
@@ -116,6 +126,27 @@ def test_another_number_of_ranks_trains_the_rest_once(job, ranks):
     assert tokens == total == summary["results"][0]["tokens"]
     assert np.mean([s["loss"] for s in records[-3:]]) < records[4]["loss"]  # what was learnt is still known
     assert after.info.settings["global_batch_tokens"] == before.info.settings["global_batch_tokens"]
+    parts = summary["results"][0]["parts"]
+    assert [(p["world_size"], p["steps"]) for p in parts] == [(2, 5), (ranks, after.n_steps)]
+    assert [p["predicted_s"] for p in parts] == [step_seconds(before)[:5].sum(), step_seconds(after).sum()]
+    for key in ("tokens", "seconds", "predicted_s"):
+        assert summary["results"][0][key] == pytest.approx(sum(p[key] for p in parts))
+    assert summary["results"][0]["samples"] == len(before.sample_ids)
+
+
+def test_baseline_after_a_change_of_ranks(job):
+    """It runs on the ranks that there are, and is compared with what was trained on as many."""
+    config = config_of(job, f"run_dir={job / 'late-baseline'}", "train.export=false", "plan.baseline=concat")
+    run_ranks(run_here, 2, config, 5)
+    ((summary, _),) = run_ranks(run_here, 1, config)
+    ours, theirs = summary["results"]
+    assert (ours["world_size"], theirs["world_size"], theirs["strategy"]) == (1, 1, "concat")
+    assert theirs["samples"] == ours["samples"]
+    part = ours["parts"][1]
+    assert summary["speedup"] == pytest.approx(part["tokens"] / part["seconds"] / theirs["tokens_per_s"])
+    hbp, concat = write_report(job / "late-baseline").numbers["strategies"]
+    assert [p["world_size"] for p in hbp["stretches"]] == [2, 1]
+    assert hbp["tokens_done"] == concat["tokens_done"] == ours["tokens"]
 
 
 def test_elastic_resume_stopped_again(job):
@@ -142,7 +173,9 @@ def test_epochs_resume_and_are_planned_anew(job):
     assert fingerprint(first) != fingerprint(second)
     stopped = config_of(job, f"run_dir={job / 'epochs-stopped'}", *options)
     run_ranks(run_here, 2, stopped, first.n_steps + 2)
+    (job / "epochs-stopped" / "hbp" / "part-7").mkdir()  # of a way that the run did not go again
     run_ranks(run_here, 2, stopped)
+    assert not (job / "epochs-stopped" / "hbp" / "part-7").exists()
     for part in parts:
         again = job / "epochs-stopped" / part.relative_to(job / "epochs")
         same_steps(steps_of(again), steps_of(part))
@@ -209,3 +242,89 @@ def test_remaining_samples(job, never_stopped):
     last = np.flatnonzero(plan.step == plan.n_steps - 1)
     want = np.concatenate([ids[plan.samples(row)[0]] for row in last])
     assert remaining(part, plan.n_steps - 1).ids.tolist() == sorted(want.tolist())
+
+
+def heavier_than_planned(rank: int, world: int, config: Config, peaks: list[float], stop_after: int | None) -> Any:
+    """:func:`run_here`, with plans whose fullest packs take these shares of the budget, one after the other."""
+    shares = iter(peaks)
+
+    def measured(model: Any, *_: Any) -> dict[Any, float]:
+        assert not any(p.grad is not None for p in model.parameters())
+        return {(1, 1, 0): next(shares) * CLUSTERS["cpu-local"].memory_bytes}
+
+    with mock.patch.object(live_plan, "measure_rows", measured):
+        return run_here(rank, world, config, stop_after)
+
+
+def test_later_epochs_are_held_to_the_memory_that_the_first_was_held_to(job):
+    """Each epoch's plan is tried, and made again knowing what every plan before took, in one run or resumed."""
+    options = ("train.epochs=3", "train.export=false", "train.save_steps=null")
+    peaks = [1.01, 0.9, 1.02, 0.97, 0.95]  # of two plans for each of the first two epochs, and one for the last
+    whole, stopped = (config_of(job, f"run_dir={job / name}", *options) for name in ("heavy", "heavy-stopped"))
+    (summary, said), _ = run_ranks(heavier_than_planned, 2, whole, peaks, None)
+    assert said.count("planning again with that known") == 2
+    budget = CLUSTERS["cpu-local"].memory_bytes
+    assert summary["results"][0]["peak_bytes"] == 0.97 * budget
+    folders = ["", "part-1", "part-2"]
+    plans = [read_plan(job / "heavy" / "hbp" / part / "plan") for part in folders]
+    assert [plan.info.cluster["fixed_bytes"] / budget for plan in plans] == pytest.approx([0.01, 0.03, 0.03])
+    steps = plans[0].n_steps
+    run_ranks(heavier_than_planned, 2, stopped, peaks[:2], steps - 1)
+    (again, _), _ = run_ranks(heavier_than_planned, 2, stopped, peaks[2:], None)
+    assert again["results"][0]["peak_bytes"] == 0.97 * budget
+    for plan, part in zip(plans, folders, strict=True):
+        assert fingerprint(read_plan(job / "heavy-stopped" / "hbp" / part / "plan")) == fingerprint(plan)
+
+
+def test_an_epoch_whose_packs_do_not_fit_the_device_is_refused(job):
+    options = ("train.epochs=2", "train.export=false")
+    config = config_of(job, f"run_dir={job / 'too-heavy'}", *options)
+    ((refusal, said), _) = run_ranks(heavier_than_planned, 2, config, [0.9, *[float("inf")] * 4], None)
+    assert "no plan keeps within 1.000 GiB a process (a pack of the last took more than the device has)" in refusal
+    assert "took more than the device has, over the budget of 1.000 GiB: planning again" in said
+    assert len(steps_of(job / "too-heavy" / "hbp")) > 0  # the first epoch was trained
+
+
+def test_a_baseline_whose_later_epoch_does_not_fit_does_not_fit(job):
+    config = config_of(
+        job, f"run_dir={job / 'heavy-baseline'}", "train.epochs=2", "train.export=false", "plan.baseline=concat"
+    )
+    # Of both epochs of each setting: degree 1 is over the budget in the second at first, degree 2 beyond the device.
+    peaks = [0.9, 0.9, 0.9, 1.1, 0.8, 0.7, float("inf"), 0.9, 0.9, 0.6]
+    (summary, _), _ = run_ranks(heavier_than_planned, 2, config, peaks, None)
+    budget = CLUSTERS["cpu-local"].memory_bytes
+    trials = [(t["sp_degree"], t["gc_layers"], t["fits"], t["peak_bytes"]) for t in summary["baseline_trials"]]
+    assert trials == [
+        (1, 0, False, 1.1 * budget), (1, 1, True, 0.8 * budget), (2, 0, False, None), (2, 1, True, 0.9 * budget)
+    ]  # fmt: skip
+    assert "Infinity" not in (job / "heavy-baseline" / "summary.json").read_text()
+
+
+def test_a_plan_of_ones_own_on_other_ranks_keeps_its_strategy(job, never_stopped):
+    """Planned again, twice, as the plan says and not as the configuration does."""
+    lengths = np.load(job / "whole" / "lengths.npy")
+    info = read_plan(never_stopped / "plan").info
+    cost = CostModel(ModelSpec.from_json(info.model), ClusterSpec(**info.cluster), 2)
+    write_plan(make_plan(lengths, cost, strategy="bfd", global_batch_tokens=150), job / "own-plan")
+    config = config_of(
+        job, f"run_dir={job / 'own'}", f"plan.path={job / 'own-plan'}", "train.epochs=2", "train.export=false"
+    )
+    run_ranks(run_here, 2, config, 3)
+    ((summary, _),) = run_ranks(run_here, 1, config)
+    plans = [read_plan(job / "own" / "bfd" / part / "plan") for part in ("", "part-1", "part-2")]
+    assert [plan.info.strategy for plan in plans] == ["bfd"] * 3
+    assert [plan.info.world_size for plan in plans] == [2, 1, 1]
+    assert summary["results"][0]["strategy"] == "bfd"
+
+
+def test_a_plan_in_the_folder_where_the_run_keeps_it(job, never_stopped):
+    """It is neither cleared away nor written while other ranks read it."""
+    run_ranks(run_here, 2, config_of(job, f"run_dir={job / 'in-place'}", "train.export=false"), 2)
+    plan = job / "in-place" / "hbp" / "plan"
+    before = (plan / "plan.parquet").stat().st_mtime_ns
+    config = config_of(
+        job, f"run_dir={job / 'in-place'}", "train.export=false", f"plan.path={plan}", "train.resume=never"
+    )
+    run_ranks(run_here, 2, config)
+    assert (plan / "plan.parquet").stat().st_mtime_ns == before
+    same_steps(steps_of(job / "in-place" / "hbp"), steps_of(never_stopped))

@@ -95,6 +95,26 @@ def test_a_rank_of_another_node_is_killed(job, interfering):
     assert any("hbp: error: rank" in said and "in step " in said for _, said in outs)
 
 
+@pytest.mark.parametrize("launcher", ["hbp train", "torchrun"])
+def test_a_rank_is_killed_and_the_others_stop_within_a_minute(job, interfering, launcher):
+    """In the middle of a step, by a signal that it cannot answer."""
+    interfering("TEST_SLOW", "0.1")
+    run = job / f"killed by {launcher}"
+    torchrun = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "hbp")
+    running = start(job, f"run_dir={run}", arguments=torchrun if launcher == "torchrun" else ())
+    ranks = ranks_of(running, 2)
+    wait_for(lambda: len(steps_of(run / "hbp")) >= 2)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    if launcher == "hbp train":
+        (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
+        assert error.startswith("hbp: error: rank 1 was ended by SIGKILL and the others were stopped")
+    else:
+        assert "exitcode  : -9" in said  # torchrun names the rank that was killed
+
+
 def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering):
     interfering("TEST_FAIL_AT", "3")
     running = start(job, f"run_dir={job / 'raised'}")

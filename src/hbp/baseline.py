@@ -6,8 +6,9 @@ setting is the fastest of all that fit, each trained whole.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch.distributed as dist
 
 from hbp.cost.cluster import GIB
 from hbp.errors import HbpError
-from hbp.live_plan import write_and_read
+from hbp.live_plan import global_batch_tokens, peak_bytes, write_and_read
 from hbp.plan import Group, Plan
 from hbp.prepare import Engine
 from hbp.progress import say
 from hbp.resume import Part, part_folder
-from hbp.train.profile import measure_rows
+from hbp.train.model import CausalLMWithLoss
 from hbp.training import train_strategy
 
 
@@ -44,8 +45,7 @@ def train_baseline(
     """
     budget, n_layers = engine.cost.cluster.memory_bytes, engine.cost.model.n_layers
     longest = max(group.capacity for group in ours.info.groups)
-    asked = ours.info.settings.get("global_batch_tokens") or engine.config.plan.global_batch_tokens
-    global_batch = int(asked or ours.info.n_tokens // ours.n_steps)
+    global_batch = global_batch_tokens(ours, engine.config)
     trials: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     model = engine.fresh_model()
@@ -53,27 +53,21 @@ def train_baseline(
         gc_layers = engine.cost.fewest_gc_layers(longest, degree)
         # The model errs on the safe side, so look one layer below what it asks for.
         for k in range(max(0, (n_layers if gc_layers is None else gc_layers) - 1), n_layers + 1):
-            folder, static = run / f"{strategy}-sp{degree}", Group(longest, degree, k)
-
-            def part(epoch: int, folder: Path = folder, static: Group = static) -> Part:
-                here = part_folder(folder, epoch)
-                seed = engine.config.seed + epoch
-                plan = write_and_read(
-                    engine, strategy, here, seed=seed, global_batch_tokens=global_batch, static=static
-                )
-                return Part(epoch, epoch, engine.samples, plan, here)
-
-            def next_epoch(last: Part, part: Callable[[int], Part] = part) -> Part:
-                return part(last.epoch + 1)
-
-            first = part(0)
-            peak = max(measure_rows(model, first.plan, engine.samples, engine.mesh, engine.device).values())
-            trial = {"sp_degree": degree, "gc_layers": k, "peak_bytes": peak, "fits": peak <= budget}
+            folder = run / f"{strategy}-sp{degree}"
+            epochs = _epochs(engine, strategy, folder, Group(longest, degree, k), global_batch, model)
+            peak = epochs[-1].peak_bytes
+            shown = "more than the device has" if math.isinf(peak) else f"{peak / GIB:.3f} GiB"
+            trial: dict[str, Any] = {"sp_degree": degree, "gc_layers": k, "fits": peak <= budget}
+            trial["peak_bytes"] = None if math.isinf(peak) else peak
             trials.append(trial)
-            say(f"baseline {strategy} SP{degree} GC{k}: {peak / GIB:.3f} GiB of {budget / GIB:.3f}")
+            say(f"baseline {strategy} SP{degree} GC{k}: {shown} of {budget / GIB:.3f} GiB")
             if not trial["fits"]:
                 continue
-            result = train_strategy(engine, folder, first, next_epoch, eval_plan)
+
+            def next_epoch(last: Part, _: object, epochs: Sequence[Part] = epochs) -> Part:
+                return epochs[last.epoch + 1]
+
+            result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plan)
             trial["tokens_per_s"] = result["tokens_per_s"]
             if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
                 best = result
@@ -84,6 +78,20 @@ def train_baseline(
     for degree in engine.cost.degrees():
         _replace_folder(run / f"{strategy}-sp{degree}", None)
     return best, trials
+
+
+def _epochs(
+    engine: Engine, strategy: str, folder: Path, static: Group, global_batch: int, model: CausalLMWithLoss
+) -> list[Part]:
+    """All epochs, planned before any is trained, since a setting fits only if the packs of each do."""
+    parts: list[Part] = []
+    peak = 0.0
+    for epoch in range(engine.config.train.epochs):
+        here, seed = part_folder(folder, epoch), engine.config.seed + epoch
+        plan = write_and_read(engine, strategy, here, seed=seed, global_batch_tokens=global_batch, static=static)
+        peak = max(peak, peak_bytes(engine, plan, model))
+        parts.append(Part(epoch, epoch, engine.samples, plan, here, peak))
+    return parts
 
 
 def _replace_folder(source: Path, target: Path | None) -> None:

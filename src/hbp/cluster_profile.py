@@ -16,6 +16,7 @@ from hbp.cost.cluster import ClusterSpec
 from hbp.cost.profile_file import profile_json
 from hbp.train.layer_stack import load_stack, stack_heights
 from hbp.train.live_profile import live_profile, packs_to_measure
+from hbp.train.lora import add_adapters
 from hbp.train.model import CausalLMWithLoss, shard
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def profile_cluster(
         heights = stack_heights(cost.model.parameters(), cost.model.n_layers)
 
     def make_model(height: int | None) -> CausalLMWithLoss:
-        return engine.fresh_model() if height is None else _sharded_stack(engine, height)
+        return engine.fresh_model() if height is None else sharded_stack(engine, height)
 
     longest = min(engine.config.data.max_length or int(lengths.max()), int(lengths.max()))
     packs = packs_to_measure(cost, lengths, longest, engine.device, heights=heights, seed=engine.config.seed)
@@ -60,9 +61,13 @@ def profile_cluster(
     return measured.fit.cluster
 
 
-def _sharded_stack(engine: Engine, height: int) -> CausalLMWithLoss:
+def sharded_stack(engine: Engine, height: int) -> CausalLMWithLoss:
+    """The first layers of the run's model, freshly initialised, with adapters where the run trains some."""
     config, spec = engine.config.model, engine.cost.model
     model = load_stack(config.path, height, engine.device, vocab_size=spec.vocab, seed=engine.config.seed)
+    if engine.config.lora.rank:
+        add_adapters(model, engine.config.lora, config.path, engine.config.seed)
+        model.to(engine.device)
     dtype = getattr(torch, config.compute_dtype)
     shard(model, engine.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype)
     return model

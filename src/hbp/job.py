@@ -24,14 +24,14 @@ from hbp import resume
 from hbp.baseline import train_baseline
 from hbp.cluster_profile import profile_cluster
 from hbp.config import Config
-from hbp.cost.cluster import ClusterSpec
 from hbp.errors import HbpError
-from hbp.live_plan import evaluation_plan, plan_to_run, plan_within_memory, write_and_read
-from hbp.plan import Plan, read_info, read_plan
+from hbp.live_plan import as_planned, evaluation_plan, global_batch_tokens, plan_to_run, plan_within_memory
+from hbp.plan import read_info, read_plan
 from hbp.planning.planner import STRATEGIES
 from hbp.prepare import Engine, make_engine
 from hbp.progress import say
 from hbp.resume import Part, Point, part_folder
+from hbp.train.model import CausalLMWithLoss
 from hbp.training import train_strategy
 
 
@@ -49,17 +49,18 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
     dist.barrier()  # every rank has read what was there
     if summary is None:
         if found.point is None:
-            part, engine = _first_part(engine, run, ours, fingerprint)
+            part = _first_part(engine, run, ours, fingerprint)
         else:
             if dist.get_rank() == 0:  # the checkpoint may come from another folder
                 np.save(run / "lengths.npy", engine.samples.lengths)
                 resume.write_run(config, fingerprint, trained=False)
-            part, engine = _next_part_of(found.point, engine, run / ours)
+            part = _next_part_of(found.point, engine, run / ours)
+        engine = as_planned(engine, part.plan)
         result = train_strategy(
             engine,
             run / ours,
             part,
-            lambda last: _next_epoch(last, engine, run / ours),
+            lambda last, model: _next_epoch(last, engine, run / ours, model),
             evaluation_plan(engine),
             point=found.point,
             keeps_state=True,
@@ -73,7 +74,7 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
     return _with_baseline(engine, run, ours, summary)
 
 
-def _first_part(engine: Engine, run: Path, ours: str, fingerprint: str) -> tuple[Part, Engine]:
+def _first_part(engine: Engine, run: Path, ours: str, fingerprint: str) -> Part:
     """Start anew: profile, plan."""
     config = engine.config
     if dist.get_rank() == 0:
@@ -82,8 +83,8 @@ def _first_part(engine: Engine, run: Path, ours: str, fingerprint: str) -> tuple
         resume.write_run(config, fingerprint, trained=False)
     if config.plan.path is None and config.cluster.profile:
         engine = _profiled(engine, run)
-    plan, engine = plan_to_run(engine, run / ours)
-    return Part(0, 0, engine.samples, plan, run / ours), engine
+    plan, peak_bytes = plan_to_run(engine, run / ours)
+    return Part(0, 0, engine.samples, plan, run / ours, peak_bytes)
 
 
 def _profiled(engine: Engine, run: Path) -> Engine:
@@ -91,76 +92,69 @@ def _profiled(engine: Engine, run: Path) -> Engine:
     return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster))
 
 
-def _next_part_of(point: Point, engine: Engine, folder: Path) -> tuple[Part, Engine]:
+def _next_part_of(point: Point, engine: Engine, folder: Path) -> Part:
     """The checkpoint's own part; with another number of ranks, a new one of the samples that are left of it."""
     part = resume.read_part(folder, point.position, engine.samples)
-    info = part.plan.info
-    if info.world_size == engine.cost.world_size:
+    if part.plan.info.world_size == engine.cost.world_size:
         resume.say_where(point, part, 0)
-        return part, _as_planned(engine, info.cluster)
+        return part
     left = resume.remaining(part, point.position.step)
     resume.say_where(point, part, len(left.ids))
-    if not len(left.ids):
-        more = part.epoch + 1 < engine.config.train.epochs
-        return (_next_epoch(part, engine, folder) if more else part), engine
+    if not len(left.ids) and part.epoch + 1 >= engine.config.train.epochs:
+        return part
     if engine.config.cluster.profile:
         engine = _profiled(engine, folder.parent)
-    number = part.number + 1
-    here = part_folder(folder, number)
-    plan, planned = plan_within_memory(
-        dataclasses.replace(engine, samples=left),
-        engine.config.plan.strategy,
-        here,
-        seed=engine.config.seed + part.epoch,
-        global_batch_tokens=_global_batch(part.plan, engine.config),
-    )
-    return Part(number, part.epoch, left, plan, here), dataclasses.replace(planned, samples=engine.samples)
+    if not len(left.ids):
+        return _next_epoch(part, engine, folder)
+    return _planned_part(dataclasses.replace(engine, samples=left), part, part.epoch, folder)
 
 
-def _as_planned(engine: Engine, cluster: Mapping[str, Any]) -> Engine:
-    """With the cost model that the plan was made with, so that later epochs are planned as they would have been."""
-    try:
-        spec = ClusterSpec(**cluster)
-    except TypeError:  # another program's plan
-        return engine
-    return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=spec))
+def _next_epoch(last: Part, engine: Engine, folder: Path, model: CausalLMWithLoss | None = None) -> Part:
+    """All samples again, planned with another seed; a plan of the user's own is run again as it is.
 
-
-def _global_batch(plan: Plan, config: Config) -> int:
-    """That a plan was made for; of another program's plan that does not say, the configured one or its mean step."""
-    asked = plan.info.settings.get("global_batch_tokens") or config.plan.global_batch_tokens
-    return int(asked or plan.info.n_tokens // plan.n_steps)
-
-
-def _next_epoch(last: Part, engine: Engine, folder: Path) -> Part:
-    """All samples again, planned with another seed; a plan of the user's own is run again as it is."""
-    config, epoch = engine.config, last.epoch + 1
+    What was learnt of memory in the last epoch is in the cluster of its plan.
+    """
+    own = engine.config.plan.path
+    if own is None or read_info(Path(own)).world_size != engine.cost.world_size:
+        return _planned_part(engine, last, last.epoch + 1, folder, model)
     here = part_folder(folder, last.number + 1)
-    own = read_plan(Path(config.plan.path)) if config.plan.path is not None else None
-    if own is not None and own.info.world_size == engine.cost.world_size:
-        plan, _ = plan_to_run(engine, here)
-    else:
-        global_batch = _global_batch(last.plan, config)
-        strategy = config.plan.strategy
-        plan = write_and_read(engine, strategy, here, seed=config.seed + epoch, global_batch_tokens=global_batch)
-    return Part(last.number + 1, epoch, engine.samples, plan, here)
+    plan, peak_bytes = plan_to_run(engine, here, model)
+    return Part(last.number + 1, last.epoch + 1, engine.samples, plan, here, max(peak_bytes, last.peak_bytes))
+
+
+def _planned_part(engine: Engine, last: Part, epoch: int, folder: Path, model: CausalLMWithLoss | None = None) -> Part:
+    """The engine's samples, planned as the last part was, whoever planned that."""
+    info, config, here = last.plan.info, engine.config, part_folder(folder, last.number + 1)
+    if info.world_size == engine.cost.world_size:
+        engine = as_planned(engine, last.plan)
+    plan, peak_bytes = plan_within_memory(
+        engine,
+        info.strategy if info.strategy in STRATEGIES else config.plan.strategy,
+        here,
+        model,
+        seed=config.seed + epoch,
+        global_batch_tokens=global_batch_tokens(last.plan, config),
+    )
+    return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes))
 
 
 def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]) -> dict[str, Any]:
-    """Train the baseline, if one is wanted and not there yet, and compare."""
+    """Train the baseline, if one is wanted and not there yet, and compare it with what ran on as many ranks."""
     baseline, results = engine.config.plan.baseline, summary["results"]
     if baseline is None or any(result["strategy"] == baseline for result in results):
         return summary
-    plan = read_plan(run / ours / "plan")
-    if plan.info.world_size != engine.cost.world_size:
-        say(f"no baseline: this run changed from {plan.info.world_size} ranks to {engine.cost.world_size}")
+    parts = results[0].get("parts") or [results[0]]  # of an earlier version
+    alike = [part for part in parts if part["world_size"] == engine.cost.world_size and part["steps"]]
+    if not alike:
+        say(f"no baseline: this run was trained on other numbers of ranks than {engine.cost.world_size}")
         return summary
-    engine = _as_planned(engine, plan.info.cluster)
+    plan = read_plan(part_folder(run / ours, parts.index(alike[-1])) / "plan")
+    engine = as_planned(engine, plan)
     result, trials = train_baseline(engine, baseline, plan, evaluation_plan(engine), run)
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,
-        "speedup": results[0]["tokens_per_s"] / result["tokens_per_s"],
+        "speedup": sum(p["tokens"] for p in alike) / sum(p["seconds"] for p in alike) / result["tokens_per_s"],
     }
     _write_summary(run, summary)
     return summary
@@ -191,10 +185,9 @@ def _clear(run: Path, kept: str | None) -> None:
     for plan in run.glob("*/plan"):
         if plan.parent.name not in STRATEGIES:  # not ours to remove
             continue
-        for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS):
-            shutil.rmtree(stale, ignore_errors=True)
-        if kept is None or plan.resolve() != Path(kept).resolve():
-            shutil.rmtree(plan)
+        for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS, plan):
+            if kept is None or not Path(kept).resolve().is_relative_to(stale.resolve()):
+                shutil.rmtree(stale, ignore_errors=True)
         for name in ("steps.jsonl", "eval.jsonl"):
             (plan.parent / name).unlink(missing_ok=True)
 

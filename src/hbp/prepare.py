@@ -27,7 +27,7 @@ from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.progress import say
 from hbp.train.launch import rank_zero_first
-from hbp.train.lora import add_adapters
+from hbp.train.lora import adapter_parameters, add_adapters
 from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, read_config
 
 
@@ -136,6 +136,8 @@ def make_engine(config: Config, device: torch.device) -> Engine:
     if is_configuration_alone(config.model.path):
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
     spec = spec_from_config(read_config(config.model.path, store.vocab_size).to_dict())
+    if config.lora.rank:
+        spec = dataclasses.replace(spec, adapter_parameters=adapter_parameters(config.lora, config.model.path))
     cost = CostModel(spec, cluster, world_size)
     mesh = make_mesh(world_size, [], device.type, spec.heads)  # groups are made for the degrees that are run
     return Engine(config, device, mesh, samples, held_out, cost)

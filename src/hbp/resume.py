@@ -51,6 +51,8 @@ class Part:
     """What the plan's sample ids mean."""
     plan: Plan
     folder: Path
+    peak_bytes: float = 0.0
+    """Of the fullest packs of this part and those before, as measured before they were trained on."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def part_folder(strategy_folder: Path, number: int) -> Path:
 def write_part(part: Part) -> None:
     """Keep what a part needs beside its plan, which is there already. Rank 0."""
     np.save(part.folder / "samples.npy", part.samples.ids)
-    (part.folder / "part.json").write_text(json.dumps({"epoch": part.epoch}) + "\n")
+    more = {"epoch": part.epoch, "peak_bytes": part.peak_bytes}
+    (part.folder / "part.json").write_text(json.dumps(more) + "\n")
 
 
 def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Part:
@@ -181,7 +184,8 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
     folder = part_folder(strategy_folder, position.part)
     try:
         ids = np.load(folder / "samples.npy", allow_pickle=False)
-        epoch = int(json.loads((folder / "part.json").read_text())["epoch"])
+        more = json.loads((folder / "part.json").read_text())
+        epoch, peak_bytes = int(more["epoch"]), float(more.get("peak_bytes", 0.0))
     except (OSError, ValueError, KeyError, TypeError):
         raise HbpError(f"{folder} lacks what its checkpoint needs; use train.resume=never to start anew") from None
     plan = read_plan(folder / "plan")
@@ -190,7 +194,7 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
             f"the plan in {folder / 'plan'} has changed since the checkpoint of step {position.run_step}; "
             "restore it, or use train.resume=never to start anew"
         )
-    return Part(position.part, epoch, Samples(samples.store, ids), plan, folder)
+    return Part(position.part, epoch, Samples(samples.store, ids), plan, folder, peak_bytes)
 
 
 def remaining(part: Part, step: int) -> Samples:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,17 +22,17 @@ import torch
 import torch.distributed as dist
 
 from hbp.errors import RankFailed, Stopped, report_to_parent
-from hbp.plan import Plan
+from hbp.plan import Plan, read_plan
 from hbp.prepare import Engine
 from hbp.progress import Progress
 from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, write_part
+from hbp.simulate import step_seconds
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model
 from hbp.train.launch import device_name
 from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import CausalLMWithLoss
-from hbp.train.profile import measure_rows
 from hbp.train.signals import Received, stop_signals
 from hbp.train.trace import trace
 from hbp.train.watch import Watch, watch_others
@@ -103,7 +104,7 @@ def train_strategy(
     engine: Engine,
     folder: Path,
     part: Part,
-    next_part: Callable[[Part], Part],
+    next_part: Callable[[Part, CausalLMWithLoss], Part],
     eval_plan: Plan | None,
     *,
     point: Point | None = None,
@@ -115,7 +116,7 @@ def train_strategy(
         engine: of this rank.
         folder: of the strategy; gets its steps, checkpoints and model.
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
-        next_part: makes the part of the next epoch.
+        next_part: makes the part of the next epoch; gets the last one, and the model to try packs with.
         eval_plan: of the held-out samples.
         point: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
@@ -130,10 +131,7 @@ def train_strategy(
     config = engine.config.train
     folder.mkdir(parents=True, exist_ok=True)
     model = engine.fresh_model()
-    before, step = _take_up_logs(folder, part, point)
-    peaks = {}
-    if step < part.plan.n_steps:
-        peaks = measure_rows(model, part.plan, part.samples, engine.mesh, engine.device)
+    records, step = _take_up_logs(folder, part, point)
     optimizer = make_optimizer(model, config)
     with ExitStack() as stack:
         received = stack.enter_context(stop_signals()) if keeps_state else Received()
@@ -151,22 +149,22 @@ def train_strategy(
                 shown = engine.config.model_dump(mode="json")
                 run.writers = stack.enter_context(open_writers(engine.config.log, folder, shown))
             run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
-        records = list(before)
         while True:
-            records += _train_part(run, part, step, before_here=_seconds(read_records(part.folder / "steps.jsonl")))
+            records[-1] += _train_part(run, part, step, before_here=_seconds(records[-1]))
             if run.stopped_by:
                 raise _stopped(run)
             if part.epoch + 1 >= config.epochs:
                 break
-            part, step = next_part(part), 0
+            part, step = next_part(part, model), 0
             _begin_part(part)
+            records.append([])
         with watch_others():
             if run.checkpoints:
                 run.checkpoints.close()
             eval_loss = run.evaluate()
             if config.export:
                 export_model(model, folder / "model", engine.samples.store.tokenizer)
-    return _result(engine, part, records, eval_loss, max(peaks.values(), default=0.0))
+    return _result(engine, folder, part, records, eval_loss)
 
 
 def _begin_part(part: Part) -> None:
@@ -177,28 +175,33 @@ def _begin_part(part: Part) -> None:
     dist.barrier()
 
 
-def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[StepRecord], int]:
-    """Cut the logs back to the checkpoint; returns the records of what is done and the part's first step to run."""
+def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[list[StepRecord]], int]:
+    """Cut the logs back to the checkpoint.
+
+    Returns:
+        The records of what is done, part by part up to the one at hand, and the first step to run of that.
+    """
     if point is None:
         if dist.get_rank() == 0:
             (folder / "eval.jsonl").unlink(missing_ok=True)
         _begin_part(part)
-        return [], 0
+        return [[]], 0
     at = point.position
-    records: list[StepRecord] = []
     logs = [part_folder(folder, number) / "steps.jsonl" for number in range(at.part + 1)]
-    for number, log in enumerate(logs):
-        of_part = read_records(log)
-        records += of_part[: at.step] if number == at.part else of_part
+    records = [read_records(log) for log in logs]
+    records[-1] = records[-1][: at.step]
     dist.barrier()  # every rank has read them
     if dist.get_rank() == 0:
-        logs[-1].write_text("".join(line_of(record) for record in read_records(logs[-1])[: at.step]))
+        logs[-1].write_text("".join(map(line_of, records[-1])))
         _cut_evaluations(folder / "eval.jsonl", at.run_step)
+        for later in folder.glob("part-*"):  # of a way that the run is not going again
+            if later.name[5:].isdecimal() and int(later.name[5:]) > part.number:
+                shutil.rmtree(later)
     if part.number == at.part:
         dist.barrier()
         return records, at.step
     _begin_part(part)
-    return records, 0
+    return [*records, []], 0
 
 
 def _cut_evaluations(log: Path, run_step: int) -> None:
@@ -295,29 +298,45 @@ def _seconds(records: Sequence[StepRecord]) -> float:
 
 
 def _result(
-    engine: Engine, part: Part, records: list[StepRecord], eval_loss: float | None, peak_bytes: float
+    engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[StepRecord]], eval_loss: float | None
 ) -> dict[str, Any]:
-    info = part.plan.info
+    """Of all parts together; groups and metrics are those of the first plan."""
+    plans = [*(read_plan(part_folder(folder, number) / "plan") for number in range(part.number)), part.plan]
+    each = [_part_result(plan, own) for plan, own in zip(plans, parts, strict=True)]
+    records = [record for own in parts for record in own]
     seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
     tail = records[-max(1, len(records) // 10) :]
+    info = plans[0].info
     return {
         "strategy": info.strategy,
-        "world_size": info.world_size,
+        "world_size": part.plan.info.world_size,
         "device": device_name(engine.device),
-        "samples": len(part.plan.sample_ids),
+        "samples": len(plans[0].sample_ids),
         "dropped": len(info.dropped),
         "epochs": engine.config.train.epochs,
         "tokens": tokens,
         "steps": len(records),
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "predicted_s": info.metrics["predicted_s"],
+        "predicted_s": sum(own["predicted_s"] for own in each),
         "final_train_loss": float(np.average([r.loss for r in tail], weights=[max(r.loss_tokens, 1) for r in tail])),
         "eval_loss": eval_loss,
-        "peak_bytes": peak_bytes,
+        "peak_bytes": part.peak_bytes,
         "groups": [dataclasses.asdict(group) for group in info.groups],
         "metrics": dict(info.metrics),
+        "parts": each,
         "by_group": by_group(records),
+    }
+
+
+def _part_result(plan: Plan, records: Sequence[StepRecord]) -> dict[str, Any]:
+    """What was done of one part's plan, and the seconds that were predicted for as much of it."""
+    return {
+        "world_size": plan.info.world_size,
+        "steps": len(records),
+        "tokens": sum(record.tokens for record in records),
+        "seconds": sum(record.seconds for record in records),
+        "predicted_s": float(step_seconds(plan)[: len(records)].sum()),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_bytes_by_hand() -> None:
     root = SMALL.parameters() - 6 * layer
     always = SMALL.parameters() * 16 / 4 + 1e6 + root * 4
     end = always + root * (4 + 4)
-    assert cost.static_bytes() == max(always + head + layer * (4 + 2 * 4 + 4), end)
+    assert cost.bytes(0, 1, 0) == max(always + head + layer * (4 + 2 * 4 + 4), end)
     saved, kept = SMALL.layer_activation_bytes(0, 4, 2), 256 * 4
     for gc_layers, whole in ((0, 6), (2, 4), (6, 0)):
         for tokens, in_chunk in ((1000, 500), (8000, 1024)):
@@ -63,9 +64,9 @@ def test_most_tokens_are_those_that_just_fit(constant: float, each: float, in_ch
         assert moment.bytes(LOSS_CHUNK_TOKENS) <= budget or most <= LOSS_CHUNK_TOKENS
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_engine_allocates_what_is_predicted(family: str) -> None:
-    """Every tensor of a real micro-batch on one rank, within 8 % without anything fitted; a benchmark has more."""
+@pytest.mark.parametrize(("family", "world"), [("llama", 1), ("qwen3", 1), ("llama", 2)])
+def test_engine_allocates_what_is_predicted(family: str, world: int) -> None:
+    """Every tensor of a real micro-batch, within 8 % without anything fitted; a benchmark has more."""
     pytest.importorskip("torch")
     from workers import LLAMA, run_ranks
 
@@ -73,10 +74,59 @@ def test_engine_allocates_what_is_predicted(family: str) -> None:
     config |= {"intermediate_size": 576, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": 1024}
     cases = [(tokens, gc_layers) for tokens in (1000, 2500) for gc_layers in (0, 2, 4)]
     spec = spec_from_config(config)
-    cost = CostModel(spec, CLUSTERS["cpu-local"], 1)
-    measured = run_ranks(_measure, 1, config, cases)[0]
+    cost = CostModel(spec, CLUSTERS["cpu-local"], world)
+    measured = run_ranks(_measure, world, config, cases)[0]
     for (tokens, gc_layers), peak in zip(cases, measured, strict=True):
         assert cost.bytes(tokens, 1, gc_layers) == pytest.approx(peak, rel=0.08), (tokens, gc_layers)
+
+
+@pytest.mark.parametrize(("hidden", "targets"), [(192, "all-linear"), (384, "all-linear"), (192, ["q_proj"])])
+def test_adapters_alone_have_states(hidden: int, targets: str | list[str]) -> None:
+    """No gradients and moments of the model where adapters are trained, in one piece or layer by layer."""
+    pytest.importorskip("peft")
+    from workers import LLAMA, run_ranks
+
+    config = {**LLAMA, "hidden_size": hidden, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    config |= {"intermediate_size": 3 * hidden, "num_hidden_layers": 4, "vocab_size": 1024}
+    whole = spec_from_config(config)
+    assert whole.sharded_by_layer == (hidden == 384)
+    cases = [(tokens, gc_layers) for tokens in (300, 1500) for gc_layers in (0, 4)]
+    measured, trained, counted = run_ranks(_measure_adapters, 2, config, cases, whole.sharded_by_layer, targets)[0]
+    assert counted == trained
+    spec = dataclasses.replace(whole, adapter_parameters=trained)
+    for (tokens, gc_layers), peak in zip(cases, measured, strict=True):
+        predicted, plain = (CostModel(m, CLUSTERS["cpu-local"], 2).bytes(tokens, 1, gc_layers) for m in (spec, whole))
+        # Where not every layer is adapted, the others keep less than is counted.
+        assert 0.95 < predicted / peak < (1.15 if targets == "all-linear" else 1.4), (tokens, gc_layers)
+        assert plain - predicted > 11 / 2 * (whole.parameters() - trained)
+    assert spec.with_layers(2).adapter_parameters == trained // 2
+
+
+def _measure_adapters(
+    rank: int, world: int, config: dict[str, object], cases: list[tuple[int, int]], by_layer: bool, targets: Any
+) -> tuple[list[float], int, int]:
+    """Peaks, parameters that are trained, and how many of them are predicted without storage."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    from workers import CPU, write_config
+
+    from hbp.config import LoraConfig
+    from hbp.parallel.mesh import make_mesh
+    from hbp.train.lora import adapter_parameters, add_adapters
+    from hbp.train.model import load_model, shard
+    from hbp.train.profile import measure_point
+
+    lora = LoraConfig(rank=4, targets=targets)
+    with TemporaryDirectory() as folder:
+        model = load_model(base := write_config(Path(folder), config))
+        counted = adapter_parameters(lora, base)
+    add_adapters(model, lora, base, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    mesh = make_mesh(world, [1], "cpu")
+    shard(model, mesh.world, by_layer=by_layer)
+    peaks = [measure_point(model, mesh, (tokens,), 1, k, device=CPU, repeats=0).peak_bytes for tokens, k in cases]
+    return peaks, trained, counted
 
 
 def _measure(rank: int, world: int, config: dict[str, object], cases: list[tuple[int, int]]) -> list[float]:

@@ -144,7 +144,7 @@ def test_a_model_of_small_layers_is_gathered_in_one_piece() -> None:
     fsdp = TINY.parameters() * 3 / 4 * (4 + 4) / 11 + 2 * 13  # gathered once and reduced once
     assert CostModel(TINY, slow, 4).seconds(1, 0).fsdp == pytest.approx(fsdp)
     # All of it gathered, and at the end all gradients before and while they are reduced.
-    assert CostModel(TINY, slow, 4).static_bytes() == pytest.approx(TINY.parameters() * (16 / 4 + 4 + 4 + 4))
+    assert CostModel(TINY, slow, 4).bytes(0, 1, 0) == pytest.approx(TINY.parameters() * (16 / 4 + 4 + 4 + 4))
 
 
 @given(costs, st.lists(packs, min_size=1, max_size=6))
@@ -198,7 +198,7 @@ def test_recomputation_saves_bytes(cost: CostModel, data: Any) -> None:
     tokens = data.draw(st.integers(1, 10**6))
     used = [cost.bytes(tokens, degree, k) for k in range(cost.model.n_layers)]
     assert all(b <= a for a, b in pairwise(used))
-    assert used[0] >= used[-1] >= cost.static_bytes()
+    assert used[0] >= used[-1] >= cost.bytes(0, 1, 0)
     assert cost.bytes(tokens + 1, degree, 0) >= used[0]
     if tokens > 10_000 * degree:  # no longer hidden by what is there without tokens
         assert all(b < a for a, b in pairwise(used))

@@ -17,6 +17,7 @@ from hbp.errors import HbpError
 from hbp.plan import Plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.report.page import write_report
+from hbp.simulate import step_seconds
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 FLAGS = [
@@ -122,6 +123,40 @@ def test_page_of_a_run_under_way_and_of_a_plan(run: Path, tmp_path: Path) -> Non
     alone = write_report(run / "hbp" / "plan", tmp_path / "plan.html")
     assert "predicted on 4 ranks" in alone.html.read_text()
     assert (tmp_path / "timelines.svg").read_text().count("var(--") == 0
+
+
+def test_page_of_a_run_of_several_parts(run: Path, tmp_path: Path) -> None:
+    """Cut short on four ranks, the rest of its samples on two, then a second epoch; the baseline is on two too."""
+    lengths = np.load(run / "lengths.npy")
+    costs = [
+        CostModel(load_model_spec("examples/quickstart-model"), CLUSTERS["cpu-local"], world) for world in (WORLD, 2)
+    ]
+    wanted = [("hbp", "", costs[0], lengths, 3), ("hbp", "part-1", costs[1], lengths[100:], None)]
+    wanted += [("hbp", "part-2", costs[1], lengths, None), ("concat", "", costs[1], lengths, 2)]
+    plans, logs = [], []
+    for epoch, (strategy, part, cost, own, done) in enumerate(wanted):
+        folder = tmp_path / strategy / part
+        plans.append(make_plan(own, cost, strategy=strategy, max_length=1900, global_batch_tokens=8000))
+        write_plan(plans[-1], folder / "plan")
+        logs.append(_steps(plans[-1], 2.0)[:done])
+        (folder / "steps.jsonl").write_text("".join(json.dumps(s) + "\n" for s in logs[-1]))
+        (folder / "part.json").write_text(json.dumps({"epoch": max(0, epoch - 1)}))
+    report = write_report(tmp_path)
+    concat, hbp = report.numbers["strategies"]
+    assert report.numbers["world_size"] == 2
+    assert [p["world_size"] for p in hbp["stretches"]] == [WORLD, 2, 2]
+    assert [p["epoch"] for p in hbp["stretches"]] == [0, 0, 1]
+    assert [p["steps_done"] for p in hbp["stretches"]] == [len(log) for log in logs[:3]]
+    assert hbp["steps_done"] == sum(len(log) for log in logs[:3])
+    assert hbp["tokens_done"] == sum(s["tokens"] for log in logs[:3] for s in log)
+    assert concat["tokens_done"] == sum(s["tokens"] for s in logs[3])
+    predicted = [step_seconds(plan) for plan in plans]
+    assert hbp["predicted_s"] == pytest.approx(predicted[0][:3].sum() + predicted[1].sum() + predicted[2].sum())
+    assert concat["predicted_s"] == pytest.approx(predicted[3].sum())  # of a run under way: all that it is to do
+    page = report.html.read_text()
+    assert "Part after part" in page
+    assert "hbp, measured, first of 3 parts" in page
+    assert "Part after part" not in write_report(run).html.read_text()
 
 
 def test_refuses_folders_that_hold_nothing(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from workers import CPU, LLAMA, random_samples, relative_error, run_ranks, write_config, write_model
 
-from hbp.config import LoraConfig
+from hbp.cluster_profile import sharded_stack
+from hbp.config import Config, LoraConfig
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
+from hbp.prepare import make_engine
 from hbp.train.batch import micro_batch_of
 from hbp.train.checkpoint import list_checkpoints
 from hbp.train.lora import add_adapters, has_adapters
@@ -86,3 +88,20 @@ def test_what_cannot_be(tmp_path):
     with pytest.raises(HbpError, match=r"lora.targets='nothing_like_this'"):
         add_adapters(model, LoraConfig(rank=2, targets="nothing_like_this"), "base", 0)
     assert np.isfinite([float(p.detach().sum()) for p in model.parameters()]).all()
+
+
+def stack_of_two(rank: int, world: int, config: Config) -> tuple[int, int, list[str]]:
+    """Trained parameters of a stack of two layers, predicted and there, and the trained ones without adapters."""
+    engine = make_engine(config, CPU)
+    model = sharded_stack(engine, 2)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    strangers = [name for name in trained if "lora_" not in name]
+    return engine.cost.model.with_layers(2).adapter_parameters, sum(trained.values()), strangers
+
+
+def test_a_profiles_stack_has_the_adapters_that_are_predicted(tmp_path):
+    job = write_job(tmp_path, samples=60, lora={"rank": 4})
+    write_model(job / "model", {**LLAMA, "vocab_size": 320})
+    ((predicted, there, strangers),) = run_ranks(stack_of_two, 1, config_of(job))
+    assert predicted == there > 0
+    assert strangers == []

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from workers import plan_of
 
 from hbp.errors import HbpError
-from hbp.train.loss import IGNORE, LOSSES, GlobalBatch, global_batches, summed_cross_entropy
+from hbp.train.loss import CHUNK, IGNORE, LOSSES, GlobalBatch, global_batches, summed_cross_entropy
+from hbp.train.profile import _peak_bytes
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 17
 
@@ -42,6 +43,15 @@ def test_no_label_is_no_loss_and_no_gradient():
     assert loss.item() == 0
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+def test_logits_of_a_long_pack_are_bounded():
+    """Forward and backward of 128K tokens give out no more than a few chunks of logits beside what comes in and out."""
+    tokens, vocab = 2**17, 256
+    hidden, weight = torch.ones(tokens, 4, requires_grad=True), torch.ones(vocab, 4, requires_grad=True)
+    labels = torch.ones(tokens, dtype=torch.int64)
+    peak = _peak_bytes(lambda: summed_cross_entropy(hidden, weight, labels).backward(), torch.device("cpu"))
+    assert peak - hidden.nbytes < 5 * CHUNK * vocab * 4 < tokens * vocab * 4 / 20
 
 
 def test_logits_are_not_kept():

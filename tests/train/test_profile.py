@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from workers import CPU, LLAMA, run_ranks, write_config
 
 from hbp.cost.fit import Point
 from hbp.parallel.mesh import make_mesh
+from hbp.train.batch import micro_batch_of
 from hbp.train.model import load_model, shard
-from hbp.train.profile import measure_point, peak_of
+from hbp.train.profile import forward_backward, measure_point
 
 
 def points(rank: int, world: int, folder: str) -> dict[str, Point | bool]:
@@ -53,11 +57,55 @@ def test_seconds_and_bytes(measured: list[dict[str, Point | bool]]) -> None:
     assert peak["frozen"] < peak["plain"]
 
 
-def test_blocks_that_another_thread_frees_do_not_pile_up() -> None:
-    kept = [(0, 1, 100), (1, 2, 50), (2, 2, -50), (3, 1, -100)]
-    assert peak_of(kept) == 150
-    messages = [(0, 1, 100), *((i, 10 + i, 30) for i in range(1, 9)), (20, 1, -100)]
-    assert peak_of(messages) == 130
-    again = [(0, 1, 100), *((i, 10, 30) for i in range(1, 9)), (20, 1, -100)]  # at one address
-    assert peak_of(again) == 130
-    assert peak_of([]) == 0
+def runs_out(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def one_rank_runs_out(rank: int, world: int, folder: str) -> list[tuple[Point, Point, Point]]:
+    """Rank 1 does, in forward and then in backward; what was measured before, then, and after, for both."""
+    mesh = make_mesh(world, [2], "cpu")
+    model = load_model(folder)
+    shard(model, mesh.world)
+    measured = []
+    for where in (model.layers[1].register_forward_hook, model.layers[1].mlp.register_full_backward_hook):
+        before = measure_point(model, mesh, (30, 34), 2, 1, device=CPU, repeats=0)
+        hook = where(runs_out) if rank == 1 else None
+        then = measure_point(model, mesh, (30, 34), 2, 1, device=CPU)
+        if hook:
+            hook.remove()
+        measured.append((before, then, measure_point(model, mesh, (30, 34), 2, 1, device=CPU, repeats=1)))
+    assert all(p.grad is None for p in model.parameters())
+    return measured
+
+
+def test_a_rank_that_runs_out_of_memory_tells_the_others_and_goes_on(tmp_path: Path) -> None:
+    mine, other = run_ranks(one_rank_runs_out, 2, write_config(tmp_path / "model", LLAMA))
+    assert mine == other
+    for before, then, after in mine:
+        assert math.isinf(then.peak_bytes)
+        assert then.seconds == 0
+        assert after.peak_bytes == before.peak_bytes
+        assert after.seconds > 0  # with the collectives of both ranks
+
+
+def with_and_without_others(rank: int, world: int, folder: str) -> list[tuple[float, list[torch.Tensor]]]:
+    """Loss and gradients of a micro-batch, before and after one was measured alone; heads beyond the degree too."""
+    mesh = make_mesh(world, [2], "cpu", heads=1)
+    model = load_model(folder)
+    shard(model, mesh.world)
+    documents = [(np.arange(24, dtype=np.int32), np.ones(24, np.uint8))]
+    batch = micro_batch_of(documents, 0, 2, rank, 1, mesh, CPU)
+    results = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = float(forward_backward(model, batch))
+        results.append((loss, [p.grad.full_tensor() for p in model.parameters()]))
+        measure_point(model, mesh, (24,), 2, 1, device=CPU, repeats=0)
+    return results
+
+
+def test_training_communicates_again_after_a_measurement(tmp_path: Path) -> None:
+    mine, other = run_ranks(with_and_without_others, 2, write_config(tmp_path / "model", LLAMA))
+    for (loss, gradients), (_, again) in ((mine[0], mine[1]), (mine[0], other[1])):
+        assert loss > 0
+        assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))

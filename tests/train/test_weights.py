@@ -230,3 +230,68 @@ def test_adapters_on_a_model_that_no_rank_holds(tmp_path):
             assert bool(values[name].any()) == (".lora_A." in name)
             assert values[name].abs().max() <= values[name].size(1) ** -0.5  # uniform, as peft draws them
         torch.testing.assert_close(run["loss"], loss)  # B is zero
+
+
+FRESH = {"llama": LLAMA, "qwen2": QWEN2, "qwen3_moe": QWEN3_MOE, "deepseek_v2": DEEPSEEK_V2}
+
+
+def draw(rank: int, world: int, folders: dict[str, str]) -> dict[str, dict[str, object]]:
+    mesh, found = make_mesh(world, [], "cpu"), {}
+    for name, folder in folders.items():
+        kept: list[CausalLMWithLoss] = []
+        peak = peak_bytes(lambda folder=folder, kept=kept: kept.append(load_sharded(folder, mesh.world, CPU)), folder)
+        (model,) = kept
+        found[name] = {
+            "values": {n: p.full_tensor().detach() for n, p in model.lm.named_parameters()},
+            "buffers": dict(model.lm.named_buffers()),
+            "another seed": next(load_sharded(folder, mesh.world, CPU, seed=1).parameters()).full_tensor().detach(),
+            "peak": peak,
+            "shards": local_parameter_bytes(model),
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fresh")
+    folders = {name: write_config(root / name, config) for name, config in FRESH.items()}
+    return folders, [run_ranks(draw, world, folders) for world in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_fresh_values_are_the_same_for_any_number_of_ranks(fresh, name):
+    _, ((one,), *more) = fresh
+    for rank in (rank for ranks in more for rank in ranks):
+        for key in ("values", "buffers"):
+            assert rank[name][key].keys() == one[name][key].keys()
+            assert all(torch.equal(rank[name][key][n], x) for n, x in one[name][key].items())
+    assert not torch.equal(one[name]["another seed"], next(iter(one[name]["values"].values())))
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_fresh_values_are_the_familys_own(fresh, name):
+    folders, ((one,), *_) = fresh
+    lm = load_model(folders[name]).lm
+    wanted, drawn = {n: p.detach() for n, p in lm.named_parameters()}, one[name]["values"]
+    assert drawn.keys() == wanted.keys()
+    matrices = [n for n, x in wanted.items() if x.unique().numel() > 2]
+    assert len(matrices) > 10
+    for n, x in wanted.items():
+        if n in matrices:
+            assert float(drawn[n].std() / x.std()) == pytest.approx(1, abs=4 / x.numel() ** 0.5)
+            assert float(drawn[n].mean().abs() / x.std()) < 5 / x.numel() ** 0.5
+        else:  # norms and biases
+            assert torch.equal(drawn[n], x)
+    assert len({float(drawn[n].flatten()[0]) for n in matrices}) == len(matrices)
+    assert all(torch.equal(one[name]["buffers"][n], x) for n, x in lm.named_buffers())
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_fresh_values_are_never_whole_on_a_rank(fresh, name):
+    """A rank holds its shards and one module's parameters (its part of them a second time, while it is cut out)."""
+    folders, (_, _, four) = fresh
+    lm = load_model(folders[name]).lm
+    largest = max(sum(p.nbytes for p in module.parameters(recurse=False)) for module in lm.modules())
+    for rank in four:
+        assert rank[name]["peak"] < rank[name]["shards"] + 2.3 * largest
+        assert rank[name]["peak"] < sum(p.nbytes for p in lm.parameters())

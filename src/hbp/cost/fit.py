@@ -13,9 +13,8 @@ the micro-batches barely depend on them, and they are all there is to say of deg
 A point may have run fewer layers than the model has. Its row is then that of the shorter model, so the constants come
 out the same, and a model too large for the machine is fitted from stacks of a few of its layers.
 
-Memory has one scale (measured over modelled activation bytes) and one constant, taken so that nine in ten measured
-points are not predicted too small, and then the closest to all. The tenth is left out so that one odd measurement does
-not make every pack seem larger; a trainer measures the fullest packs of its plan before it starts.
+Memory has one scale (measured over modelled activation bytes) and one constant: of those that predict no measured point
+too small, the closest to all.
 
 Complexity: points × (overlaps × a few least squares problems of points × constants), for the leave-one-out errors.
 """
@@ -34,6 +33,7 @@ from scipy.optimize import nnls
 from hbp.cost.cluster import ClusterSpec
 from hbp.cost.memory import moments
 from hbp.cost.model_spec import ModelSpec
+from hbp.cost.parts import NEVER
 from hbp.cost.predict import CostModel
 
 Float = npt.NDArray[np.float64]
@@ -44,12 +44,8 @@ CONSTANTS = (*RATES, *OVERHEADS)
 OVERLAPS = tuple(i / 10 for i in range(11))
 WORTH = 0.95
 """A larger overlap must bring the squared error below this share of a smaller one's."""
-NOT_TOO_SMALL = 0.9
-"""Share of the points that memory is never predicted too small for."""
 SCALES = np.linspace(0.2, 3.0, 561)
 """Candidates for measured over modelled activation bytes."""
-NEVER = 1e30
-"""A rate so high that it costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +282,7 @@ def _named(base: ClusterSpec, world_size: int, constants: Float, used: npt.NDArr
 
 
 def _with_memory(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> ClusterSpec:
-    """Of the scales and constants that predict nine in ten points not too small, those closest to all."""
+    """Of the scales and constants that predict no point too small, those closest to all."""
     measured = np.array([p.peak_bytes for p in points])
 
     def at(scale: float) -> Float:
@@ -300,7 +296,7 @@ def _with_memory(base: ClusterSpec, model: ModelSpec, world_size: int, points: S
 
     none, one = at(0.0), at(1.0)
     sizes = (none + SCALES[:, None, None] * (one - none)).max(axis=2)  # [scales, points]
-    fixed = np.maximum(0.0, np.quantile(measured - sizes, NOT_TOO_SMALL, axis=1, method="higher"))
+    fixed = np.maximum(0.0, (measured - sizes).max(axis=1))
     distance = np.abs((sizes + fixed[:, None]) / measured - 1).mean(axis=1)
     best = int(distance.argmin())
     return dataclasses.replace(base, activation_scale=float(SCALES[best]), fixed_bytes=float(fixed[best]))

@@ -10,7 +10,12 @@ the head and the last norm take while they are gathered. On top of that, per tok
   gradients before and during their reduction;
 - *end*: nothing per token, but the gradients of embedding and head before and during their reduction.
 
-A model that is gathered in one piece holds all of its parameters throughout and all gradients at the end.
+A model that is gathered in one piece holds all of its parameters throughout and all gradients at the end; and until the
+loss is taken, once more, in the message that they came in.
+
+Where low-rank adapters are trained in place of the model, only they have gradients and moments. What the layers keep is
+counted as without adapters: an adapter's input is that of the projection that it adapts, and frozen projections without
+one, which keep nothing, are taken to be few.
 
 Each moment is affine in the tokens, but for the chunk's end, so the longest pack within a budget is a closed form.
 Held against the allocator's own record in ``benchmarks/cost_model.py``.
@@ -25,6 +30,7 @@ from hbp.cost.cluster import ClusterSpec
 from hbp.cost.model_spec import ModelSpec
 
 STATE_BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and AdamW's two moments
+FROZEN_BYTES_PER_PARAMETER = 4
 REDUCE_BYTES = 4
 LOSS_CHUNK_TOKENS = 1024
 LOSS_COPIES = 3  # log-softmax, its gradient, the logits' gradient
@@ -90,10 +96,18 @@ def _saved_per_layer(model: ModelSpec, dtype_bytes: int, sp_degree: int) -> floa
 def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> tuple[float, float, float, float]:
     """Bytes that no token causes: always, and more at the loss, in backward, at the end."""
     b, total = cluster.dtype_bytes, m.parameters()
-    largest, head_gradient = max(map(m.layer_parameters, range(m.n_layers))), m.vocab * m.hidden * b
+    largest = max(map(m.layer_parameters, range(m.n_layers)))
     root = total - m.layers_parameters() if m.sharded_by_layer else total
-    states = total * STATE_BYTES_PER_PARAMETER / world_size + cluster.fixed_bytes + root * b
-    backward = head_gradient + largest * b
+    if m.adapter_parameters:
+        sharded = total * FROZEN_BYTES_PER_PARAMETER + m.adapter_parameters * STATE_BYTES_PER_PARAMETER
+        head, trained = 0, m.adapter_parameters // m.n_layers
+        trained_root = 0 if m.sharded_by_layer else m.adapter_parameters
+    else:
+        sharded = total * STATE_BYTES_PER_PARAMETER
+        head, trained, trained_root = m.vocab * m.hidden, largest, root
+    states = sharded / world_size + cluster.fixed_bytes + root * b
+    backward = (head + trained) * b
     if m.sharded_by_layer:
-        backward += largest * (2 * b + REDUCE_BYTES)
-    return states, head_gradient, backward, root * (b + REDUCE_BYTES)
+        backward += largest * 2 * b + trained * REDUCE_BYTES
+    gathered_twice = 0 if m.sharded_by_layer or world_size == 1 else root * b
+    return states, head * b + gathered_twice, backward, trained_root * (b + REDUCE_BYTES)

@@ -87,6 +87,8 @@ class ModelSpec:
     """Sliding window of each layer in tokens, None for full attention; empty if all layers attend in full."""
     latent: LatentAttention | None = None
     experts: Experts | None = None
+    adapter_parameters: int = 0
+    """Of low-rank adapters, which alone are trained then, in all layers together; 0: the model itself is trained."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for ``plan.json``."""
@@ -134,7 +136,9 @@ class ModelSpec:
         experts = self.experts
         if experts is not None:
             experts = dataclasses.replace(experts, dense_layers=tuple(i for i in experts.dense_layers if i < count))
-        return dataclasses.replace(self, n_layers=count, windows=self.windows[:count], experts=experts)
+        adapters = self.adapter_parameters * count // self.n_layers
+        windows = self.windows[:count]
+        return dataclasses.replace(self, n_layers=count, windows=windows, experts=experts, adapter_parameters=adapters)
 
     # Parameters
 
@@ -209,15 +213,6 @@ class ModelSpec:
     def sharded_by_layer(self) -> bool:
         """Whether each layer is gathered apart, or, its layers being small, the model in one piece."""
         return max(map(self.layer_parameters, range(self.n_layers))) >= SMALL_LAYER_PARAMETERS
-
-    @cached_property
-    def active_parameters(self) -> int:
-        """Parameters that a token meets: all but experts it is not routed to (embedding counted whole)."""
-        e = self.experts
-        if e is None:
-            return self.parameters()
-        idle = (e.n_experts - e.experts_per_token) * 3 * self.hidden * e.intermediate
-        return self.parameters() - self.n_moe_layers * idle
 
     def matrix_parameters(self) -> int:
         """Entries of the matrices of all layers, every expert's included: what a pass reads, however few its tokens."""

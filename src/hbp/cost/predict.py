@@ -158,10 +158,6 @@ class CostModel:
         traffic = share * (gathered + m.parameters() * REDUCE_BYTES) / c.ring(self.world_size)
         return traffic + (3 * layers + 2) * c.latency(self.world_size)
 
-    def static_bytes(self) -> float:
-        """Peak bytes that no token causes: states, gathered parameters, and their gradients."""
-        return self.bytes(0, 1, 0)
-
     def bytes(self, tokens: int, sp_degree: int, gc_layers: int) -> float:
         """Peak bytes on a rank that runs a pack of `tokens` tokens."""
         at = moments(self.model, self.cluster, self.world_size, sp_degree, gc_layers)

@@ -31,8 +31,8 @@ from hbp.parallel.mesh import SequenceGroups
 from hbp.parallel.varlen import Documents, document_attention, make_documents
 
 # Named so since torch 2.13; before that:
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Gather:
 
     ways: int
     group: ProcessGroup | None
+    """None: nothing is sent, each rank takes its own part for everyone's (:mod:`hbp.train.alone`)."""
     chunks: tuple[Chunk, ...]
 
     def to(self, device: torch.device) -> Gather:
@@ -130,16 +131,20 @@ class _AllGather(torch.autograd.Function):
     """Rows of all ranks of a group, first rank first; in backward each rank gets the sum over ranks for its rows."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, ways: int, group: ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, mine: Tensor, ways: int, group: ProcessGroup | None) -> Tensor:
+        ctx.ways, ctx.group = ways, group
+        if group is None:
+            return mine.repeat(ways, *[1] * (mine.ndim - 1))
         every = mine.new_empty(ways * mine.size(0), *mine.shape[1:])
-        _all_gather(every, mine, group=group)
+        ALL_GATHER(every, mine, group=group)
         return every
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        mine = gradient.new_empty(gradient.size(0) // ctx.group.size(), *gradient.shape[1:])
-        _reduce_scatter(mine, gradient.contiguous(), group=ctx.group)
+        if ctx.group is None:
+            return gradient.contiguous().chunk(ctx.ways)[0].clone(), None, None
+        mine = gradient.new_empty(gradient.size(0) // ctx.ways, *gradient.shape[1:])
+        REDUCE_SCATTER(mine, gradient.contiguous(), group=ctx.group)
         return mine, None, None
 
 

@@ -44,7 +44,8 @@ class PackLayout:
     documents: Documents
     sp_degree: int = 1
     sp_group: ProcessGroup | None = None
-    """The ranks that exchange heads: the whole SP group, unless keys and values are gathered too."""
+    """The ranks that exchange heads: the whole SP group, unless keys and values are gathered too. None above degree 1:
+    nothing is sent, each rank keeps its own (:mod:`hbp.train.alone`)."""
     gather: Gather | None = None
     sp_rank: int = 0
     filler: int = 0
@@ -68,7 +69,26 @@ class PackLayout:
         return x
 
 
-def exchange_to_heads(x_TF: Tensor, degree: int, group: ProcessGroup) -> Tensor:
+class _Kept(torch.autograd.Function):
+    """Allocates in both directions what an exchange does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+def _exchange(sent: Tensor, group: ProcessGroup | None) -> Tensor:
+    if group is None:
+        kept: Tensor = _Kept.apply(sent)
+        return kept
+    return wait_tensor(all_to_all_single_autograd(sent, None, None, group))
+
+
+def exchange_to_heads(x_TF: Tensor, degree: int, group: ProcessGroup | None) -> Tensor:
     """Tokens of this rank, features of all heads → tokens of the pack, features of this rank's heads.
 
     Args:
@@ -80,15 +100,13 @@ def exchange_to_heads(x_TF: Tensor, degree: int, group: ProcessGroup) -> Tensor:
         ``[S, F]``.
     """
     sent = x_TF.transpose(0, 1).contiguous()  # [degree, T, F]
-    got = wait_tensor(all_to_all_single_autograd(sent, None, None, group))
-    return got.view(degree * x_TF.size(0), x_TF.size(2))
+    return _exchange(sent, group).view(degree * x_TF.size(0), x_TF.size(2))
 
 
-def exchange_to_tokens(x_SF: Tensor, degree: int, group: ProcessGroup) -> Tensor:
+def exchange_to_tokens(x_SF: Tensor, degree: int, group: ProcessGroup | None) -> Tensor:
     """The way back: ``[S, F]`` with this rank's heads → ``[T, degree, F]`` with all heads of this rank's tokens."""
     tokens = x_SF.size(0) // degree
-    got = wait_tensor(all_to_all_single_autograd(x_SF.contiguous(), None, None, group))
-    return got.view(degree, tokens, x_SF.size(1)).transpose(0, 1)
+    return _exchange(x_SF.contiguous(), group).view(degree, tokens, x_SF.size(1)).transpose(0, 1)
 
 
 def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackLayout, **options: Any) -> Tensor:
@@ -105,7 +123,7 @@ def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackL
         ``[T, H, D]`` with the values' ``D``.
     """
     degree, group = layout.ulysses_degree, layout.sp_group
-    if degree == 1 or group is None:
+    if degree == 1:
         return _attend(q_THD, k_TKD, v_TKD, layout, **options)
     tokens, heads = q_THD.shape[:2]
     if heads % degree:

@@ -37,15 +37,32 @@ class Report:
 
 
 @dataclass(frozen=True)
+class _Stretch:
+    """A part of a run that followed one plan: an epoch, or what was left of one when the number of ranks changed."""
+
+    plan: Plan
+    epoch: int
+    steps: list[dict[str, Any]]
+    """The lines of its log."""
+    predicted_s: float
+    """Of the steps that were taken, or, of the last stretch, of all."""
+
+
+@dataclass(frozen=True)
 class _Part:
-    """One strategy of a run."""
+    """One strategy of a run. What is drawn and predicted is its first plan."""
 
     plan: Plan
     simulation: Simulation
     parts: Mapping[str, float]
     """Seconds of each part of the mean rank's time."""
-    steps: list[dict[str, Any]]
+    stretches: list[_Stretch]
     result: Mapping[str, Any] | None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Of all stretches."""
+        return [step for stretch in self.stretches for step in stretch.steps]
 
 
 def write_report(target: Path, out: Path | None = None) -> Report:
@@ -67,7 +84,7 @@ def write_report(target: Path, out: Path | None = None) -> Report:
     if not folders:
         raise HbpError(f"{target} holds neither a run nor a plan; make one with `hbp train` or `hbp plan`")
     parts = [_part(folder, results) for folder in folders]
-    made_for = {(p.plan.info.lengths_sha256, p.plan.info.world_size) for p in parts}
+    made_for = {(p.plan.info.lengths_sha256, p.stretches[-1].plan.info.world_size) for p in parts}
     if len(made_for) > 1:
         raise HbpError(f"{target} holds plans for different data or world sizes; report them one by one")
     order = list(results)
@@ -96,15 +113,26 @@ def write_report(target: Path, out: Path | None = None) -> Report:
 
 def _part(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> _Part:
     plan = read_plan(folder)
-    log = folder.parent / "steps.jsonl"
+    more = folder.parent.glob(f"part-*/plan/{JSON_NAME}") if folder.name == "plan" else ()
+    later = sorted((f.parent for f in more), key=lambda f: int(f.parent.name[len("part-") :]))
+    plans = [(folder, plan), *((f, read_plan(f)) for f in later)]
+    stretches = []
+    for f, p in plans:
+        steps = _steps(f.parent / "steps.jsonl") if folder.name == "plan" else []
+        seconds = step_seconds(p) if f is plans[-1][0] else step_seconds(p)[: len(steps)]
+        epoch = (_json(f.parent / "part.json") or {}).get("epoch", 0)
+        stretches.append(_Stretch(p, epoch, steps, float(seconds.sum())))
+    return _Part(plan, simulate(plan), rank_use(plan).mean_parts(), stretches, results.get(plan.info.strategy))
+
+
+def _steps(log: Path) -> list[dict[str, Any]]:
     steps = []
-    if folder.name == "plan" and log.is_file():
-        for line in log.read_text().splitlines():
-            try:
-                steps.append(json.loads(line))
-            except ValueError:  # the last line of a run that was killed while it wrote
-                break
-    return _Part(plan, simulate(plan), rank_use(plan).mean_parts(), steps, results.get(plan.info.strategy))
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        try:
+            steps.append(json.loads(line))
+        except ValueError:  # the last line of a run that was killed while it wrote
+            break
+    return steps
 
 
 def _json(path: Path) -> Any:
@@ -133,6 +161,9 @@ def _numbers(
                 "predicted": part.simulation.to_json(),
                 "parts": dict(part.parts),
                 "steps_done": len(part.steps),
+                "tokens_done": sum(step["tokens"] for step in part.steps),
+                "predicted_s": sum(stretch.predicted_s for stretch in part.stretches),
+                "stretches": [_stretch(stretch) for stretch in part.stretches],
                 "tokens_per_s": tokens_per_s,
                 "seconds": done["seconds"] if done else None,
                 "final_train_loss": done["final_train_loss"] if done else None,
@@ -149,7 +180,7 @@ def _numbers(
         "predicted_speedup": _predicted_speedup(parts),
         "memory_budget_bytes": summary.get("memory_budget_bytes") or first.cluster.get("memory_bytes"),
         "baseline_trials": summary.get("baseline_trials", []),
-        "world_size": first.world_size,
+        "world_size": parts[0].stretches[-1].plan.info.world_size,
         "device": profile["device"] if profile else first.cluster.get("device", ""),
         "cost_origin": first.cost_model.get("origin", ""),
         "median_error": profile["median_error"] if profile else None,
@@ -160,6 +191,23 @@ def _numbers(
         "seed": first.seed,
         "lengths_sha256": first.lengths_sha256,
         "settings": dict(first.settings),
+    }
+
+
+def _stretch(stretch: _Stretch) -> dict[str, Any]:
+    info, steps = stretch.plan.info, stretch.steps
+    tokens, seconds = sum(step["tokens"] for step in steps), sum(step["seconds"] for step in steps)
+    return {
+        "epoch": stretch.epoch,
+        "world_size": info.world_size,
+        "samples": len(stretch.plan.sample_ids),
+        "steps": stretch.plan.n_steps,
+        "steps_done": len(steps),
+        "tokens": tokens,
+        "seconds": seconds,
+        "predicted_s": stretch.predicted_s,
+        "tokens_per_s": tokens / seconds if seconds else None,
+        "loss": steps[-1]["loss"] if steps else None,
     }
 
 
@@ -185,6 +233,8 @@ def _busy(part: _Part) -> float | None:
 def _predicted_speedup(parts: list[_Part]) -> float | None:
     if len(parts) < 2 or not parts[1].simulation.tokens_per_s:
         return None
+    if parts[0].plan.info.world_size != parts[1].plan.info.world_size:  # it changed, and the other came after that
+        return None
     return parts[0].simulation.tokens_per_s / parts[1].simulation.tokens_per_s
 
 
@@ -199,7 +249,7 @@ def _timelines(parts: list[_Part]) -> tuple[list[Group], list[Lane], dict[str, A
         group = _group_of(part.plan, groups, DRAWN_RANKS, DRAWN_MICRO_STEPS)
         lanes.append(_predicted_lane(part, group))
         zoomable.append(predicted_lane(part.plan, f"{part.plan.info.strategy}, predicted", groups))
-        if part.steps:
+        if part.stretches[0].steps:
             lanes.append(_measured_lane(part, group))
             zoomable.append(measured_lane(_measured_lane(part, every), zoomable[-1]["step"]))
     return groups, lanes, explorer_data(zoomable, groups)
@@ -275,16 +325,18 @@ def _measured_lane(part: _Part, group: npt.NDArray[np.int64]) -> Lane:
     begin: list[npt.NDArray[np.float64]] = []
     wall: list[npt.NDArray[np.float64]] = []
     busy: list[npt.NDArray[np.float64]] = []
-    for step in part.steps:
+    steps = part.stretches[0].steps
+    for step in steps:
         wall_s = np.array(step["rank_wall_s"], np.float64)[:ranks]
         begin.append(step["started_s"] + np.cumsum(wall_s, axis=1) - wall_s)
         wall.append(wall_s)
         busy.append(np.array(step["rank_busy_s"], np.float64)[:ranks])
     shown = slice(0, group.shape[1])
     begins, busies, walls = (np.concatenate(x, axis=1)[:, shown] for x in (begin, busy, wall))
-    total = float(part.steps[-1]["started_s"] + part.steps[-1]["seconds"])
-    done = "" if len(part.steps) == part.plan.n_steps else f", {len(part.steps)} of {part.plan.n_steps} steps"
-    title = f"{part.plan.info.strategy}, measured: {total:.1f} s{done}"
+    total = float(steps[-1]["started_s"] + steps[-1]["seconds"])
+    done = "" if len(steps) == part.plan.n_steps else f", {len(steps)} of {part.plan.n_steps} steps"
+    which = "" if len(part.stretches) == 1 else f", first of {len(part.stretches)} parts"
+    title = f"{part.plan.info.strategy}, measured{which}: {total:.1f} s{done}"
     return Lane(title, begins, busies, walls, group[:, : begins.shape[1]], total)
 
 

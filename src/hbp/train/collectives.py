@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from hbp.cost.fit import Collective
+from hbp.parallel.gather_kv import ALL_GATHER, REDUCE_SCATTER
+from hbp.train.profile import highest
 
 SIZES = (2**16, 2**20, 2**23)
 """Bytes that a rank receives, about."""
 REPEATS = 5
-# Their names since torch 2.13, and before.
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def measure_collectives(degrees: Iterable[int], device: torch.device) -> list[Collective]:
@@ -71,6 +70,4 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    median = torch.tensor(np.median(seconds), dtype=torch.float64, device=device)
-    dist.all_reduce(median, dist.ReduceOp.MAX)
-    return float(median)
+    return highest(float(np.median(seconds)), device)

@@ -7,7 +7,6 @@ layers' cost from that of the ends, and a fit to both predicts any height (:mod:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from hbp.errors import HbpError
-from hbp.train.model import CausalLMWithLoss, load_model
+from hbp.train.model import CausalLMWithLoss, load_model, read_config
 
 WHOLE_MODEL_PARAMETERS = 300e6
 """Up to so many a model is measured whole."""
@@ -45,13 +44,7 @@ def load_stack(
     Raises:
         HbpError: no configuration that transformers can load, or one with fewer layers.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name_or_folder).to_dict()
-    except (OSError, ValueError) as error:
-        reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
-        raise HbpError(f"cannot load a model from {name_or_folder!r}: {reason}") from None
+    config = read_config(name_or_folder).to_dict()
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(cut_config(config, n_layers)))
         with torch.device(device):

@@ -44,7 +44,7 @@ class LiveProfile:
     seconds: float
     """That measuring took."""
     skipped: int
-    """Packs that the time limit left out, or for which a single device had not the memory."""
+    """Packs that the time limit left out, or for which a device had not the memory."""
 
 
 def packs_to_measure(
@@ -105,16 +105,6 @@ def live_profile(
     """
     began, points, skipped = time.monotonic(), list[Point](), 0
 
-    def measure(model: CausalLMWithLoss, pack: Pack, repeats: int) -> Point | None:
-        try:
-            return measure_point(model, mesh, *pack, device=device, repeats=repeats)
-        except torch.OutOfMemoryError:
-            if cost.world_size > 1:  # the other ranks wait in a collective
-                raise
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            return None
-
     collectives = measure_collectives({p[1] for every in packs.values() for p in every}, device)
     total = sum(map(len, packs.values()))
     with Progress("profile", total) as progress:
@@ -122,13 +112,13 @@ def live_profile(
             model = make_model(height)
             end = limit_s * (len(points) + skipped + len(every)) / total
             # The largest first, once and unrecorded: later points then find a warm allocator, as training does.
-            measure(model, every[-1], repeats=0)
+            measure_point(model, mesh, *every[-1], device=device, repeats=0)
             for index, (lengths, degree, gc_layers) in enumerate(every):
                 if index and highest(time.monotonic() - began, device) > end:
                     skipped += len(every) - index
                     break
-                point = measure(model, (lengths, degree, gc_layers), repeats=3)
-                if point is None:
+                point = measure_point(model, mesh, lengths, degree, gc_layers, device=device)
+                if math.isinf(point.peak_bytes):
                     skipped += 1
                     continue
                 points.append(replace(point, n_layers=height))

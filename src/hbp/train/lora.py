@@ -13,7 +13,7 @@ import torch
 
 from hbp.config import LoraConfig
 from hbp.errors import HbpError
-from hbp.train.model import CausalLMWithLoss
+from hbp.train.model import CausalLMWithLoss, meta_model
 
 ADAPTER = "default"
 
@@ -51,6 +51,13 @@ def add_adapters(model: CausalLMWithLoss, config: LoraConfig, base: str, seed: i
             peft.inject_adapter_in_model(wanted, model.lm, ADAPTER)
     except ValueError as error:
         raise HbpError(f"lora.targets={config.targets!r}: {' '.join(str(error).split())[:200]}") from None
+
+
+def adapter_parameters(config: LoraConfig, base: str) -> int:
+    """Parameters of the adapters that :func:`add_adapters` gives a base model, counted on the meta device."""
+    model = meta_model(base)
+    add_adapters(model, config, base, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def frozen_names(model: torch.nn.Module) -> set[str]:

@@ -3,8 +3,8 @@
 The root module that FSDP2 sees is :class:`CausalLMWithLoss`: the vocabulary projection is used inside its forward, in
 chunks, so the full logits never exist. One world mesh shards everything; nothing here depends on the SP degree.
 
-A checkpoint of safetensors is sharded before it is read, so that no rank ever holds the whole model
-(:mod:`hbp.train.weights`).
+The model is sharded before a checkpoint of safetensors is read or fresh values are drawn, so that no rank ever holds
+the whole (:mod:`hbp.train.weights`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hbp.parallel.ulysses import PackLayout, register_attention
 from hbp.train.loss import summed_cross_entropy
 from hbp.train.offload import offloaded_activations
 from hbp.train.router_loss import RouterLoss
-from hbp.train.weights import load_shards, safetensors_folder
+from hbp.train.weights import draw_shards, load_shards, safetensors_folder
 
 TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2")
 """Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
@@ -202,10 +202,11 @@ def load_sharded(
     compiled: bool = False,
     adapt: Callable[[CausalLMWithLoss], None] | None = None,
 ) -> CausalLMWithLoss:
-    """:func:`load_model` in float32 and :func:`shard`, but a checkpoint of safetensors is read shard by shard.
+    """A model in float32, sharded over the world, its values read or drawn shard by shard.
 
-    The model is built without storage, sharded, given memory, and each rank reads its own slices, so that none holds
-    the whole. A fresh initialisation, and a checkpoint in another format, is whole on every rank before it is sharded.
+    The model is built without storage, sharded, given memory, and each rank reads its own slices of a checkpoint of
+    safetensors, or draws each module's parameters and keeps its own slices, so that none holds the whole. Only a
+    checkpoint in another format is whole on every rank before it is sharded.
 
     Args:
         name_or_folder: as for :func:`load_model`, and so `vocab_size`, `seed` and `attention`.
@@ -216,32 +217,40 @@ def load_sharded(
     Raises:
         HbpError: as they do, or a checkpoint whose tensors do not fit the model.
     """
-    folder = safetensors_folder(name_or_folder)
-    options: dict[str, Any] = {
-        "by_layer": by_layer,
-        "compute_dtype": compute_dtype,
-        "compiled": compiled,
-    }
-    if folder is None:
-        model = load_model(name_or_folder, vocab_size=vocab_size, seed=seed, attention=attention)
-        if adapt:
-            adapt(model)
-        model.to(device)
-        shard(model, mesh, **options)
-        return model
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
+
+    folder, fresh = safetensors_folder(name_or_folder), is_configuration_alone(name_or_folder)
+    if folder is None and not fresh:
+        model = load_model(name_or_folder, vocab_size=vocab_size, seed=seed, attention=attention).to(device)
+    else:
+        model = meta_model(name_or_folder, vocab_size=vocab_size, attention=attention)
+    if adapt:
+        adapt(model)
+    shard(model, mesh, by_layer=by_layer, compute_dtype=compute_dtype, compiled=compiled)
+    if folder is not None:
+        load_shards(model.lm, folder, device, seed)
+        if (folder / "generation_config.json").is_file():  # for the exported model
+            model.lm.generation_config = GenerationConfig.from_pretrained(folder)
+    elif fresh:
+        draw_shards(model.lm, device, seed)
+    return model
+
+
+def meta_model(name_or_folder: str, *, vocab_size: int | None = None, attention: str = "auto") -> CausalLMWithLoss:
+    """The model in float32 without storage, on the meta device.
+
+    Args:
+        name_or_folder: as for :func:`load_model`, and so `vocab_size` and `attention`.
+
+    Raises:
+        HbpError: as :func:`load_model`.
+    """
+    from transformers import AutoModelForCausalLM
 
     config, kernel = read_config(name_or_folder, vocab_size), register_attention(attention)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
-    if (folder / "generation_config.json").is_file():  # for the exported model
-        lm.generation_config = GenerationConfig.from_pretrained(folder)
-    model = _ready(lm)
-    if adapt:
-        adapt(model)
-    shard(model, mesh, **options)
-    load_shards(model.lm, folder, device, seed)
-    return model
+    return _ready(lm)
 
 
 def _ready(lm: Any) -> CausalLMWithLoss:

@@ -4,11 +4,15 @@ Each point is a forward and a backward of packs with the given documents, one pa
 gradients that exist already, as in all but the first micro-step of training. Seconds are the slowest rank's, the median
 of the repeats. Bytes are the peak of what the allocator had given out, plus the states that stay (parameters, gradients
 and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the profiler's allocation events,
-which sees every tensor including temporaries, in a run of its own so as not to disturb the clock.
+which sees every tensor including temporaries. They are measured first, in a run that waits for no other rank
+(:mod:`hbp.train.alone`), so that a rank may run out of memory: then its peak is infinite, and so is the point's.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from hbp.cost.fit import Point
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
+from hbp.train.alone import alone, without_others
 from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
 from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
 
@@ -42,7 +47,8 @@ def measure_point(
 ) -> Point:
     """Run one micro-batch of random tokens and return its seconds and peak bytes (the same on every rank).
 
-    It is repeated until :data:`ENOUGH_S` are measured, but at most `repeats` times; with 0 only memory is.
+    It is repeated until :data:`ENOUGH_S` are measured, but at most `repeats` times; with 0 only memory is, as it is
+    where a rank runs out of it: its peak bytes are infinite then, and its seconds 0.
     """
     mesh.prepare([sp_degree])
     rng = np.random.default_rng(0)
@@ -50,36 +56,62 @@ def measure_point(
     documents = [(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, np.uint8)) for n in lengths]
     rank = dist.get_rank()
     batch = micro_batch_of(documents, 0, sp_degree, rank % sp_degree, gc_layers, mesh, device)
+    peak = highest(_peak_alone(model, batch, device), device)
+    if not repeats or math.isinf(peak):
+        return Point(tuple(lengths), sp_degree, gc_layers, 0.0, peak)
 
-    def run() -> None:
-        forward_backward(model, batch)
-
-    gradients = [_hold_gradient(p) for p in model.parameters() if p.requires_grad]
-    peak = _peak_bytes(run, device)  # also warms up kernels, collectives and the allocator
+    _hold_gradients(model)
+    forward_backward(model, batch)  # collectives of a new group begin slowly
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
         _wait(device)
         start = time.perf_counter()
-        run()
+        forward_backward(model, batch)
         _wait(device)
         seconds.append(highest(time.perf_counter() - start, device))
     model.zero_grad(set_to_none=True)
-    trained_bytes = sum(t.numel() * t.element_size() for t in gradients)
-    states = local_parameter_bytes(model) + (GRADIENTS + MOMENTS) * trained_bytes
-    median = float(np.median(seconds)) if seconds else 0.0
-    return Point(tuple(lengths), sp_degree, gc_layers, median, highest(peak + states, device))
+    return Point(tuple(lengths), sp_degree, gc_layers, float(np.median(seconds)), peak)
 
 
-def _hold_gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """Give a parameter a gradient to accumulate into; returns this rank's part of it."""
-    gradient = parameter.grad = torch.zeros_like(parameter)
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def _peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
+    """Peak bytes of this rank, states included; infinite where it runs out of memory."""
+    batch, peak = alone(batch), math.inf
+    try:
+        with without_others(model):
+            gradients = _hold_gradients(model)
+            peak = _peak_bytes(lambda: forward_backward(model, batch), device)
+            peak += local_parameter_bytes(model) + (GRADIENTS + MOMENTS) * gradients
+    except torch.OutOfMemoryError:
+        reset: Any = getattr(model, "reset_iter_state", None)
+        if reset is None:  # FSDP2 before torch 2.13 cannot go on after that
+            raise
+        reset()
+    model.zero_grad(set_to_none=True)
+    if math.isinf(peak):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return peak
+
+
+def _hold_gradients(model: CausalLMWithLoss) -> int:
+    """Give the parameters gradients to accumulate into; returns the bytes of this rank's part of them."""
+    size = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad = torch.zeros_like(parameter)
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            size += local.numel() * local.element_size()
+    return size
 
 
 def measure_rows(
     model: CausalLMWithLoss, plan: Plan, samples: SampleSource, mesh: ParallelMesh, device: torch.device
 ) -> dict[tuple[int, int, int], float]:
-    """Peak bytes of any rank for the fullest pack of each (capacity, SP degree, recomputed layers) of a plan."""
+    """Peak bytes of any rank for the fullest pack of each (capacity, SP degree, recomputed layers) of a plan.
+
+    Infinite for a pack for which a rank has not the memory.
+    """
     peaks = {}
     for setting, row in sorted(heaviest_rows(plan).items()):
         _, lengths = plan.samples(row)
@@ -117,7 +149,7 @@ def highest(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def _peak_bytes(run: Callable[[], None], device: torch.device) -> float:
+def _peak_bytes(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -127,37 +159,13 @@ def _peak_bytes(run: Callable[[], None], device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated() - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    return peak_of(sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree())))
+    events = sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree()))
+    return float(max(itertools.accumulate((size for _, size in events), initial=0)))
 
 
-def _allocations(events: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+def _allocations(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Time and bytes of each, negative where they are freed."""
     for event in events:
         if event.tag == torch._C._profiler._EventType.Allocation:
-            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+            yield event.start_time_ns, event.extra_fields.alloc_size
         yield from _allocations(event.children)
-
-
-def peak_of(events: Sequence[tuple[int, int, int]]) -> float:
-    """Peak of what is allocated, from (time, address, bytes) in order of time, bytes negative where they are freed.
-
-    A block that another thread frees last, as gloo's do with messages, leaves no record of that. Nothing that a
-    micro-batch allocates outlives it (gradients are there before), so a block without such a record was freed somewhere
-    else; it is counted until the next of its kind is allocated.
-    """
-    alive: dict[int, int] = {}
-    lost: set[int] = set()
-    for index, (_, address, size) in enumerate(events):
-        if size > 0:
-            if address in alive:
-                lost.add(alive[address])
-            alive[address] = index
-        else:
-            alive.pop(address, None)
-    lost |= set(alive.values())
-    total, peak, last_lost = 0, 0, 0
-    for index, (_, _, size) in enumerate(events):
-        total += size
-        if index in lost:
-            total, last_lost = total - last_lost, size
-        peak = max(peak, total)
-    return float(peak)

@@ -1,8 +1,9 @@
-"""Read a checkpoint of safetensors into a sharded model: each rank its own slices, none the whole.
+"""Give a sharded model its first values, of a checkpoint of safetensors or afresh: no rank ever holds the whole.
 
 The model has been built on the meta device and sharded by FSDP2, so every parameter knows which part this rank owns.
-It is sliced out of the memory-mapped files and converted to the parameter's type, one tensor after another; the rest is
-never read.
+Of a checkpoint it is sliced out of the memory-mapped files and converted to the parameter's type, one tensor after
+another; the rest is never read. Afresh, every rank draws each module's own parameters whole, by the model family's own
+rules and from a seed of the module's name, and keeps its part: the same values for any number of ranks.
 
 Four things are not in a checkpoint as the model has them: experts, saved one by one and trained as one tensor (a rank
 reads its own experts, or with fewer experts than ranks its rows of each); tied weights, saved once; buffers that follow
@@ -73,18 +74,59 @@ def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> N
         part = _adapter(adapter[1], name, shape, seed) if adapter else read.parameter(aliases, shape)
         loaded = nn.Parameter(_shard(parameter, part, device), parameter.requires_grad)
         state.update(dict.fromkeys(aliases, loaded))
+    _assign(lm, state, device)
+
+
+def draw_shards(lm: Any, device: torch.device, seed: int) -> None:
+    """Give a sharded model without storage its memory and fresh values, as transformers draws them for its family.
+
+    Args:
+        lm: transformers model on the meta device, its parameters sharded.
+        device: of this rank.
+        seed: of the values.
+    """
+    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    state = {}
+    for path, module in lm.named_modules():
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        new = {name: p for name, p in own.items() if p not in drawn}  # not tied to an earlier module's
+        whole = {name: nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype)) for name, p in new.items()}
+        if whole:
+            module._parameters.update(whole)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed(path, seed))
+                lm._init_weights(module)
+            module._parameters.update(own)
+        for name, p in new.items():
+            assert not whole[name].isnan().any(), f"{path}.{name} is not initialised by {type(lm).__name__}"
+            drawn[p] = nn.Parameter(_shard(p, _cut(whole[name].detach()), device), p.requires_grad)
+        state.update({f"{path}.{name}": drawn[p] for name, p in own.items()})
+    _assign(lm, state, device)
+
+
+def _assign(lm: Any, state: dict[str, nn.Parameter], device: torch.device) -> None:
+    """Parameters as given, buffers computed."""
     lm.load_state_dict(state, assign=True)
     for module in lm.modules():
         _compute_buffers(module, lm.config, device)
+
+
+def _seed(name: str, seed: int) -> int:
+    """Of what is drawn for a name: 32 bits, more the CPU's generator does not look at."""
+    return zlib.crc32(f"{seed} {name}".encode())
+
+
+def _cut(values: Tensor) -> Part:
+    return lambda dim, begin, end: values.narrow(dim, begin, end - begin)
 
 
 def _adapter(which: str, name: str, shape: torch.Size, seed: int) -> Part:
     """First values of a low-rank adapter, as peft's: B zero, A uniform; small, so drawn whole and then cut."""
     values = torch.zeros(shape)
     if which == "A":
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(_seed(name, seed))
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-    return lambda dim, begin, end: values.narrow(dim, begin, end - begin)
+    return _cut(values)
 
 
 def _shard(parameter: nn.Parameter, part: Part, device: torch.device) -> Tensor:
