@@ -34,13 +34,14 @@ import yaml
 from ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "examples" / "quickstart-model")
 RANKS = 2
 MIXES = {
     "short-heavy": {"short_samples": 400, "long_samples": 2},
     "quickstart-like": {"short_samples": 300, "long_samples": 4},
     "long-heavy": {"short_samples": 80, "long_samples": 9},
 }
-QUICK = {"short-heavy": {"short_samples": 60, "long_samples": 4}}
+QUICK = {"short-heavy": {"short_samples": 40, "long_samples": 3}}
 LAYERS, QUICK_LAYERS = 8, 2
 CONFIG: dict[str, Any] = {
     "data": {"source": "stdlib", "longest_chars": 26_000, "max_length": 8192, "eval_samples": 32},
@@ -65,7 +66,7 @@ def write_weights(folder: Path, n_layers: int) -> str:
 
     from hbp.train.layer_stack import load_stack
 
-    load_stack(str(ROOT / "examples" / "quickstart-model"), n_layers, torch.device("cpu")).lm.save_pretrained(folder)
+    load_stack(MODEL, n_layers, torch.device("cpu")).lm.save_pretrained(folder)
     return str(folder)
 
 
@@ -133,15 +134,16 @@ def switch_rank(out: Path, *, quick: bool) -> None:
     from hbp.parallel.mesh import make_mesh
     from hbp.train.batch import micro_batch_of
     from hbp.train.launch import device_name, process_group
+    from hbp.train.layer_stack import load_stack
     from hbp.train.loop import make_optimizer
-    from hbp.train.model import load_model, shard
+    from hbp.train.model import shard
     from hbp.train.profile import forward_backward
 
-    rounds, row, tokens = (2, 3, 128) if quick else (12, 10, 1024)
+    n_layers, rounds, row, tokens = (QUICK_LAYERS, 1, 3, 128) if quick else (LAYERS, 12, 10, 1024)
     with process_group() as device:
         rank, rng = dist.get_rank(), np.random.default_rng(0)
         mesh = make_mesh(RANKS, [1, RANKS], device.type)
-        model = load_model(str(ROOT / "examples" / "quickstart-model"), seed=0)
+        model = load_stack(MODEL, n_layers, device)
         shard(model, mesh.world, by_layer=False)
         optimizer = make_optimizer(model, TrainConfig())
 
@@ -155,7 +157,7 @@ def switch_rank(out: Path, *, quick: bool) -> None:
         def step(degree: int) -> float:
             dist.barrier()
             began = time.perf_counter()
-            batch = micro_batch_of(packs[degree], 0, degree, rank % degree, 4, mesh, device)
+            batch = micro_batch_of(packs[degree], 0, degree, rank % degree, n_layers // 2, mesh, device)
             forward_backward(model, batch, 1e-4)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
