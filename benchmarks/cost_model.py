@@ -96,12 +96,14 @@ def measure(config: dict[str, Any], longest: int, fresh: int, device: torch.devi
         fitted = CostModel(spec, measured.fit.cluster, PROCESSES)
         own = [abs(p / q.seconds - 1) for p, q in zip(measured.fit.held_out_s, measured.points, strict=True)]
         rows.append(row(name, "seconds, each of its own points left out", own))
-        rows += [row(name, "seconds of fresh packs", errors(points, [predict_point(fitted, p) for p in points]))]
+        rows += [
+            row(name, "seconds of fresh packs", relative_errors(points, [predict_point(fitted, p) for p in points]))
+        ]
         sizes = [predict_bytes(fitted, p) for p in points]
-        rows += [row(name, "peak bytes of fresh packs", errors(points, sizes, "peak_bytes"))]
+        rows += [row(name, "peak bytes of fresh packs", relative_errors(points, sizes, "peak_bytes"))]
     plain = CostModel(spec, CLUSTERS["cpu-local"], PROCESSES)
     unfitted = [predict_bytes(plain, p) for p in points]
-    rows.append(row("nothing fitted", "peak bytes of fresh packs", errors(points, unfitted, "peak_bytes")))
+    rows.append(row("nothing fitted", "peak bytes of fresh packs", relative_errors(points, unfitted, "peak_bytes")))
     whole = CostModel(spec, profiles["whole model"].fit.cluster, PROCESSES)
     stacks = CostModel(spec, profiles["stacks of 2 and 4 layers"].fit.cluster, PROCESSES)
     predicted = [
@@ -121,7 +123,8 @@ def measure(config: dict[str, Any], longest: int, fresh: int, device: torch.devi
     return {"device": device_name(device), "rows": rows, "fresh_points": predicted, "profiles": files}
 
 
-def errors(points: Sequence[Point], predicted: Sequence[float], quantity: str = "seconds") -> list[float]:
+def relative_errors(points: Sequence[Point], predicted: Sequence[float], quantity: str = "seconds") -> list[float]:
+    """|predicted / measured − 1| of each point."""
     return [abs(guess / getattr(point, quantity) - 1) for point, guess in zip(points, predicted, strict=True)]
 
 

@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from cost_model import relative_errors
 
 from hbp.cost.cluster import CLUSTERS, ClusterSpec
-from hbp.cost.fit import Point, predict_bytes, predict_point
+from hbp.cost.fit import predict_bytes, predict_point
 from hbp.cost.known_models import KNOWN_MODELS
 from hbp.cost.model_spec import ModelSpec, spec_from_config
 from hbp.cost.predict import CostModel
@@ -119,17 +120,13 @@ def model_result(spec: ModelSpec, measured: Any, cluster: ClusterSpec, others: C
     points = measured.points
     plain = CostModel(spec, cluster, 1)
     result = profile_json(measured.fit, spec, 1, points, measured_in_s=measured.seconds, skipped=measured.skipped)
-    memory = relative(points, [predict_bytes(plain, p) for p in points], "peak_bytes")
+    memory = relative_errors(points, [predict_bytes(plain, p) for p in points], "peak_bytes")
     result["memory_error_unfitted"] = summary(memory)
     result["memory_within_5_percent"] = float(np.mean(np.array(memory) <= 0.05))
     if others is not None:
         guesses = [predict_point(CostModel(spec, others, 1), p) for p in points]
-        result["error_with_the_first_models_constants"] = summary(relative(points, guesses, "seconds"))
+        result["error_with_the_first_models_constants"] = summary(relative_errors(points, guesses))
     return result
-
-
-def relative(points: tuple[Point, ...], predicted: list[float], quantity: str) -> list[float]:
-    return [abs(guess / getattr(point, quantity) - 1) for point, guess in zip(points, predicted, strict=True)]
 
 
 def summary(errors: list[float]) -> dict[str, float]:

@@ -28,14 +28,14 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ranks import run_ranks
 
 from hbp.cost.cluster import CLUSTERS, GIB
 from hbp.cost.model_spec import load_model_spec
@@ -49,10 +49,29 @@ from hbp.simulate import rank_use, simulate, step_seconds
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "examples" / "quickstart-model")
 BASELINES = ("concat", "lb", "dcp")
-LONGEST, STEP_TOKENS, MEMORY = 6144, 12288, 0.25 * GIB
 
 
-def run_for_real(processes: int, strategies: list[str], samples: int, rounds: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Size:
+    """What is trained."""
+
+    short_samples: int
+    long_samples: int
+    longest_chars: int
+    longest: int
+    """Packing length, tokens."""
+    step_tokens: int
+    memory_bytes: float
+    rounds: int
+    shares: tuple[int, ...]
+    """Of the longest length, that are profiled."""
+
+
+FULL = Size(60, 6, 28_000, 6144, 12_288, 0.25 * GIB, 5, (16, 8, 4, 2))
+QUICK = Size(24, 2, 6_000, 1536, 3072, 0.18 * GIB, 2, (8, 2))
+
+
+def run_for_real(processes: int, strategies: list[str], size: Size) -> list[dict[str, Any]]:
     """Profile, plan and train with so many processes; one row a strategy."""
     from hbp.data.stdlib_sft import train_tokenizer, write_dataset
     from hbp.data.tokenize import prepare_store
@@ -61,16 +80,16 @@ def run_for_real(processes: int, strategies: list[str], samples: int, rounds: in
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data, tokenizer = folder / "data.jsonl", folder / "tokenizer"
-        write_dataset(data, seed=0, short_samples=samples, long_samples=6, longest_chars=28_000)
+        amounts = {"short_samples": size.short_samples, "long_samples": size.long_samples}
+        write_dataset(data, seed=0, longest_chars=size.longest_chars, **amounts)
         train_tokenizer(data, tokenizer, vocab_size=4096)
         prepare_store(str(data), str(tokenizer), folder / "store")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        work = [__file__, "--worker", scratch, "--strategies", ",".join(strategies), "--rounds", str(rounds)]
-        done = subprocess.run([*launch, *work], env={**os.environ, **CPU_ENVIRONMENT}, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
+        (folder / "size.json").write_text(json.dumps(dataclasses.asdict(size)))
+        work = ["--worker", scratch, "--strategies", ",".join(strategies)]
+        run_ranks(processes, __file__, *work, environment={**os.environ, **CPU_ENVIRONMENT})
         measured = json.loads((folder / "measured.json").read_text())
-        cost, error = _fitted(measured["points"], measured["seconds"], measured["optimizer_s"], processes, folder)
+        base = _cost(folder, processes, size)
+        cost, error = _fitted(base, measured["points"], measured["seconds"], measured["optimizer_s"])
         rows = []
         for name in strategies:
             plan = _with_cost(read_plan(folder / name), cost)
@@ -80,7 +99,7 @@ def run_for_real(processes: int, strategies: list[str], samples: int, rounds: in
     return rows
 
 
-def worker(folder: Path, strategies: list[str], rounds: int) -> None:
+def worker(folder: Path, strategies: list[str]) -> None:
     """One rank: alternate between the profile's micro-batches and whole short runs of every plan."""
     import torch
     import torch.distributed as dist
@@ -96,13 +115,14 @@ def worker(folder: Path, strategies: list[str], rounds: int) -> None:
 
     with process_group() as device:
         rank, world = dist.get_rank(), dist.get_world_size()
-        store, cost = open_store(folder / "store"), _cost(folder, world)
+        size = Size(**json.loads((folder / "size.json").read_text()))
+        store, cost = open_store(folder / "store"), _cost(folder, world, size)
         lengths = np.asarray(store.lengths)
         mesh = make_mesh(world, cost.degrees(), device.type)
         model = load_model(MODEL, vocab_size=store.vocab_size)
         shard(model, mesh.world, by_layer=cost.model.sharded_by_layer)
         rng = np.random.default_rng(0)
-        wanted = grid(cost, lengths, min(LONGEST, int(lengths.max())), rng)
+        wanted = grid(cost, lengths, min(size.longest, int(lengths.max())), rng, size.shares)
         batches = []
         for pack, degree, gc_layers in wanted:
             documents = [(rng.integers(0, store.vocab_size, n).astype(np.int32), np.ones(n, np.uint8)) for n in pack]
@@ -135,44 +155,43 @@ def worker(folder: Path, strategies: list[str], rounds: int) -> None:
         profile()
         first, optimizer_s = profile()
         if rank == 0:
-            fitted, _ = _fitted(wanted, [first], [optimizer_s], world, folder)
+            fitted, _ = _fitted(cost, wanted, [first], [optimizer_s])
             for name in strategies:
-                options = {"strategy": name, "max_length": LONGEST, "global_batch_tokens": STEP_TOKENS}
+                options = {"strategy": name, "max_length": size.longest, "global_batch_tokens": size.step_tokens}
                 write_plan(make_plan(lengths, fitted, **options), folder / name)
         dist.barrier()
         plans = {name: read_plan(folder / name) for name in strategies}
         measured: dict[str, Any] = {"points": wanted, "seconds": [], "optimizer_s": [], "steps": {n: [] for n in plans}}
-        for turn in range(rounds + 1):
+        for turn in range(size.rounds + 1):
             for name, plan in plans.items():
                 records = train(model, plan, store, store.loss_tokens, mesh, TrainConfig(), device)
                 if turn:
                     measured["steps"][name].append([record.seconds for record in records])
-            seconds, spent = profile()
             if turn:
+                seconds, spent = profile()
                 measured["seconds"].append(seconds)
                 measured["optimizer_s"].append(spent)
         if rank == 0:
             (folder / "measured.json").write_text(json.dumps(measured))
 
 
-def _cost(folder: Path, world: int) -> CostModel:
+def _cost(folder: Path, world: int, size: Size) -> CostModel:
     spec = dataclasses.replace(load_model_spec(MODEL), vocab=open_store(folder / "store").vocab_size)
-    return CostModel(spec, dataclasses.replace(CLUSTERS["cpu-local"], memory_bytes=MEMORY), world)
+    return CostModel(spec, dataclasses.replace(CLUSTERS["cpu-local"], memory_bytes=size.memory_bytes), world)
 
 
 def _fitted(
-    wanted: list[Any], seconds: list[list[float]], optimizer_s: list[float], world: int, folder: Path
+    cost: CostModel, wanted: list[Any], seconds: list[list[float]], optimizer_s: list[float]
 ) -> tuple[CostModel, float]:
     """The cost model of a profile and its held-out error; memory is left as modelled."""
     from hbp.cost.fit import Point, fit_cluster
 
-    cost = _cost(folder, world)
     points = [
         Point(tuple(pack), degree, gc_layers, spent, cost.bytes(sum(pack), degree, gc_layers))
         for (pack, degree, gc_layers), spent in zip(wanted, np.median(seconds, axis=0).tolist(), strict=True)
     ]
-    fit = fit_cluster(cost.cluster, cost.model, world, points, "benchmark")
-    cluster = dataclasses.replace(fit.cluster, step_overhead_s=statistics.median(optimizer_s), memory_bytes=MEMORY)
+    fit = fit_cluster(cost.cluster, cost.model, cost.world_size, points, "benchmark")
+    cluster = dataclasses.replace(fit.cluster, step_overhead_s=statistics.median(optimizer_s))
     return dataclasses.replace(cost, cluster=cluster), fit.held_out_error
 
 
@@ -284,7 +303,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--processes", default="2,4", help="numbers of processes, comma-separated (default 2,4)")
     parser.add_argument("--strategies", help=f"comma-separated (default {','.join(BASELINES)} and every hbp)")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each plan and of the profile (default 5)")
+    parser.add_argument("--rounds", type=int, default=FULL.rounds, help=f"runs of each plan (default {FULL.rounds})")
     parser.add_argument("--out", type=Path, help="also write the JSON to a file, beside its other process counts' rows")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -294,11 +313,11 @@ def main() -> None:
     elif args.quick:
         names = ["concat", "hbp"]
     if args.worker:
-        worker(args.worker, names, args.rounds)
+        worker(args.worker, names)
         return
     processes = [2] if args.quick else [int(n) for n in args.processes.split(",")]
-    samples, rounds = (20, 2) if args.quick else (60, args.rounds)
-    rows = [row for n in processes for row in run_for_real(n, names, samples, rounds)]
+    size = QUICK if args.quick else dataclasses.replace(FULL, rounds=args.rounds)
+    rows = [row for n in processes for row in run_for_real(n, names, size)]
     if args.out and args.out.is_file():
         rows = [r for r in json.loads(args.out.read_text())["rows"] if r["processes"] not in processes] + rows
     summary = {}

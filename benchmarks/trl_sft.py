@@ -1,6 +1,4 @@
-"""One rank of TRL's SFTTrainer on a token store: what `benchmarks/train.py` and `gpu_train.py` measure against.
-
-    torchrun --nproc-per-node 2 benchmarks/trl_sft.py ARGUMENTS.json
+"""One rank of TRL's SFTTrainer on a token store: what `benchmarks/train.py` and `gpu_train.py` run and measure against.
 
 Packing is TRL's own (`packing=True`, best-fit decreasing), the loss is masked as the store says, the model is the same
 folder. Before training it looks which attention runs and whether documents of a pack see each other: it changes the

@@ -79,6 +79,14 @@ def config_of(job: Path, *overrides: str) -> Config:
     return load_config(job / "cfg.yaml", overrides)
 
 
+def hbp(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A whole command, to its end, in processes of its own."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "hbp", *arguments], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
 def start(job: Path, *overrides: str, arguments: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """`hbp train` in a process group of its own."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}

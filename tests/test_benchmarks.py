@@ -1,4 +1,7 @@
-"""The training benchmarks run, small, and say what they promise; no figure of theirs is looked at here."""
+"""Every benchmark answers ``--quick --json`` with one object that says what it promises; no figure is looked at here.
+
+(`benchmarks/gpu_profile.py`: `tests/benchmarks/test_gpu_profile.py`.)
+"""
 
 from __future__ import annotations
 
@@ -6,46 +9,97 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WITHOUT = (
+    "import runpy, sys; sys.modules[sys.argv[1]] = None; del sys.argv[:2]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+"""Runs a script where a module is not installed."""
 
 
-def run(script: str, *arguments: str) -> dict:
+def run(script: str, *arguments: str, without: str | None = None) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, *(["-c", WITHOUT, without] if without else []), str(ROOT / "benchmarks" / script)]
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments, "--json"],
+        [*command, "--quick", "--json", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
-        env={**environment, "PYTHONPATH": str(ROOT / "src")},
+        timeout=600,
+        env={**environment, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["command"] == f"python benchmarks/{script} --quick"
+    assert result["date"]
+    return result
 
 
-def test_gpu_train_runs_a_toy_on_cpu(tmp_path):
-    result = run("gpu_train.py", "--tiny", "--no-trl", "--out", str(tmp_path / "out.json"))
+def is_number(value: Any) -> bool:
+    return isinstance(value, float) and value == value
+
+
+def test_packing() -> None:
+    rows = run("packing.py")["rows"]
+    assert {row["section"] for row in rows} == {"fitting", "plans", "size", "streaming", "order"}
+    for row in rows:
+        assert {"strategy", "set", "samples_per_s", "padding", "abr", "efficiency"} <= set(row)
+        assert row["samples_per_s"] or row["section"] == "order"
+        assert is_number(row["efficiency"]) or row["section"] == "fitting"
+
+
+def test_paper() -> None:
+    rows = run("paper.py")["rows"]
+    for row in rows:
+        assert {"table", "row", "published", "ours"} <= set(row)
+        assert is_number(row["ours"]) or row["metric"] == "gc_layers"
+    assert {row["table"] for row in rows} == {"2", "4", "5", "6", "11", "12", "13", "17", "18/19"}
+
+
+def test_simulator() -> None:
+    result = run("simulator.py")
+    assert result["step_time_error"] >= 0
+    assert result["ratio_error"] >= 0
+    assert [row["strategy"] for row in result["rows"]] == ["concat", "hbp"]
+    assert result["speed"]["s"] > 0
+
+
+def test_train() -> None:
+    result = run("train.py")
+    ((name, mix),) = result["mixes"].items()
+    assert result["speedup_vs_naive"] == {name: mix["hbp"]["tokens_per_s"] / mix["naive"]["tokens_per_s"]}
+    assert len(mix["naive_trials"]) >= 2, "more than one degree"
+    if find_spec("trl"):
+        assert result["speedup_vs_trl"] == {name: mix["hbp"]["tokens_per_s"] / mix["trl"]["tokens_per_s"]}
+        assert mix["trl"]["tokens"] == mix["trl"]["tokens_given"] == mix["hbp"]["tokens"]
+    else:
+        assert result["speedup_vs_trl"] == {name: None}
+    switch = result["switch"]
+    assert result["switch_overhead"] == pytest.approx(sum(switch["switching_s"]) / sum(switch["static_s"]) - 1)
+
+
+def test_gpu_train_runs_a_toy_on_cpu_without_trl(tmp_path: Path) -> None:
+    result = run("gpu_train.py", "--out", str(tmp_path / "out.json"), without="trl")
     assert json.loads((tmp_path / "out.json").read_text()) == result
+    assert result["tiny"]
     assert result["hbp"]["tokens"] > 0
     (group,) = result["naive"]["groups"]
-    assert group["gc_layers"] == 2  # naive packing recomputes every layer
+    assert group["gc_layers"] == 2, "naive packing recomputes every layer"
     assert result["speedup_vs_naive"] == result["hbp"]["tokens_per_s"] / result["naive"]["tokens_per_s"]
     assert 0 < result["hbp"]["mfu"] < 1.5
+    assert result["trl"] == {"failed": "trl is not installed"}
+    assert result["speedup_vs_trl"] is None
 
 
-def test_trl_keeps_documents_apart_on_the_same_samples(tmp_path):
+def test_trl_keeps_documents_apart_on_the_same_samples() -> None:
     pytest.importorskip("trl")
-    trl = run("gpu_train.py", "--tiny")["trl"]
+    trl = run("gpu_train.py")["trl"]
     assert trl["tokens"] == trl["tokens_given"]
     assert trl["position_ids_restart"] == trl["documents_apart"] is True
     assert trl["steps"] > 0
-
-
-def test_switching_is_measured():
-    result = run("train.py", "--quick", "--mix", "switch")
-    assert result["switch_overhead"] == pytest.approx(
-        sum(result["switch"]["switching_s"]) / sum(result["switch"]["static_s"]) - 1
-    )

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import yaml
+from jobs import hbp
 from workers import LLAMA, write_config
 
 from hbp.cost.profile_file import read_profile
 from hbp.data.stdlib_sft import train_tokenizer
-
-
-def hbp(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, "-m", "hbp", *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
 
 
 def test_profile_of_stacks(tmp_path: Path) -> None:

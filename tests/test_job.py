@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from jobs import hbp
 from workers import LLAMA, write_config
 
 from hbp.data.stdlib_sft import train_tokenizer
@@ -42,13 +40,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "cfg.yaml").write_text(yaml.safe_dump(config))
     return folder
-
-
-def hbp(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, "-m", "hbp", *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from plans import hand_plan, tiny_cost
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.errors import HbpError
-from hbp.plan import validate
-from hbp.planning.planner import make_plan
+from hbp.plan import Group, validate
+from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.simulate import simulate
 from hbp.what_if import parse_counts, plan_elsewhere
 
 
@@ -27,12 +29,24 @@ def test_wrong_counts_are_refused(text: str) -> None:
         parse_counts(text)
 
 
-def test_same_hardware_gives_the_same_plan() -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"max_length": 1000, "global_batch_tokens": 6000, "seed": 3},
+        {"windows": 2, "short_steps": 1},
+        {"static": Group(1500, 2, 4)},
+    ],
+    ids=lambda asked: "+".join(asked) or "defaults",
+)
+def test_same_hardware_gives_the_same_plan(strategy: str, asked: dict[str, Any]) -> None:
     lengths = np.random.default_rng(0).integers(1, 1500, 200)
-    plan = make_plan(lengths, tiny_cost(4, 1000), strategy="hbp", seed=3, max_length=1000, global_batch_tokens=6000)
-    assert plan.info.dropped
+    plan = make_plan(lengths, tiny_cost(4, 1000), strategy=strategy, **asked)
+    assert bool(plan.info.dropped) == ("max_length" in asked)
     kept = np.sort(np.unique(plan.sample_ids))
     again = plan_elsewhere(plan, 4)
+    assert simulate(again).seconds == simulate(plan).seconds
     np.testing.assert_array_equal(again.predicted_s, plan.predicted_s)
     np.testing.assert_array_equal(kept[again.sample_ids], plan.sample_ids)
 

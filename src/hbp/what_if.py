@@ -1,12 +1,13 @@
 """What a plan's samples would take on other hardware: planned anew, since the best groups change with it, and played.
 
-The samples, model, strategy, seed, longest packing length, curriculum and tokens of an optimizer step stay those of the
-plan, defaults included: the same training run on more or fewer devices. A step cannot hold less than one micro-step of
-the whole world, though, so with very many devices its tokens grow.
+The samples, model, strategy, seed, the settings that were asked for and the tokens of an optimizer step stay those of
+the plan: the same training run on more or fewer devices. A step cannot hold less than one micro-step of the whole
+world, though, so with very many devices its tokens grow. On the plan's own devices the plan itself comes out again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hbp.cost.cluster import ClusterSpec, cluster_from_json
 from hbp.cost.model_spec import ModelSpec
 from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
-from hbp.plan import Plan
+from hbp.plan import Group, Plan
 from hbp.planning.planner import STRATEGIES, make_plan
 
 
@@ -57,15 +58,21 @@ def plan_elsewhere(
         raise HbpError(
             f"the plan (strategy {info.strategy!r}) does not say how to plan it anew; make one with `hbp plan`"
         )
-    where = cluster_from_json(info.cluster) if cluster is None else cluster
+    own = cluster_from_json(info.cluster)
+    where = own if cluster is None else cluster
     lengths = plan.lengths[np.argsort(plan.sample_ids, kind="stable")]
-    settings: dict[str, Any] = dict(info.settings)
+    # What was left to its default follows the samples and the world. Plans of streams say only what became of it.
+    asked: Mapping[str, Any] = info.settings.get("asked") or info.settings
+    static = asked.get("static")
+    same = (gpus, where) == (info.world_size, own)
     return make_plan(
         lengths,
         CostModel(ModelSpec.from_json(info.model), where, gpus),
         strategy=info.strategy,
         seed=info.seed,
-        max_length=settings.get("max_length"),
-        global_batch_tokens=global_batch_tokens or settings.get("global_batch_tokens"),
-        short_steps=settings.get("short_steps"),
+        max_length=asked.get("max_length"),
+        global_batch_tokens=global_batch_tokens or (asked if same else info.settings).get("global_batch_tokens"),
+        short_steps=asked.get("short_steps"),
+        windows=asked.get("windows"),
+        static=Group(**static) if static and same else None,
     )

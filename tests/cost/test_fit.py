@@ -9,24 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import MODEL
 
 from hbp.cost.cluster import CLUSTERS, ClusterSpec
 from hbp.cost.fit import OVERHEADS, RATES, Collective, Point, fit_cluster, grid, predict_bytes, predict_point
-from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 
-MODEL = dataclasses.replace(
-    load_model_spec("llama-3.1-8b"),
-    name="small",
-    n_layers=4,
-    hidden=256,
-    heads=8,
-    kv_heads=4,
-    qk_head_dim=32,
-    v_head_dim=32,
-    intermediate=700,
-    vocab=4096,
-)
 BASE = CLUSTERS["cpu-local"]
 LONGEST = 4096
 TRUTHS = {

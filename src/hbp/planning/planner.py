@@ -150,7 +150,15 @@ def make_plan(
             rng=np.random.default_rng(seed),
         )
         plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed))
-    return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
+    best = min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
+    asked = {
+        "max_length": max_length,
+        "global_batch_tokens": global_batch_tokens,
+        "short_steps": short_steps,
+        "windows": windows,
+        "static": asdict(static) if static else None,
+    }
+    return replace(best, info=replace(best.info, settings={**best.info.settings, "asked": asked}))
 
 
 def default_batch_tokens(cost: CostModel, lengths: Lengths, longest: int) -> int:
