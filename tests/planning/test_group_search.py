@@ -36,7 +36,8 @@ def test_groups_fit_and_hold_every_sample(lengths: list[int], world: int, limit:
     assert capacities == sorted(set(capacities))
     assert capacities[-1] >= max(lengths)
     assert limit is None or capacities[-1] <= limit
-    assert groups[0].sp_degree == 1  # memory allows it, so what needs no SP gets none
+    needed = [group.sp_degree > 1 for group in groups]
+    assert needed == sorted(needed) and not needed[0], "what needs no SP gets none"
     for group in groups:
         assert world % group.sp_degree == 0
         assert cost.bytes(group.capacity, group.sp_degree, group.gc_layers) <= cost.cluster.memory_bytes * (1 + 1e-9)
@@ -66,7 +67,7 @@ def test_the_path_is_the_cheapest_of_all_sets(filled: bool, monkeypatch: pytest.
         for chosen in itertools.combinations(capacities.tolist(), n):
             if chosen[-1] == longest:
                 sets = itertools.product(*(options[c] for c in chosen))
-                every += [groups for groups in sets if groups[0].sp_degree == 1]
+                every += [groups for groups in sets if group_search._communicates_if_needed(groups, True)]
     found = best_groups(LLAMA, samples, longest, options, alone=True, filled=filled)
     assert seconds(found) == pytest.approx(min(map(seconds, every)))
 
@@ -106,3 +107,21 @@ def test_no_micro_step_exceeds_the_global_batch_asked_for() -> None:
         assert all(32 // group.sp_degree * group.capacity <= batch for group in groups)
     small = search_groups(LLAMA, lengths, longest, None, 8 * longest)  # packs of the longest sample have to be
     assert all(32 // g.sp_degree * g.capacity <= 8 * longest or g.capacity == longest for g in small)
+
+
+def test_samples_that_fit_degree_1_do_not_communicate() -> None:
+    """Where a shorter SP group would be faster than recomputing more layers without SP."""
+    slow = CostModel(LLAMA.model, CLUSTERS["a100-pcie"], 256)
+    lengths = generate("mix-32k", 1_000_000, 0)
+    groups = search_groups(slow, lengths, int(lengths.max()), None)
+    needed = [group.sp_degree > 1 for group in groups]
+    assert needed == sorted(needed)
+
+
+@pytest.mark.parametrize("short_of", [1, 30_000])
+def test_a_batch_just_below_the_longest_sample_is_not_given_up(short_of: int) -> None:
+    lengths = generate("tulu3-longcite", 20_000, 0)
+    longest = int(lengths.max())
+    groups = search_groups(LLAMA, lengths, longest, None, longest - short_of)
+    assert groups[-1].sp_degree == 32
+    assert all(32 // group.sp_degree * group.capacity <= longest for group in groups)

@@ -17,9 +17,9 @@ What a group of capacity ``b`` that follows one of capacity ``a`` is predicted t
 - what sorting leaves: ranks wait for the costliest pack of a micro-step; over all heads that comes to half the distance
   between the costliest pack and an even one.
 
-Samples that need no SP get none (but as fill): the shortest group is one of degree 1 wherever memory allows it. A group
-that saves less than :data:`GROUP_SAVES` of the whole
-is not worth having and is left out.
+Samples that need no SP get none (but as fill): the shortest group is one of degree 1 wherever memory allows it, and no
+group of degree 1 follows one of a higher degree, whose samples would communicate for nothing. A group that saves less
+than :data:`GROUP_SAVES` of the whole is not worth having and is left out.
 
 If the shorter samples do not suffice to fill the longer packs, these stay unfilled and nothing is taken off any bill.
 What such a sum cannot see (which packs hide FSDP's traffic, how evenly they come out) the second step looks at: both
@@ -82,20 +82,23 @@ def search_groups(
         lengths: of the samples to plan, none over `longest`.
         longest: of the last group at least; some setting must fit it.
         limit: no packing length may exceed it; None: what memory holds.
-        batch: tokens of an optimizer step that a micro-step should not exceed, but for packs of `longest`.
+        batch: tokens of an optimizer step that a micro-step should not exceed. Where packs of `longest` exceed it at
+            any degree, they get the highest, which exceeds it least.
     """
     options = {c: _settings(cost, c) for c in candidate_capacities(cost, longest, limit)}
     if batch is not None:
         world = cost.world_size
         small = {c: [g for g in groups if world // g.sp_degree * c <= batch] for c, groups in options.items()}
-        options = {c: small[c] or (groups if c == longest else []) for c, groups in options.items()}
+        small[longest] = small[longest] or options[longest][-1:]
+        options = small
     options = {c: groups for c, groups in options.items() if groups}
     samples = SamplesByLength(cost, lengths)
     alone = any(g.sp_degree == 1 and c >= samples.lengths[0] for c, groups in options.items() for g in groups)
     starts = {best_groups(cost, samples, longest, options, alone=alone, filled=filled) for filled in (True, False)}
     published = published_groups(cost, lengths, longest)
-    needless = alone and published[0].sp_degree > 1
-    if not needless and all(group in options.get(group.capacity, []) for group in published):
+    if _communicates_if_needed(published, alone) and all(
+        group in options.get(group.capacity, []) for group in published
+    ):
         starts.add(published)
     trial = _Trial(cost, samples, max(g.sp_degree for groups in starts for g in groups))
     best = min(sorted(starts), key=trial.seconds)
@@ -157,8 +160,14 @@ def _neighbours(
         for other in [None, *others]:
             changed = (*groups[:i], *((other,) if other else ()), *groups[i + 1 :])
             rising = all(a.capacity < b.capacity for a, b in itertools.pairwise(changed))
-            if changed and rising and changed[-1].capacity >= longest and not (alone and changed[0].sp_degree > 1):
+            if changed and rising and changed[-1].capacity >= longest and _communicates_if_needed(changed, alone):
                 yield changed
+
+
+def _communicates_if_needed(groups: tuple[Group, ...], alone: bool) -> bool:
+    """Whether groups of degree 1 come first (`alone`: and there is one), so that no sample has needless SP."""
+    needed = [group.sp_degree > 1 for group in groups]
+    return needed == sorted(needed) and not (alone and needed[0])
 
 
 def best_groups(
@@ -200,20 +209,24 @@ def _shortest_path(
 ) -> tuple[float, tuple[Group, ...]]:
     """The cheapest way to hold all samples if each group costs its predicted seconds and `toll`.
 
-    With `alone` the shortest group must be one that does not communicate.
+    No group of degree 1 follows one that communicates; with `alone` the first must be of degree 1.
     """
-    best: list[tuple[float, tuple[Group, ...]]] = [(0.0, ())]  # up to no capacity, the first, …
+    none: tuple[float, tuple[Group, ...]] = (math.inf, ())
+    # The best up to no capacity, the first, …
+    every: list[tuple[float, tuple[Group, ...]]] = [(0.0, ())]
+    degree_1: list[tuple[float, tuple[Group, ...]]] = [(0.0, ())]  # of those without SP
     for capacity, seconds_of_groups in zip(capacities, after, strict=True):
-        ways = []
-        before = np.array([seconds for seconds, _ in best])
+        ways: list[tuple[float, tuple[Group, ...]]] = []
         for group, seconds in zip(options[capacity], seconds_of_groups, strict=True):
-            total = before + seconds + toll
+            best = degree_1 if group.sp_degree == 1 else every
+            total = np.array([spent for spent, _ in best]) + seconds + toll
             if alone and group.sp_degree > 1:
                 total[0] = np.inf
             i = int(np.argmin(total))
             ways.append((float(total[i]), (*best[i][1], group)))
-        best.append(min(ways, key=lambda way: way[0]))
-    return min((way for way, c in zip(best[1:], capacities, strict=True) if c >= longest), key=lambda way: way[0])
+        every.append(min(ways, key=lambda way: way[0]))
+        degree_1.append(min((way for way in ways if way[1][-1].sp_degree == 1), key=lambda way: way[0], default=none))
+    return min((way for way, c in zip(every[1:], capacities, strict=True) if c >= longest), key=lambda way: way[0])
 
 
 def _settings(cost: CostModel, capacity: int) -> list[Group]:
