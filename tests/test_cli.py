@@ -111,6 +111,17 @@ def test_tables_for_people(lengths: Path, tmp_path: Path, capsys: pytest.Capture
     assert "sample" in captured.err
 
 
+def test_a_step_larger_than_asked_for_is_told(
+    lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = planning(lengths, "--out", str(tmp_path / "p"), "--json", "--global-batch-tokens")
+    output(capsys, "plan", *arguments, "4000", "--strategy", "bfd")
+    assert main(["plan", *arguments, "1000", "--strategy", "bfd"]) == 0
+    assert "more than --global-batch-tokens 1,000" in capsys.readouterr().err
+    assert main(["plan", *arguments, "400000"]) == 0
+    assert "more than" not in capsys.readouterr().err
+
+
 def test_compare_has_a_row_for_every_strategy(lengths: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = output(capsys, "compare", *planning(lengths, "--json"))["rows"]
     assert {row["strategy"] for row in rows} == set(STRATEGIES)

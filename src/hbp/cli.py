@@ -108,6 +108,12 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         details = {name.replace("_", " "): f"{value:.4f}" for name, value in plan.info.details.items()}
         print(", ".join(f"{name} {value}" for name, value in details.items()))
         print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {args.out}")
+    if plan.info.metrics["ave_tokens"] > 1.5 * (args.global_batch_tokens or math.inf):
+        print(
+            f"hbp: a step holds {plan.info.metrics['ave_tokens']:,.0f} tokens, more than --global-batch-tokens "
+            f"{args.global_batch_tokens:,}: one micro-step of {args.gpus} GPUs is larger; give more, or fewer --gpus",
+            file=sys.stderr,
+        )
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
         count = f"{len(plan.info.dropped):,} samples (listed in plan.json)"
