@@ -290,6 +290,16 @@ def test_lengths_of_a_plan_with_dropped_samples_need_not_hash(tmp_path: Path) ->
     assert read_plan(tmp_path).info.dropped == ((1, "900 tokens, longer than the longest group (64)"),)
 
 
+def test_a_plan_of_several_row_groups_is_read_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sound()
+    monkeypatch.setattr("hbp.plan.PACKS_AT_A_TIME", 4)
+    write_plan(sound(), tmp_path)
+    assert pq.ParquetFile(tmp_path / PARQUET_NAME).num_row_groups == 2
+    assert same(read_plan(tmp_path), whole)
+    assert load(tmp_path)[0][5]["lengths"] == [25, 5, 7]
+    assert sound().tokens().tolist() == [90, 50, 45, 170, 50, 37]
+
+
 def test_files_that_are_missing_or_foreign(tmp_path: Path) -> None:
     assert "plan.json is missing" in refusal(tmp_path)
     write_plan(sound(), tmp_path)
