@@ -52,7 +52,7 @@ CANDIDATE_UNIT = 64
 """Candidates from the memory budget are multiples of it."""
 GC_STEPS = 16
 """Recomputed layers are tried in so many steps."""
-GROUP_SAVES = 1e-3
+GROUP_SAVES = 2e-4
 IMPROVES = 5e-4
 UNUSED = 1e-6
 NEAR = 1.02
