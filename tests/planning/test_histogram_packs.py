@@ -175,6 +175,34 @@ def test_no_pack_grows_beyond_the_micro_steps_of_the_other_groups() -> None:
     assert (np.bincount(packed.micro_step[~with_longest], tokens[~with_longest]) <= 11_328 * 64).all()
 
 
+SLOW = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-ethernet"], 64)
+HIDING = (Group(74_240, 1, 29), Group(111_872, 4, 21), Group(132_544, 8, 12))
+"""Packs so long that FSDP's traffic of a slow network hides behind them."""
+
+
+def run_seconds(lengths: Int) -> float:
+    counts = np.bincount(lengths, minlength=131_073).astype(np.int64)
+    packed = pack_histogram(counts, HIDING, PackCosts(SLOW, 131_072), 64, np.random.default_rng(0), last=True)
+    slowest = np.zeros(int(packed.micro_step.max()) + 1)
+    np.maximum.at(slowest, packed.micro_step, packed.seconds)
+    return float(slowest.sum())
+
+
+def test_few_tokens_at_the_end_share_several_micro_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone they would wait for FSDP's traffic: five seconds for a thousandth of the tokens."""
+    lengths = np.full(64 * 74_240 * 8 // 500 + 100, 500)
+    shared = run_seconds(lengths)
+    monkeypatch.setattr(histogram_packs, "UNEVEN", 1.0)
+    assert shared < 0.98 * run_seconds(lengths)
+
+
+def test_samples_that_outweigh_a_long_pack_have_the_next_group_as_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.concatenate([np.linspace(20_000, 130_000, 300).astype(np.int64), np.full(100_000, 500)])
+    at_home_further_up = run_seconds(lengths)
+    monkeypatch.setattr(histogram_packs, "_even_length", lambda counts: len(counts))
+    assert at_home_further_up < 0.98 * run_seconds(lengths)
+
+
 @given(
     packs=st.lists(
         st.tuples(st.floats(0.1, 10.0) | st.sampled_from([1.0, 2.0]), st.sampled_from([1, 2, 4])), max_size=40

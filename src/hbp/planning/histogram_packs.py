@@ -13,7 +13,9 @@ at the end. From the longest group down:
    (:func:`hbp.planning.even_fit.fill_evenly`), so that all finish with the slowest.
 3. The shortest group gets all that is left, by :func:`hbp.planning.even_fit.even_fit`. What does not fill a whole
    micro-step waits for the next window; in the last window it becomes a micro-step of its own, of as many tokens a rank
-   as it takes, a group in its own right.
+   as it takes, a group in its own right; or several share it, where FSDP's traffic would not hide behind one alone.
+   Where packs are much longer than their samples need, samples that outweigh a mean pack go to the next group if that
+   is faster.
 4. The packs of a group, all full, differ in time by their attention cost alone. Sorted by predicted seconds and cut
    into micro-steps, neighbours in attention cost are neighbours in time: one order balances both.
 5. Packs that fill no micro-step (long groups with too few short samples to round them up) wait for the next window; in
@@ -24,6 +26,7 @@ Complexity: O(samples · log packs), a few passes over them.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +47,10 @@ LEVELS = 16
 CAPACITY_UNIT = 64
 WAITS = 1e-3
 """Share of the time spent waiting up to which sorting packs balances well enough."""
+UNEVEN = 1e-4
+"""Share of the time that more than one short micro-step at the end have to save."""
+STEPS_UP = 100
+"""Short micro-steps that do not hold what is left get longer by such a part, all together."""
 TAIL_SLACK = 5e-5
 """Room of the last micro-step over what it must hold, as a share of the window: lets packs of whole samples close."""
 
@@ -77,16 +84,15 @@ class _Open:
 
 
 class PackCosts:
-    """Predicted seconds of packs from the lengths in them, by a table over lengths."""
+    """The cost model, and a table over lengths of what samples weigh."""
 
     def __init__(self, cost: CostModel, longest: int) -> None:
         self.cost = cost
         self.pairs = cost.model.attention_pairs(np.arange(longest + 1))
 
-    def seconds(self, group: Group, pack_of: Int, taken: Int, count: int) -> Float:
-        """Seconds of each of `count` packs of a group, of which ``pack_of[i]`` holds a sample of ``taken[i]``."""
-        spent = self.cost.seconds(group.sp_degree, group.gc_layers)
-        return spent.of(Work(*_sums(pack_of, taken, count, self.pairs)))
+    def work(self, pack_of: Int, taken: Int, count: int) -> Work:
+        """What each of `count` packs contains, of which ``pack_of[i]`` holds a sample of ``taken[i]``."""
+        return Work(*_sums(pack_of, taken, count, self.pairs))
 
 
 @njit(cache=True)
@@ -120,9 +126,50 @@ def pack_histogram(
         last: place everything.
     """
     lows = np.array([0, *(group.capacity for group in groups)])
-    lengths = np.arange(len(counts))
+    bottom = int(np.searchsorted(lows[1:], np.arange(len(counts))[counts > 0].min(initial=len(counts) - 1)))
+    light = 2 * _even_length(counts[: groups[bottom].capacity + 1])
+    if bottom == len(groups) - 1 or 2 * light > groups[bottom].capacity:
+        return _pack(counts, groups, costs, world_size, rng, bottom, lows, last)
+    # Packs as long as a slow network wants them, longer than their samples need: the longest of these, each costlier
+    # than a mean pack, may be better off with the next group.
+    tried = []
+    for home in (groups[bottom].capacity, light):
+        left, draws = counts.copy(), copy.deepcopy(rng)
+        lows[bottom + 1] = home
+        packed = _pack(left, groups, costs, world_size, draws, bottom, lows, last)
+        tried.append((_seconds_per_token(packed), left, draws, packed))
+    _, left, draws, packed = min(tried, key=lambda way: way[0])
+    counts[:], rng.bit_generator.state = left, draws.bit_generator.state
+    return packed
+
+
+def _even_length(counts: Int) -> int:
+    """The longest sample that alone weighs no more than a pack of this capacity that holds its share of all."""
+    lengths = np.arange(len(counts), dtype=np.float64)
+    tokens, squares = np.cumsum(counts * lengths), np.cumsum(counts * lengths**2)
+    share = squares / np.maximum(tokens, 1.0) * (len(counts) - 1)
+    return int(np.flatnonzero(lengths**2 <= share).max(initial=0))
+
+
+def _seconds_per_token(packed: Packed) -> float:
+    """Of all micro-steps; infinite if nothing was placed."""
+    slowest = np.zeros(int(packed.micro_step.max(initial=-1)) + 1)
+    np.maximum.at(slowest, packed.micro_step, packed.seconds)
+    return float(slowest.sum() / packed.taken.sum()) if len(packed.taken) else np.inf
+
+
+def _pack(
+    counts: Int,
+    groups: Sequence[Group],
+    costs: PackCosts,
+    world: int,
+    rng: np.random.Generator,
+    bottom: int,
+    lows: Int,
+    last: bool,
+) -> Packed:
+    """:func:`pack_histogram` where group ``i`` is home of samples over ``lows[i]`` tokens, `bottom` the shortest."""
     every: list[_Open] = []
-    bottom = int(np.searchsorted(lows[1:], lengths[counts > 0].min(initial=len(counts) - 1)))
     extended = (*groups, *_levels(groups, costs.cost))
     top = len(groups) - 1
     while top > bottom:
@@ -131,12 +178,12 @@ def pack_histogram(
             alike.append(alike[-1] - 1)
         top = alike[-1] - 1
         if counts[lows[alike[-1]] + 1 :].any():
-            every.append(_pack_and_fill(alike, groups, extended, counts, costs, world_size))
-    made, extended = _pack_the_rest(bottom, extended, counts, world_size, rng, last)
+            every.append(_pack_and_fill(alike, groups, extended, counts, costs, world, lows))
+    made, extended = _pack_the_rest(bottom, extended, counts, world, rng, costs.cost, last)
     every += made
     for part in every:
         part.seconds = _seconds(part, extended, costs)
-    return _place(every, extended, counts, world_size, last)
+    return _place(every, extended, counts, world, last)
 
 
 def _levels(groups: Sequence[Group], cost: CostModel) -> list[Group]:
@@ -155,10 +202,11 @@ def _levels(groups: Sequence[Group], cost: CostModel) -> list[Group]:
 
 def _seconds(part: _Open, groups: Sequence[Group], costs: PackCosts) -> Float:
     """Predicted, of each pack."""
-    seconds = np.empty(part.count)
+    work, seconds = costs.work(part.pack_of, part.taken, part.count), np.empty(part.count)
     for index in np.unique(part.group):
         here = part.group == index
-        seconds[here] = costs.seconds(groups[index], part.pack_of, part.taken, part.count)[here]
+        group = groups[index]
+        seconds[here] = costs.cost.seconds(group.sp_degree, group.gc_layers).of(work[here])
     return seconds
 
 
@@ -170,7 +218,13 @@ def _slice(counts: Int, above: int, up_to: int) -> Int:
 
 
 def _pack_and_fill(
-    alike: Sequence[int], groups: Sequence[Group], every: Sequence[Group], counts: Int, costs: PackCosts, world: int
+    alike: Sequence[int],
+    groups: Sequence[Group],
+    every: Sequence[Group],
+    counts: Int,
+    costs: PackCosts,
+    world: int,
+    lows: Int,
 ) -> _Open:
     """Packs of the groups of one degree, filled with shorter samples.
 
@@ -181,14 +235,15 @@ def _pack_and_fill(
         counts: samples left; what is placed is taken out.
         costs: predicts packs.
         world: ranks.
+        lows: of each group, the length over which samples are at home there.
     """
-    degree, low = groups[alike[0]].sp_degree, groups[alike[-1] - 1].capacity
+    degree, low = groups[alike[0]].sp_degree, int(lows[alike[-1]])
     slots = world // degree
     lengths, capacities = np.arange(len(counts)), np.array([g.capacity for g in every])
     left = int(counts @ lengths)
     pack_of, taken, group, room = (np.empty(0, np.int64) for _ in range(4))
     for index in alike:
-        own = _slice(counts, groups[index - 1].capacity, groups[index].capacity)
+        own = _slice(counts, int(lows[index]), groups[index].capacity)
         left -= int(own @ lengths)
         into, placed, room = best_fit_into(own, room, groups[index].capacity, len(room) + int(own.sum()))
         pack_of, taken = np.concatenate([pack_of, into]), np.concatenate([taken, placed])
@@ -254,7 +309,8 @@ def _finish_together(
     here = np.arange(len(group))
     capacities = np.array([groups[index].capacity for index in levels])
     at = np.array([levels.index(index) if index in levels else -1 for index in range(len(groups))])[group]
-    documents, tokens, pairs = _sums(pack_of, taken, len(group), costs.pairs)
+    work = costs.work(pack_of, taken, len(group))
+    documents, tokens, pairs = work.documents, work.tokens, work.pairs
     squares = taken.astype(np.float64)
     per_pair = float(squares @ squares / max(1.0, pairs.sum()))
     room = (capacities[at] - tokens).astype(np.int64)
@@ -298,7 +354,13 @@ def _without_empty(pack_of: Int, count: int) -> tuple[Int, Int]:
 
 
 def _pack_the_rest(
-    index: int, groups: tuple[Group, ...], counts: Int, world: int, rng: np.random.Generator, last: bool
+    index: int,
+    groups: tuple[Group, ...],
+    counts: Int,
+    world: int,
+    rng: np.random.Generator,
+    cost: CostModel,
+    last: bool,
 ) -> tuple[list[_Open], tuple[Group, ...]]:
     """All samples left, in packs of the shortest group that they need; whole micro-steps unless this is the last."""
     group = groups[index]
@@ -317,34 +379,71 @@ def _pack_the_rest(
         pack_of, taken, room = even_fit(counts, np.full(whole * slots, capacity), slots)
         counts += waiting
         return [_Open(np.full(whole * slots, index), pack_of, taken)], groups
-    whole, rest = divmod(tokens, slots * capacity)
-    whole = max(whole, big - 1)
-    rest = max(0, tokens - whole * slots * capacity)
-    tail = int(max(rest / slots, tokens / max(int(counts.sum()), 1)) + TAIL_SLACK * whole * capacity) + 1
+    whole = max(tokens // (slots * capacity), big - 1)
+    short = _short_micro_steps(group, counts, whole + 1, slots, cost)
+    whole += 1 - short
+    rest = max(0, tokens - whole * slots * capacity) / (short * slots)
+    tail = int(max(rest, tokens / max(int(counts.sum()), 1)) + TAIL_SLACK * whole * capacity / short) + 1
     while True:
         tail = min(tail, capacity)
-        room = np.concatenate([np.full(whole * slots, capacity), np.full(slots, tail)])
+        room = np.concatenate([np.full(whole * slots, capacity), np.full(short * slots, tail)])
         left = counts.copy()
         pack_of, taken, _ = even_fit(left, room, slots)
         if not left.any():
             break
         if tail == capacity:
-            whole, tail = whole + 1, 0
+            whole, short, tail = whole + short, 1, 0
         over = int(left @ lengths)
-        tail += max(over // slots, tail // 50, 1) + (
+        tail += max(over // (short * slots), tail // (STEPS_UP * short), 1) + (
             int(lengths[left > 0].max()) if tail < lengths[left > 0].max() else 0
         )
     counts[:] = 0
-    return _with_tail(index, groups, pack_of, taken, whole * slots, tail)
+    gc_layers = cost.fewest_gc_layers(tail, group.sp_degree)
+    assert gc_layers is not None
+    return _with_tail(index, groups, pack_of, taken, whole * slots, Group(tail, group.sp_degree, gc_layers))
+
+
+def _short_micro_steps(group: Group, counts: Int, most: int, slots: int, cost: CostModel) -> int:
+    """How many micro-steps share what fills no whole one, so that the run takes least time.
+
+    One, of what is left, unless FSDP's traffic would have too little to hide behind there: then the packs of more than
+    one are a little shorter.
+
+    Args:
+        group: of the packs.
+        counts: histogram of what they are to hold.
+        most: micro-steps in all.
+        slots: packs of a micro-step.
+        cost: of the run.
+    """
+    n = np.arange(1, most + 1)
+    values = np.flatnonzero(counts)
+    tokens = float(counts @ np.arange(len(counts)))
+    tail = np.maximum(1.0, (tokens - (most - n) * slots * float(group.capacity)) / (n * slots))
+    share = tail / tokens
+    work, weights = cost.work(values), counts[values].astype(np.float64)
+    full = float(group.capacity) / tokens
+    spent = cost.seconds(group.sp_degree, group.gc_layers)
+
+    def of(part: Float) -> Float:
+        return spent.of(Work(part * weights.sum(), part * tokens, part * float(work.pairs @ weights)))
+
+    seconds = (most - n) * of(np.full(most, full)) + n * of(share)
+    longer = np.cumsum(counts[::-1])[::-1]  # samples of at least each length
+    fits = (
+        longer[np.minimum(tail.astype(np.int64) + 1, len(counts) - 1)] * (tail + 1 < len(counts)) <= (most - n) * slots
+    )
+    fits[0] = True
+    seconds[~fits] = np.inf
+    return int(np.argmax(seconds <= seconds.min() * (1 + UNEVEN))) + 1
 
 
 def _with_tail(
-    index: int, groups: tuple[Group, ...], pack_of: Int, taken: Int, n_whole: int, tail: int
+    index: int, groups: tuple[Group, ...], pack_of: Int, taken: Int, n_whole: int, tail: Group
 ) -> tuple[list[_Open], tuple[Group, ...]]:
-    """Packs from number `n_whole` on belong to a group of their own, of capacity `tail`."""
-    group = groups[index]
+    """Packs from number `n_whole` on belong to `tail`."""
     parts = []
-    for own, here in ((group, pack_of < n_whole), (Group(tail, group.sp_degree, group.gc_layers), pack_of >= n_whole)):
+    for own, here in ((groups[index], pack_of < n_whole), (tail, pack_of >= n_whole)):
         if not here.any():
             continue
         used, renamed = _without_empty(pack_of[here], 0)
