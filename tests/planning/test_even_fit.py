@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbp.planning.even_fit import even_fit
+from hbp.planning.even_fit import even_deal, even_fit, fill_evenly
 from hbp.planning.fill import best_fit_into
 from hbp.planning.packs import Int
 
@@ -98,3 +98,40 @@ def test_packs_of_less_room_get_less_attention() -> None:
     squares = np.bincount(pack_of, weights=taken.astype(np.float64) ** 2, minlength=8)
     assert left.max() == 0
     np.testing.assert_allclose(squares[:4].mean(), 2 * squares[4:].mean())
+
+
+def test_a_pack_with_little_room_waits_for_what_fits_it() -> None:
+    """A 50 does not fit beside a 60; the 30s do, and it is these packs that lack them, not those of the 50s."""
+    lengths = np.array([90, 60, 60, 60, 50, 50, 30, 30, 30, *[1] * 140])
+    pack_of, taken, _ = check(lengths, np.full(6, 100), 4)
+    assert sorted(pack_of[taken == 30].tolist()) == sorted(pack_of[taken == 60].tolist())
+
+
+@given(
+    own=st.lists(st.integers(50, 300), min_size=1, max_size=12),
+    below=st.lists(st.integers(1, 49), max_size=120),
+    lack=st.floats(0, 3e4),
+    slots=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=150, deadline=None)
+def test_dealt_and_filled(own: list[int], below: list[int], lack: float, slots: int) -> None:
+    """Every own sample has a place where there is a pack for each; then no pack has room for any sample left over."""
+    left, room = histogram(own), np.full(len(own), 300)
+    pack_of, taken, room = even_deal(left, room, slots)
+    assert not left.any()
+    assert sorted(taken.tolist()) == sorted(own)
+    np.testing.assert_array_equal(300 - np.bincount(pack_of, taken, len(own)), room)
+    counts, before = histogram(below), room.copy()
+    into, filled = fill_evenly(counts, room, np.full(len(own), lack))
+    assert sorted([*filled.tolist(), *np.repeat(np.arange(len(counts)), counts).tolist()]) == sorted(below)
+    np.testing.assert_array_equal(before - np.bincount(into, filled, len(own)), room)
+    assert (room >= 0).all()
+    assert not counts[: room.max() + 1].any()
+
+
+def test_what_a_pack_lacks_is_made_up_by_longer_samples() -> None:
+    counts = histogram([40] * 10 + [20] * 10 + [2] * 2000)
+    into, filled = fill_evenly(counts, np.full(3, 100), np.array([3600.0, 450.0, 0.0]))
+    assert sorted(filled[into == 0].tolist(), reverse=True)[:3] == [40, 40, 20]
+    assert sorted(filled[into == 1].tolist(), reverse=True)[:2] == [20, 2]
+    assert set(filled[into == 2].tolist()) == {2}

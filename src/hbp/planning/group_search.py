@@ -52,12 +52,14 @@ CANDIDATE_UNIT = 64
 """Candidates from the memory budget are multiples of it."""
 GC_STEPS = 16
 """Recomputed layers are tried in so many steps."""
-GROUP_SAVES = 1e-3
+GROUP_SAVES = 2e-4
 IMPROVES = 5e-4
 UNUSED = 1e-6
 NEAR = 1.02
 """Groups within so much of the lower bound are not worth improving."""
-TRIAL_SAMPLES, TRIAL_WORLD, MOST_TRIALS = 150_000, 16, 40
+TRIAL_SAMPLES, TRIAL_WORLD, MOST_TRIALS = 150_000, 16, 20
+CHEAP_SAMPLES = 60_000
+"""So many samples are planned for more ranks: where micro-steps are few, it matters how many packs one takes."""
 Float = npt.NDArray[np.float64]
 
 
@@ -118,8 +120,9 @@ class _Trial:
     """Predicted seconds of sets of groups, by planning a sample of the lengths; remembers what it has seen."""
 
     def __init__(self, cost: CostModel, samples: SamplesByLength, highest_degree: int) -> None:
-        self.world_size = min(cost.world_size, max(TRIAL_WORLD, 2 * highest_degree))
         total = int(samples.counts.sum())
+        cheap = 2 ** int(math.log2(max(1.0, cost.world_size * CHEAP_SAMPLES / total)))
+        self.world_size = min(cost.world_size, max(TRIAL_WORLD, 2 * highest_degree, cheap))
         drawn = min(TRIAL_SAMPLES, math.ceil(total * self.world_size / cost.world_size))
         # Every so many-th sample in order of length: rare lengths are there as often as they should be.
         up_to = np.floor(np.cumsum(samples.counts) / total * drawn + 0.5).astype(np.int64)
@@ -154,7 +157,7 @@ def _neighbours(
         at = capacities.index(group.capacity)
         near = [at + step for step in (1, -1, 2, -2, 4, -4) if 0 <= at + step < len(capacities)]
         others = [
-            *options[group.capacity],
+            *(g for g in options[group.capacity] if g.sp_degree in (group.sp_degree // 2, group.sp_degree * 2)),
             *(g for n in near for g in options[capacities[n]] if g.sp_degree == group.sp_degree),
         ]
         for other in [None, *others]:
