@@ -6,7 +6,6 @@ Rank 0 plans, without torch, and writes the plan folder; every rank reads the sa
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +53,7 @@ def plan_to_run(engine: Engine, folder: Path, model: CausalLMWithLoss | None = N
             if own.resolve() != copy.resolve():
                 write_plan(plan, copy)
     plan = read_plan(copy)
-    peak = peak_bytes(engine, plan, model)
+    peak = peak_bytes(engine, plan, model or engine.fresh_model())
     if math.isinf(peak):
         raise HbpError(f"a pack of the plan {own} does not fit the memory of a device; make it with less memory")
     return plan, peak
@@ -76,7 +75,7 @@ def plan_within_memory(
     Raises:
         HbpError: none does.
     """
-    budget = engine.cost.cluster.memory_bytes
+    budget, model = engine.cost.cluster.memory_bytes, model or engine.fresh_model()
     for _ in range(MEMORY_ROUNDS):
         plan = write_and_read(engine, strategy, folder, seed=seed, global_batch_tokens=global_batch_tokens)
         worst = peak_bytes(engine, plan, model)
@@ -94,15 +93,14 @@ def plan_within_memory(
     )
 
 
-def peak_bytes(engine: Engine, plan: Plan, model: CausalLMWithLoss | None = None) -> float:
+def peak_bytes(engine: Engine, plan: Plan, model: CausalLMWithLoss) -> float:
     """Peak bytes of any rank in the fullest packs of a plan, infinite if one does not fit. A collective.
 
     Random states are left alone, so that what is trained does not depend on what was measured.
     """
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        peaks = measure_rows(model or engine.fresh_model(), plan, engine.samples, engine.mesh, engine.device)
-    gc.collect()  # modules of a fresh model and their hooks hold each other
+        peaks = measure_rows(model, plan, engine.samples, engine.mesh, engine.device)
     return max(peaks.values(), default=0.0)
 
 

@@ -6,6 +6,7 @@ Every rank calls these alike; rank 0 makes what is shared on disk while the othe
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,7 @@ class Engine:
 
     def fresh_model(self) -> CausalLMWithLoss:
         """The model at its starting point, sharded; the same bits every time."""
+        gc.collect()  # modules of an earlier one and their hooks hold each other
         config, lora = self.config.model, self.config.lora
         adapt = partial(add_adapters, config=lora, base=config.path, seed=self.config.seed) if lora.rank else None
         model = load_sharded(
