@@ -208,27 +208,31 @@ def paper_table(rows: Sequence[Row]) -> str:
         if r["metric"] == "speedup" and not r["row"].endswith("static setting"):
             published = f"{r['published']:.2f}×" if r["published"] else "–"
             relative = f"{100 * r['relative']:+.0f} %" if "relative" in r else "–"
-            lines.append([r["table"], r["row"], published, f"{r['ours']:.2f}×", relative, f"{r['built_in']:.2f}×"])
-    return _table(["table", "row", "published", "ours", "difference", "on `h100-nvlink`"], lines)
+            others = (f"{r[name]:.2f}×" for name in ("same_step", "built_in"))
+            lines.append([r["table"], r["row"], published, f"{r['ours']:.2f}×", relative, *others])
+    return _table(["table", "row", "published", "ours", "difference", "same step", "on `h100-nvlink`"], lines)
 
 
 def simulator_table(result: dict[str, Any]) -> str:
-    """Measured and predicted seconds of each strategy, and the errors."""
+    """Measured and predicted seconds of each strategy by both clocks, and the errors."""
+    clocks = ("measured_s", "predicted_s", "busy_measured_s", "busy_predicted_s")
     lines = [
         [
             str(r["processes"]),
             f"`{r['strategy']}`",
-            *(f"{r[name]:.2f}" for name in ("measured_s", "predicted_s", "shared_s")),
+            *(f"{r[name]:.2f}" if name in r else "–" for name in clocks),
             f"{100 * r['noise']:.1f} %",
         ]
         for r in result["rows"]
     ]
-    table = _table(["processes", "strategy", "measured s", "predicted s", "with shared cores", "noise"], lines)
+    table = _table(["processes", "strategy", "measured s", "predicted s", "busy s", "predicted s", "noise"], lines)
     words = []
     for n, s in result["by_processes"].items():
-        names = ["step_time_error", "ratio_error"]
-        if s["oversubscribed"]:
-            names += ["shared_step_time_error", "shared_ratio_error"]
-        figures = ", ".join(f"{name.replace('_', ' ')} {100 * s[name]:.1f} %" for name in names)
-        words.append(f"{n} processes: {figures}.")
+        figures = ", ".join(
+            f"{prefix.replace('_', ' ')}{name.replace('_', ' ')} {100 * s[prefix + name]:.1f} %"
+            for prefix in ("", "busy_")
+            for name in ("step_time_error", "ratio_error")
+            if prefix + name in s
+        )
+        words.append(f"{n} processes{', more than cores' if s['oversubscribed'] else ''}: {figures}.")
     return table + "\n\n" + " ".join(words) + f" Device: {result['device']}, {result['date']}."

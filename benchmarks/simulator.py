@@ -11,8 +11,11 @@ rounds. The optimizer's own seconds are profiled too. The first round warms up a
   rests on; `median_ratio_error` over all pairs.
 - `noise`: median over the steps of (slowest − fastest round) / median, what no prediction can be better than.
 
-Where there are more processes than cores, a rank that waits hands its core to the others, which no GPU does; the row
-says so (`oversubscribed`) and `shared_*` are the errors after every micro-step is stretched by sharing the cores.
+All of these by the wall clock, and `busy_*` the same by processor time: a micro-step's is that of its busiest rank, of
+the profile's and of the run's alike, the optimizer left out. On CPU a rank that waits uses none, so that is what the
+clock would show if every rank had a core to itself. Where there are more processes than cores (`oversubscribed`) a rank
+that waits hands its core to the others, which no GPU does: only `busy_*` tells anything there. It also keeps what other
+programs run on the machine out.
 
 `speed` is how long the simulator itself takes for 10,000 steps on 1,024 ranks.
 
@@ -89,11 +92,22 @@ def run_for_real(processes: int, strategies: list[str], size: Size) -> list[dict
         run_ranks(processes, __file__, *work, environment={**os.environ, **CPU_ENVIRONMENT})
         measured = json.loads((folder / "measured.json").read_text())
         base = _cost(folder, processes, size)
-        cost, error = _fitted(base, measured["points"], measured["seconds"], measured["optimizer_s"])
+        wall, error = _fitted(base, measured["points"], measured["seconds"], measured["optimizer_s"])
+        busy, busy_error = _fitted(base, measured["points"], measured["busy"], [0.0])
         rows = []
         for name in strategies:
-            plan = _with_cost(read_plan(folder / name), cost)
-            row = _row(plan, processes, np.array(measured["steps"][name])) | {"profile_error": error}
+            plan = read_plan(folder / name)
+            row = {
+                "processes": processes,
+                "strategy": name,
+                "groups": [dataclasses.asdict(group) for group in plan.info.groups],
+                "tokens": plan.info.n_tokens,
+                "utilization": simulate(_with_cost(plan, wall)).utilization,
+                "profile_error": error,
+                "busy_profile_error": busy_error,
+                **_figures("", _with_cost(plan, wall), np.array(measured["steps"][name])),
+                **_figures("busy_", _with_cost(plan, busy), np.array(measured["busy_steps"][name])),
+            }
             rows.append(row)
             say(f"{processes} processes, {name}: {row['measured_s']:.1f} s, {row['predicted_s']:.1f} predicted")
     return rows
@@ -129,31 +143,34 @@ def worker(folder: Path, strategies: list[str]) -> None:
             batches.append(micro_batch_of(documents, 0, degree, rank % degree, gc_layers, mesh, device))
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, foreach=True)
 
-        def timed(run: Any) -> float:
+        def timed(run: Any) -> tuple[float, float]:
+            """Seconds by the wall clock, and of the busiest rank by processor time."""
             dist.barrier()
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             run()
+            busy = time.process_time() - busy
             dist.barrier()
-            seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            seconds = torch.tensor([time.perf_counter() - start, busy], dtype=torch.float64)
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
-            return float(seconds)
+            return float(seconds[0]), float(seconds[1])
 
         def optimize() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        def profile() -> tuple[list[float], float]:
+        def profile() -> tuple[list[float], list[float], float]:
             seconds = []
             for batch in batches:
                 seconds.append(timed(lambda batch=batch: forward_backward(model, batch)))
                 model.zero_grad(set_to_none=True)
             forward_backward(model, batches[0])
-            spent = timed(optimize)
+            spent, _ = timed(optimize)
             optimizer.zero_grad(set_to_none=True)
-            return seconds, spent
+            wall, busy = zip(*seconds, strict=True)
+            return list(wall), list(busy), spent
 
         profile()
-        first, optimizer_s = profile()
+        first, _, optimizer_s = profile()
         if rank == 0:
             fitted, _ = _fitted(cost, wanted, [first], [optimizer_s])
             for name in strategies:
@@ -161,15 +178,19 @@ def worker(folder: Path, strategies: list[str]) -> None:
                 write_plan(make_plan(lengths, fitted, **options), folder / name)
         dist.barrier()
         plans = {name: read_plan(folder / name) for name in strategies}
-        measured: dict[str, Any] = {"points": wanted, "seconds": [], "optimizer_s": [], "steps": {n: [] for n in plans}}
+        measured: dict[str, Any] = {"points": wanted, "seconds": [], "busy": [], "optimizer_s": []}
+        measured |= {"steps": {name: [] for name in plans}, "busy_steps": {name: [] for name in plans}}
         for turn in range(size.rounds + 1):
             for name, plan in plans.items():
                 records = train(model, plan, store, store.loss_tokens, mesh, TrainConfig(), device)
                 if turn:
                     measured["steps"][name].append([record.seconds for record in records])
+                    busy = [float(np.max(record.rank_busy_s, axis=0).sum()) for record in records]
+                    measured["busy_steps"][name].append(busy)
             if turn:
-                seconds, spent = profile()
+                seconds, busy, spent = profile()
                 measured["seconds"].append(seconds)
+                measured["busy"].append(busy)
                 measured["optimizer_s"].append(spent)
         if rank == 0:
             (folder / "measured.json").write_text(json.dumps(measured))
@@ -205,57 +226,38 @@ def _with_cost(plan: Plan, cost: CostModel) -> Plan:
     return dataclasses.replace(plan, info=info, predicted_s=seconds)
 
 
-def _row(plan: Plan, processes: int, measured: np.ndarray) -> dict[str, Any]:
-    """A strategy's figures; `measured` are seconds, ``[rounds, steps]``."""
-    predicted, shared = step_seconds(plan), _shared_step_seconds(plan, os.cpu_count() or 1)
-    seconds = np.median(measured, axis=0)
-    return {
-        "processes": processes,
-        "strategy": plan.info.strategy,
-        "groups": [dataclasses.asdict(group) for group in plan.info.groups],
-        "tokens": plan.info.n_tokens,
-        "utilization": simulate(plan).utilization,
+def _figures(prefix: str, plan: Plan, measured: np.ndarray) -> dict[str, Any]:
+    """A strategy's figures by one clock; `measured` are seconds, ``[rounds, steps]``."""
+    predicted, seconds = step_seconds(plan), np.median(measured, axis=0)
+    figures = {
         "noise": float(np.median(np.ptp(measured, axis=0) / seconds)),
         "measured_s": float(seconds.sum()),
         "predicted_s": float(predicted.sum()),
-        "shared_s": float(shared.sum()),
         "step_rounds_s": np.round(measured, 4).tolist(),
         "step_measured_s": np.round(seconds, 4).tolist(),
         "step_predicted_s": np.round(predicted, 4).tolist(),
-        "step_shared_s": np.round(shared, 4).tolist(),
     }
+    return {prefix + name: figure for name, figure in figures.items()}
 
 
-def _shared_step_seconds(plan: Plan, cores: int) -> np.ndarray:
-    """Predicted seconds of each step where ranks share cores: a rank that is done leaves its share to the others.
-
-    The profile was measured with every rank at work, so that ranks ran at cores ÷ ranks of a core's speed. With fewer
-    left they speed up, to at most a whole core each.
-    """
-    world = plan.info.world_size
-    speed = min(1.0, cores / world)
-    micro = plan.micro_step_index()
-    seconds = np.zeros(plan.n_steps)
-    for index in range(int(micro[-1]) + 1):
-        rows = np.flatnonzero(micro == index)
-        # Work of each rank that runs a pack, in seconds of a whole core, shortest first.
-        work = np.sort(np.repeat(plan.predicted_s[rows] * speed, plan.sp_degree[rows]))
-        left = np.arange(len(work), 0, -1)
-        seconds[plan.step[rows[0]]] += float((np.diff(work, prepend=0.0) / np.minimum(1.0, cores / left)).sum())
-    return seconds + float(plan.info.cluster.get("step_overhead_s", 0.0))
-
-
-def errors(rows: list[dict[str, Any]], prefix: str = "predicted") -> dict[str, float]:
-    """Step-time and ratio errors of rows of one number of processes."""
-    steps = [abs(p / m - 1) for r in rows for p, m in zip(r[f"step_{prefix}_s"], r["step_measured_s"], strict=True)]
-    runs = [r[f"{prefix}_s"] / r["measured_s"] for r in rows]
+def errors(rows: list[dict[str, Any]], prefix: str = "") -> dict[str, float]:
+    """Errors and noise of rows of one number of processes, by one clock."""
+    steps = [
+        abs(p / m - 1)
+        for r in rows
+        for p, m in zip(r[f"{prefix}step_predicted_s"], r[f"{prefix}step_measured_s"], strict=True)
+    ]
+    runs = [r[f"{prefix}predicted_s"] / r[f"{prefix}measured_s"] for r in rows]
     ratios = [abs(a / b - 1) for a, b in itertools.combinations(runs, 2)]
-    return {
+    figures = {
         "step_time_error": statistics.median(steps),
         "run_time_error": max(abs(run - 1) for run in runs),
         "ratio_error": max(ratios, default=0.0),
         "median_ratio_error": statistics.median(ratios) if ratios else 0.0,
+        "noise": statistics.median(r[f"{prefix}noise"] for r in rows),
+        "profile_error": rows[0][f"{prefix}profile_error"],
     }
+    return {prefix + name: figure for name, figure in figures.items()}
 
 
 def simulator_speed(steps: int, world: int) -> dict[str, Any]:
@@ -301,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two processes, two strategies, few samples, two rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--processes", default="2,4", help="numbers of processes, comma-separated (default 2,4)")
+    parser.add_argument("--processes", help="numbers of processes, comma-separated (default 2,4; of --quick 2)")
     parser.add_argument("--strategies", help=f"comma-separated (default {','.join(BASELINES)} and every hbp)")
     parser.add_argument("--rounds", type=int, default=FULL.rounds, help=f"runs of each plan (default {FULL.rounds})")
     parser.add_argument("--out", type=Path, help="also write the JSON to a file, beside its other process counts' rows")
@@ -315,7 +317,7 @@ def main() -> None:
     if args.worker:
         worker(args.worker, names)
         return
-    processes = [2] if args.quick else [int(n) for n in args.processes.split(",")]
+    processes = [int(n) for n in (args.processes or ("2" if args.quick else "2,4")).split(",")]
     size = QUICK if args.quick else dataclasses.replace(FULL, rounds=args.rounds)
     rows = [row for n in processes for row in run_for_real(n, names, size)]
     if args.out and args.out.is_file():
@@ -323,14 +325,7 @@ def main() -> None:
     summary = {}
     for n in sorted({r["processes"] for r in rows}):
         mine = [r for r in rows if r["processes"] == n]
-        shared = {f"shared_{key}": value for key, value in errors(mine, "shared").items()}
-        summary[str(n)] = {
-            **errors(mine),
-            **shared,
-            "noise": statistics.median(r["noise"] for r in mine),
-            "profile_error": mine[0]["profile_error"],
-            "oversubscribed": n > (os.cpu_count() or 1),
-        }
+        summary[str(n)] = {**errors(mine), **errors(mine, "busy_"), "oversubscribed": n > (os.cpu_count() or 1)}
     speed = simulator_speed(*((1_000, 256) if args.quick else (10_000, 1_024)))
     fair = [s for s in summary.values() if not s["oversubscribed"]] or list(summary.values())
     result = {
@@ -348,11 +343,11 @@ def main() -> None:
     if args.json:
         print(json.dumps(result))
         return
-    print(f"{'processes':>9} {'strategy':10} {'measured s':>10} {'predicted':>10} {'shared':>8} {'utilization':>11}")
+    print(f"{'processes':>9} {'strategy':10} {'measured s':>10} {'predicted':>10} {'busy s':>8} {'predicted':>10}")
     for r in rows:
         print(
             f"{r['processes']:9} {r['strategy']:10} {r['measured_s']:10.2f} {r['predicted_s']:10.2f} "
-            f"{r['shared_s']:8.2f} {r['utilization']:11.1%}"
+            f"{r['busy_measured_s']:8.2f} {r['busy_predicted_s']:10.2f}"
         )
     for n, s in summary.items():
         print(f"{n} processes: " + ", ".join(f"{k} {v:.1%}" for k, v in s.items() if isinstance(v, float)))
