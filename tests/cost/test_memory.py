@@ -63,14 +63,31 @@ def test_most_tokens_are_those_that_just_fit(constant: float, each: float, in_ch
         assert moment.bytes(LOSS_CHUNK_TOKENS) <= budget or most <= LOSS_CHUNK_TOKENS
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+SIZES = {
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 576,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "vocab_size": 1024,
+}
+CHANGES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 512},
+    "qwen2": {"sliding_window": 512},  # of all layers but the first
+    "qwen3": {},
+    "qwen3_moe": {"moe_intermediate_size": 192},
+}
+
+
+@pytest.mark.parametrize("family", CHANGES)
 def test_engine_allocates_what_is_predicted(family: str) -> None:
     """Every tensor of a real micro-batch on one rank, within 8 % without anything fitted; a benchmark has more."""
     pytest.importorskip("torch")
-    from workers import LLAMA, run_ranks
+    from workers import FAMILIES, run_ranks
 
-    config = {**LLAMA, "model_type": family, "hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2}
-    config |= {"intermediate_size": 576, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": 1024}
+    config = {**FAMILIES[family], **SIZES, **CHANGES[family]}
     cases = [(tokens, gc_layers) for tokens in (1000, 2500) for gc_layers in (0, 2, 4)]
     spec = spec_from_config(config)
     cost = CostModel(spec, CLUSTERS["cpu-local"], 1)
