@@ -33,7 +33,7 @@ from hbp.cost.cluster import CLUSTERS, ClusterSpec
 from hbp.cost.fit import Point, predict_bytes, predict_point
 from hbp.cost.known_models import KNOWN_MODELS
 from hbp.cost.model_spec import ModelSpec, spec_from_config
-from hbp.cost.predict import CostModel
+from hbp.cost.predict import FLASH_BACKWARD, CostModel
 from hbp.cost.profile_file import profile_json
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
@@ -196,8 +196,7 @@ def measure_attention(spec: ModelSpec, device: torch.device, total: int) -> list
             forward().sum().backward()
 
         pairs = total / length * length * (length + 1) / 2
-        flops = spec.attention_flops_per_pair() / spec.n_layers * pairs
-        backward = spec.attention_backward_flops_per_pair() / spec.n_layers * pairs
+        flops = spec.attention_kernel_flops_per_pair() / spec.n_layers * pairs
         with torch.no_grad():
             alone = timed(forward, device, repeats=3)
         rows.append(
@@ -207,7 +206,7 @@ def measure_attention(spec: ModelSpec, device: torch.device, total: int) -> list
                 "forward_s": alone,
                 "both_s": (seconds := timed(both, device, repeats=3)),
                 "forward_flops_per_s": flops / alone,
-                "both_flops_per_s": (flops + backward) / seconds,
+                "both_flops_per_s": flops * (1 + FLASH_BACKWARD) / seconds,
             }
         )
     return rows
