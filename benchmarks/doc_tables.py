@@ -258,8 +258,7 @@ def cost_model() -> str:
     data = json.loads((RESULTS / "cost-model.json").read_text())
     cells = [
         (
-            f"{r['model']}, {r['profile']}",
-            r["quantity"],
+            f"{r['model']}, {r['profile']}: {r['quantity']}",
             str(r["n"]),
             f"{100 * r['median_error']:.1f} %",
             f"{100 * r['p90_error']:.1f} %",
@@ -267,7 +266,7 @@ def cost_model() -> str:
         for r in data["rows"]
     ]
     source = f"*`{data['command']}`, two processes, {data['device']}, {data['date']}; raw points in "
-    header = ("model, profile", "quantity", "points", "median error", "nine in ten below")
+    header = ("model, profile, quantity", "points", "median error", "nine in ten below")
     return table(header, cells) + "\n" + source + "`benchmarks/results/cost-model.json`.*\n"
 
 
