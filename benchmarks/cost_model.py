@@ -1,12 +1,14 @@
 """How well the cost model predicts seconds and bytes that it was not fitted to, on this machine's processes.
 
-Two processes train the real engine on a model of eight layers. One profile measures the whole model, another stacks of
+Two processes train the real engine on a Llama of eight layers. One profile measures the whole model, another stacks of
 two and four of its layers. Then fresh packs are measured whole: other documents, other lengths, numbers of recomputed
-layers in between. Both profiles predict them, as does the memory model with nothing fitted at all.
+layers in between. Both profiles predict them, as does the memory model with nothing fitted at all. A smaller Qwen3-MoE
+(experts) and a smaller DeepSeek-V2 (experts and latent attention) follow, with one profile each of shorter packs.
 
     python benchmarks/cost_model.py [--quick] [--json] [--out FILE] [--pictures DIR]
 
-`rows` of the JSON: profile, quantity, median_error, p90_error, n. Raw points of everything are in it too.
+`rows` of the JSON: model, profile, quantity, median_error, p90_error, n. Raw points of everything are in it too, the
+smaller models' under `smaller`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -50,8 +53,36 @@ CONFIG = {
     "vocab_size": 4096,
     "tie_word_embeddings": True,
 }
-QUICK = {**CONFIG, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 512}
+MOE = {
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_attention_heads": 8,
+    "vocab_size": 2048,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}
+SMALLER: dict[str, dict[str, Any]] = {
+    "Qwen3-MoE": {"model_type": "qwen3_moe", **MOE, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8},
+    "DeepSeek-V2": {
+        "model_type": "deepseek_v2",
+        **MOE,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+}
+QUICK = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512}
+QUICK_MOE = {**QUICK, "moe_intermediate_size": 64}
 HEIGHTS = (2, 4)
+SMALLER_LIMIT_S = 60.0
+"""Of profiling each smaller model."""
 
 
 def fresh_packs(longest: int, n_layers: int, count: int, seed: int) -> list[tuple[tuple[int, ...], int, int]]:
@@ -68,9 +99,30 @@ def fresh_packs(longest: int, n_layers: int, count: int, seed: int) -> list[tupl
     return packs
 
 
-def measure(config: dict[str, Any], longest: int, fresh: int, device: torch.device) -> dict[str, Any]:
+def measure(device: torch.device, quick: bool) -> dict[str, Any]:
     """Everything of this benchmark, on every rank alike."""
-    spec = spec_from_config(config, "eight-layers")
+    changes, moe_changes = (QUICK, QUICK_MOE) if quick else ({}, {})
+    longest, fresh, limit_s = (512, 8, 6.0) if quick else (4096, 24, SMALLER_LIMIT_S)
+    result = measure_model("Llama", {**CONFIG, **changes}, longest, fresh, device, heights=HEIGHTS)
+    smaller = {
+        name: measure_model(name, {**config, **moe_changes}, longest // 2, fresh // 2, device, limit_s=limit_s)
+        for name, config in SMALLER.items()
+    }
+    rows = result["rows"] + [r for part in smaller.values() for r in part.pop("rows")]
+    return {"device": device_name(device), **result, "rows": rows, "smaller": smaller}
+
+
+def measure_model(
+    title: str,
+    config: dict[str, Any],
+    longest: int,
+    fresh: int,
+    device: torch.device,
+    heights: Sequence[int] = (),
+    limit_s: float = math.inf,
+) -> dict[str, Any]:
+    """Profiles of a model, whole and of stacks where heights are given, and what they predict of fresh packs."""
+    spec = spec_from_config(config, title)
     cost = CostModel(spec, CLUSTERS["cpu-local"], PROCESSES)
     mesh = make_mesh(PROCESSES, cost.degrees(), device.type)
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(longest / 12), 1, 2000), 16, longest).astype(int)
@@ -84,33 +136,36 @@ def measure(config: dict[str, Any], longest: int, fresh: int, device: torch.devi
 
         def profile(heights: Sequence[int]) -> LiveProfile:
             packs = packs_to_measure(cost, lengths, longest, device, heights=heights)
-            return live_profile(make_model, cost, mesh, device, packs)
+            return live_profile(make_model, cost, mesh, device, packs, limit_s=limit_s)
 
-        profiles = {"whole model": profile(()), "stacks of 2 and 4 layers": profile(HEIGHTS)}
+        profiles = {"whole model": profile(())}
+        if heights:
+            profiles[f"stacks of {' and '.join(map(str, heights))} layers"] = profile(heights)
         model = make_model(None)
         packs = fresh_packs(longest, spec.n_layers, fresh, seed=1)
         measure_point(model, mesh, *max(packs, key=lambda p: sum(p[0])), device=device, repeats=0)
         points = [measure_point(model, mesh, *pack, device=device) for pack in packs]
-    rows, predicted = [], []
+    fitted = {name: CostModel(spec, measured.fit.cluster, PROCESSES) for name, measured in profiles.items()}
+    rows = []
     for name, measured in profiles.items():
-        fitted = CostModel(spec, measured.fit.cluster, PROCESSES)
         own = [abs(p / q.seconds - 1) for p, q in zip(measured.fit.held_out_s, measured.points, strict=True)]
-        rows.append(row(name, "seconds, each of its own points left out", own))
+        seconds = [predict_point(fitted[name], p) for p in points]
+        sizes = [predict_bytes(fitted[name], p) for p in points]
         rows += [
-            row(name, "seconds of fresh packs", relative_errors(points, [predict_point(fitted, p) for p in points]))
+            row(title, name, "seconds, each of its own points left out", own),
+            row(title, name, "seconds of fresh packs", relative_errors(points, seconds)),
+            row(title, name, "peak bytes of fresh packs", relative_errors(points, sizes, "peak_bytes")),
         ]
-        sizes = [predict_bytes(fitted, p) for p in points]
-        rows += [row(name, "peak bytes of fresh packs", relative_errors(points, sizes, "peak_bytes"))]
-    plain = CostModel(spec, CLUSTERS["cpu-local"], PROCESSES)
-    unfitted = [predict_bytes(plain, p) for p in points]
-    rows.append(row("nothing fitted", "peak bytes of fresh packs", relative_errors(points, unfitted, "peak_bytes")))
-    whole = CostModel(spec, profiles["whole model"].fit.cluster, PROCESSES)
-    stacks = CostModel(spec, profiles["stacks of 2 and 4 layers"].fit.cluster, PROCESSES)
+    unfitted = [predict_bytes(cost, p) for p in points]
+    rows.append(
+        row(title, "nothing fitted", "peak bytes of fresh packs", relative_errors(points, unfitted, "peak_bytes"))
+    )
+    whole, *stacks = fitted.values()
     predicted = [
         {
             **dataclasses.asdict(p),
             "predicted_s": predict_point(whole, p),
-            "predicted_from_stacks_s": predict_point(stacks, p),
+            "predicted_from_stacks_s": predict_point(stacks[0], p) if stacks else None,
             "predicted_bytes": predict_bytes(whole, p),
             "unfitted_bytes": size,
         }
@@ -120,7 +175,7 @@ def measure(config: dict[str, Any], longest: int, fresh: int, device: torch.devi
         name: profile_json(m.fit, spec, PROCESSES, m.points, m.collectives, measured_in_s=m.seconds)
         for name, m in profiles.items()
     }
-    return {"device": device_name(device), "rows": rows, "fresh_points": predicted, "profiles": files}
+    return {"rows": rows, "fresh_points": predicted, "profiles": files}
 
 
 def relative_errors(points: Sequence[Point], predicted: Sequence[float], quantity: str = "seconds") -> list[float]:
@@ -128,8 +183,9 @@ def relative_errors(points: Sequence[Point], predicted: Sequence[float], quantit
     return [abs(guess / getattr(point, quantity) - 1) for point, guess in zip(points, predicted, strict=True)]
 
 
-def row(profile: str, quantity: str, relative: Sequence[float]) -> dict[str, Any]:
+def row(model: str, profile: str, quantity: str, relative: Sequence[float]) -> dict[str, Any]:
     return {
+        "model": model,
         "profile": profile,
         "quantity": quantity,
         "median_error": float(np.median(relative)),
@@ -166,10 +222,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON to a file")
     parser.add_argument("--pictures", type=Path, help="folder to draw the pictures of docs/cost-model.md into")
     args = parser.parse_args()
-    config, longest, fresh = (QUICK, 512, 8) if args.quick else (CONFIG, 4096, 24)
     if under_torchrun():
         with process_group() as device:
-            result = measure(config, longest, fresh, device)
+            result = measure(device, args.quick)
         if os.environ["RANK"] == "0":
             args.out.write_text(json.dumps(result))
         return
@@ -194,10 +249,10 @@ def main() -> None:
         print(json.dumps(result))
         return
     print(f"{result['device']}, {PROCESSES} processes, {result['took_s']:.0f} s")
-    print(f"{'profile':26} {'quantity':42} {'median':>8} {'9 in 10':>8} {'n':>4}")
+    print(f"{'model':12} {'profile':26} {'quantity':42} {'median':>8} {'9 in 10':>8} {'n':>4}")
     for r in result["rows"]:
         error, tail = (f"{r[key]:8.1%}" for key in ("median_error", "p90_error"))
-        print(f"{r['profile']:26} {r['quantity']:42} {error} {tail} {r['n']:4}")
+        print(f"{r['model']:12} {r['profile']:26} {r['quantity']:42} {error} {tail} {r['n']:4}")
 
 
 if __name__ == "__main__":

@@ -254,6 +254,22 @@ def train() -> str:
     return where + table(header, cells) + f"\nSwitching degrees costs {data['switch_overhead']:.1%} of a step.\n"
 
 
+def cost_model() -> str:
+    data = json.loads((RESULTS / "cost-model.json").read_text())
+    cells = [
+        (
+            f"{r['model']}, {r['profile']}: {r['quantity']}",
+            str(r["n"]),
+            f"{100 * r['median_error']:.1f} %",
+            f"{100 * r['p90_error']:.1f} %",
+        )
+        for r in data["rows"]
+    ]
+    source = f"*`{data['command']}`, two processes, {data['device']}, {data['date']}; raw points in "
+    header = ("model, profile, quantity", "points", "median error", "nine in ten below")
+    return table(header, cells) + "\n" + source + "`benchmarks/results/cost-model.json`.*\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "packing-fitting": packing_fitting,
     "packing-plans": packing_plans,
@@ -264,6 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packing-readme": packing_readme,
     "quickstart": quickstart,
     "train": train,
+    "cost-model": cost_model,
 }
 
 

@@ -5,7 +5,8 @@ experts so that it fits: a token still goes to six), two stacks of a few layers 
 backward on packs of 4K to 128K tokens in three document mixes, with no layer and with all layers recomputed. The cost
 model is fitted to each model alone; the constants of the first then predict the others. Memory is compared with
 ``max_memory_allocated`` before anything is fitted. Matrix products over rows and document attention over lengths are
-measured by themselves.
+measured by themselves. ``cluster`` of the JSON is one fit to all models' points together, so that the file is a cluster
+for ``hbp plan --cluster FILE``.
 
     python benchmarks/gpu_profile.py [--quick] [--json] [--out benchmarks/results/gpu-profile.json]
 
@@ -31,10 +32,10 @@ import torch
 from cost_model import relative_errors
 
 from hbp.cost.cluster import CLUSTERS, ClusterSpec
-from hbp.cost.fit import predict_bytes, predict_point
+from hbp.cost.fit import Point, pooled_cluster, predict_bytes, predict_point
 from hbp.cost.known_models import KNOWN_MODELS
 from hbp.cost.model_spec import ModelSpec, spec_from_config
-from hbp.cost.predict import CostModel
+from hbp.cost.predict import FLASH_BACKWARD, CostModel
 from hbp.cost.profile_file import profile_json
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
@@ -193,8 +194,7 @@ def measure_attention(spec: ModelSpec, device: torch.device, total: int) -> list
             forward().sum().backward()
 
         pairs = total / length * length * (length + 1) / 2
-        flops = spec.attention_flops_per_pair() / spec.n_layers * pairs
-        backward = spec.attention_backward_flops_per_pair() / spec.n_layers * pairs
+        flops = spec.attention_kernel_flops_per_pair() / spec.n_layers * pairs
         with torch.no_grad():
             alone = timed(forward, device, repeats=3)
         rows.append(
@@ -204,7 +204,7 @@ def measure_attention(spec: ModelSpec, device: torch.device, total: int) -> list
                 "forward_s": alone,
                 "both_s": (seconds := timed(both, device, repeats=3)),
                 "forward_flops_per_s": flops / alone,
-                "both_flops_per_s": (flops + backward) / seconds,
+                "both_flops_per_s": flops * (1 + FLASH_BACKWARD) / seconds,
             }
         )
     return rows
@@ -237,6 +237,7 @@ def measure(device: torch.device, tiny: bool) -> dict[str, Any]:
     halves = [p["half_rate_tokens"] for p in result["products"].values() if p]
     cluster = dataclasses.replace(base, half_rate_tokens=float(np.median(halves)) if halves else base.half_rate_tokens)
     first: ClusterSpec | None = None
+    measured_of: dict[str, tuple[ModelSpec, tuple[Point, ...]]] = {}
     for name in STACKS:
         made = attempt(name, lambda n=name: measure_model(n, cluster, device, tiny), failed)  # type: ignore[misc]
         if made is None:
@@ -244,7 +245,22 @@ def measure(device: torch.device, tiny: bool) -> dict[str, Any]:
         spec, measured = made
         result["models"][name] = model_result(spec, measured, cluster, first)
         first = first or measured.fit.cluster
+        measured_of[name] = spec, measured.points
+    if measured_of:
+        pooled = pooled_cluster(cluster, list(measured_of.values()), 1, device_name(device))
+        result["cluster"] = pooled.to_json()
+        for name, (spec, points) in measured_of.items():
+            guesses = [predict_point(CostModel(spec, pooled, 1), p) for p in points]
+            result["models"][name]["error_with_the_pooled_constants"] = summary(relative_errors(points, guesses))
     return result
+
+
+def rates(cluster: dict[str, Any]) -> str:
+    return (
+        f"{cluster['linear_flops_per_s'] / 1e12:.4g} TFLOP/s linear, "
+        f"{cluster['attention_flops_per_s'] / 1e12:.4g} attention, "
+        f"{cluster['layer_overhead_s'] * 1e6:.0f} us a layer and pass"
+    )
 
 
 def main() -> None:
@@ -281,12 +297,9 @@ def main() -> None:
             f"(nine in ten below {model['p90_error']:.1%}); memory off by {memory['median']:.1%}, "
             f"at most {memory['max']:.1%}"
         )
-        cluster = model["cluster"]
-        print(
-            f"{'':18} {cluster['linear_flops_per_s'] / 1e12:.4g} TFLOP/s linear, "
-            f"{cluster['attention_flops_per_s'] / 1e12:.4g} attention, "
-            f"{cluster['layer_overhead_s'] * 1e6:.0f} us a layer and pass"
-        )
+        print(f"{'':18} {rates(model['cluster'])}")
+    if "cluster" in result:
+        print(f"{'all together':18} {rates(result['cluster'])}")
     for what, why in result["failed"].items():
         print(f"failed: {what}: {why}")
 

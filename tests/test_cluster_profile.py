@@ -43,7 +43,7 @@ def test_profile_of_stacks(tmp_path: Path) -> None:
     assert {c.kind for c in profile.collectives} == {"all_to_all", "all_gather", "reduce_scatter"}
     printed = json.loads(done.stdout)
     assert printed["median_error"] == profile.data["median_error"] >= 0
-    assert {d["sp_degree"] for d in printed["degrees"] if d["source"] == "measured"} == {1, 2}
+    assert {d["sp_degree"] for d in printed["degrees"] if d["source"] == "predicted; degree measured"} == {1, 2}
     assert Path(printed["page"]).read_text().count("<svg") == 4
     lengths = tmp_path / "lengths.npy"
     np.save(lengths, np.full(20, 100))

@@ -155,7 +155,7 @@ def profile_table(profile: Mapping[str, Any]) -> None:
     header = ("tokens", "documents", "SP", "GC", "seconds", "held out", "error", "GiB", "predicted")
     table(f"profile of {profile['device']}", header, rows)
     degrees = [(str(d["sp_degree"]), f"{d['seconds']:.3f}", d["source"]) for d in profile["degrees"]]
-    table(f"one document of {profile['degrees'][0]['tokens']:,} tokens", ("SP", "seconds", "source"), degrees)
+    table(f"one document of {profile['degrees'][0]['tokens']:,} tokens", ("SP", "predicted seconds", "source"), degrees)
     print(f"held-out error: median {profile['median_error']:.1%}, nine in ten below {profile['p90_error']:.1%}")
 
 

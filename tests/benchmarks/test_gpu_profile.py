@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hbp.cost.cluster import load_cluster
+
 pytest.importorskip("torch")
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -25,6 +27,11 @@ def test_every_model_is_measured(tmp_path: Path) -> None:
     assert result["failed"] == {}
     assert result["tiny"]
     assert list(result["models"]) == ["llama-3.1-8b", "qwen2.5-32b", "deepseek-v2-236b"]
+    cluster = load_cluster(str(tmp_path / "out"))  # what `hbp plan --cluster FILE` does
+    assert cluster.origin == f"profiled on {result['device']}"
+    assert cluster.to_json() == result["cluster"]
+    fitted = (result["cluster"], *(model["cluster"] for model in result["models"].values()))
+    assert len({c["layer_overhead_s"] for c in fitted}) == 4  # all models together, and each alone
     for name, model in result["models"].items():
         heights = {p["n_layers"] for p in model["points"]}
         assert len(heights) == 2
@@ -32,6 +39,7 @@ def test_every_model_is_measured(tmp_path: Path) -> None:
         assert max(len(p["lengths"]) for p in model["points"]) > 1
         assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in model["points"])
         assert model["memory_error_unfitted"]["median"] < 0.15
+        assert model["memory_error_unfitted"]["max"] < 0.2
         assert 0 <= model["memory_within_5_percent"] <= 1
         assert all(rate > 0 for rate in result["products"][name]["flops_per_s"])
         assert all(row["both_s"] > 0 and row["forward_s"] > 0 for row in result["attention"][name])

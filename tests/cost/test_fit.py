@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from profiles import MODEL
 
 from hbp.cost.cluster import CLUSTERS, ClusterSpec
-from hbp.cost.fit import OVERHEADS, RATES, Collective, Point, fit_cluster, grid, predict_bytes, predict_point
+from hbp.cost.fit import (
+    OVERHEADS,
+    RATES,
+    Collective,
+    Point,
+    fit_cluster,
+    grid,
+    pooled_cluster,
+    predict_bytes,
+    predict_point,
+)
 from hbp.cost.predict import CostModel
 
 BASE = CLUSTERS["cpu-local"]
@@ -225,3 +235,21 @@ def test_grid(world: int, longest: int, lengths: list[int], data: st.DataObject)
         # Ordinary packs stay shorter than recomputed ones: they take more memory.
         assert max(sum(documents) for documents, gc_layers in mine if not gc_layers) <= longest * degree // 4
     assert all(min(documents) >= 1 for documents, _, _ in chosen)
+
+
+def test_points_of_several_models_give_one_cluster() -> None:
+    """The constants of the machine that both models ran on, from the points of both."""
+    truth = true_cluster(**TRUTHS["overheads"], **TRUTHS["memory"], linear_flops_per_s=20e9)
+    wide = dataclasses.replace(MODEL, name="wide", hidden=512, intermediate=1500)
+    costs = [CostModel(model, truth, 1) for model in (MODEL, wide)]
+    measured = [(c.model, measure(c, packs(c, seed), noisy(2, seed))) for seed, c in enumerate(costs)]
+    pooled = pooled_cluster(BASE, measured, 1, "both")
+    assert (pooled.origin, pooled.device) == ("profiled on both", "both")
+    assert pooled.linear_flops_per_s == pytest.approx(truth.linear_flops_per_s, rel=0.1)
+    assert pooled.activation_scale == pytest.approx(truth.activation_scale, rel=0.1)
+    for cost in costs:
+        fitted = dataclasses.replace(cost, cluster=pooled)
+        for point in measure(cost, packs(cost, 7), exact):
+            assert predict_point(fitted, point) == pytest.approx(point.seconds, rel=0.1)
+    alone = [fit_cluster(BASE, model, 1, points, "one").cluster for model, points in measured]
+    assert pooled_cluster(BASE, measured[:1], 1, "one") == alone[0] != alone[1]

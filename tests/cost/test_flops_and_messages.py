@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from test_model_spec import CONFIGS  # noqa: E402
 from workers import write_config  # noqa: E402
 
+from hbp.parallel import gather_kv  # noqa: E402
 from hbp.parallel.mesh import make_mesh  # noqa: E402
 from hbp.parallel.varlen import Documents  # noqa: E402
 from hbp.train.batch import micro_batch_of  # noqa: E402
@@ -57,7 +58,7 @@ def micro_batch(config: dict[str, Any], folder: Path, degree: int, gc_layers: in
     import numpy as np
 
     model = load_model(write_config(folder, config))
-    mesh = make_mesh(WORLD, [1, degree], "cpu")
+    mesh = make_mesh(WORLD, [1, degree], "cpu", config["num_attention_heads"])
     shard(model, mesh.world, by_layer=spec_from_config(config).sharded_by_layer)
     half = TOKENS * degree // 2
     documents = [(np.arange(half, dtype=np.int32) % 64, np.ones(half, np.uint8))] * 2
@@ -115,6 +116,43 @@ def test_bytes_of_the_all_to_alls(
     spec = spec_from_config(config)
     passes = 2 * spec.n_layers + gc_layers
     assert sent["bytes"] == TOKENS * passes * spec.alltoall_bytes_per_token(degree, 4)
+
+
+@pytest.mark.parametrize(("name", "gc_layers"), [("llama", 0), ("qwen3", 3), ("deepseek_v2", 0)])
+@pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(2, 1, 4), (2, 2, 8), (4, 4, 8), (2, 2, 2)])
+def test_bytes_of_gathered_keys_and_values(
+    name: str,
+    gc_layers: int,
+    heads: int,
+    kv_heads: int,
+    degree: int,
+    tmp_path: Path,
+    eight_ranks: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a rank receives of the others' in forward and recomputation, and has reduced in backward."""
+    config = {**CONFIGS[name], "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    if name == "deepseek_v2":
+        config["num_key_value_heads"] = heads
+    moved = Counter[str]()
+
+    def counted(kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def collective(out: Any, mine: Any, *, group: Any) -> Any:
+            smaller = min(out.numel(), mine.numel())
+            assert max(out.numel(), mine.numel()) == smaller * group.size()
+            moved[kind] += smaller * (group.size() - 1) * mine.element_size()
+            return real(out, mine, group=group)
+
+        return collective
+
+    for kind in ("_all_gather", "_reduce_scatter"):
+        monkeypatch.setattr(gather_kv, kind, counted(kind, getattr(gather_kv, kind)))
+    micro_batch(config, tmp_path, degree, gc_layers, forward_backward)
+    spec = spec_from_config(config)
+    per_pass = TOKENS * spec.gather_bytes_per_token(degree, 4)
+    assert moved["_all_gather"] == per_pass * (spec.n_layers + gc_layers)
+    assert moved["_reduce_scatter"] == per_pass * spec.n_layers
+    assert (per_pass > 0) == (degree > heads)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])

@@ -64,20 +64,42 @@ def test_most_tokens_are_those_that_just_fit(constant: float, each: float, in_ch
         assert moment.bytes(LOSS_CHUNK_TOKENS) <= budget or most <= LOSS_CHUNK_TOKENS
 
 
-@pytest.mark.parametrize(("family", "world"), [("llama", 1), ("qwen3", 1), ("llama", 2)])
-def test_engine_allocates_what_is_predicted(family: str, world: int) -> None:
-    """Every tensor of a real micro-batch, within 8 % without anything fitted; a benchmark has more."""
-    pytest.importorskip("torch")
-    from workers import LLAMA, run_ranks
+SIZES = {
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 576,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "vocab_size": 1024,
+}
+MLA = {"q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+CHANGES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 512},
+    "qwen2": {"sliding_window": 512},  # of all layers but the first
+    "qwen3": {},
+    "qwen3_moe": {"moe_intermediate_size": 192},
+    "deepseek_v2": {**MLA, "num_key_value_heads": 6, "moe_intermediate_size": 192},
+}
 
-    config = {**LLAMA, "model_type": family, "hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2}
-    config |= {"intermediate_size": 576, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": 1024}
+
+@pytest.mark.parametrize(("family", "world"), [*((family, 1) for family in CHANGES), ("llama", 2)])
+def test_engine_allocates_what_is_predicted(family: str, world: int) -> None:
+    """Every tensor of a real micro-batch, nothing fitted: not 8 % too small, not 10 % too large.
+
+    A layer's activations and its gradients do not peak together, but are added: with experts that is seen here.
+    """
+    pytest.importorskip("torch")
+    from workers import FAMILIES, run_ranks
+
+    config = {**FAMILIES[family], **SIZES, **CHANGES[family]}
     cases = [(tokens, gc_layers) for tokens in (1000, 2500) for gc_layers in (0, 2, 4)]
     spec = spec_from_config(config)
     cost = CostModel(spec, CLUSTERS["cpu-local"], world)
     measured = run_ranks(_measure, world, config, cases)[0]
     for (tokens, gc_layers), peak in zip(cases, measured, strict=True):
-        assert cost.bytes(tokens, 1, gc_layers) == pytest.approx(peak, rel=0.08), (tokens, gc_layers)
+        assert 0.92 < cost.bytes(tokens, 1, gc_layers) / peak < 1.1, (tokens, gc_layers)
 
 
 @pytest.mark.parametrize(("hidden", "targets"), [(192, "all-linear"), (384, "all-linear"), (192, ["q_proj"])])

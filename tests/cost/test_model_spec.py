@@ -75,6 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "deepseek_v2-wide-values": {"model_type": "deepseek_v2", **BASE, **MLA, "v_head_dim": 24},
     "deepseek_v3": {"model_type": "deepseek_v3", **BASE, **MLA, "n_group": 2, "topk_group": 1},
     "deepseek_v3-bias": {"model_type": "deepseek_v3", **BASE, **MLA, "attention_bias": True},
 }
@@ -158,11 +159,11 @@ def test_built_in_models_match_published_figures(name: str, published: float) ->
 # FLOPs
 
 
-def counted_flops(model: Any, tokens: int = TOKENS) -> int:
+def counted_flops(model: Any, tokens: int = TOKENS, **extra: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.randint(0, 256, (1, tokens)), use_cache=False)
+        model(input_ids=torch.randint(0, 256, (1, tokens)), use_cache=False, **extra)
     return counter.get_total_flops()
 
 
@@ -191,12 +192,12 @@ def test_window_is_what_transformers_masks(name: str) -> None:
 
 
 class SavesQkvo(torch.autograd.Function):  # type: ignore[misc]
-    """Keeps for backward what flash attention keeps, whatever the head sizes."""
+    """Keeps for backward what flash attention keeps."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-        heads, tokens = q.size(1), q.size(2)
-        out = v.new_zeros(1, tokens, heads, v.size(3))
+        tokens, heads, size = q.shape
+        out = v.new_zeros(tokens, heads, size)
         ctx.save_for_backward(q, k, v, out, q.new_zeros(heads, tokens, dtype=torch.float32))
         return out
 
@@ -205,8 +206,24 @@ class SavesQkvo(torch.autograd.Function):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def saves_qkvo(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> tuple[Any, None]:
-    return SavesQkvo.apply(q, k, v), None
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Our own attention on its way to torch's kernel, in whose place another keeps as much; its name."""
+    from hbp.parallel import ulysses, varlen
+
+    def varlen_attn(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        assert q.size(2) == k.size(2) == v.size(2)  # it knows one head size
+        return SavesQkvo.apply(q, k, v)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "KERNELS", {**varlen.KERNELS, "sdpa": varlen.KERNELS["varlen"]})
+    return ulysses.register_attention("sdpa")
+
+
+def on_one_rank() -> Any:
+    from hbp.parallel import ulysses, varlen
+
+    return ulysses.PackLayout(varlen.make_documents((TOKENS,), torch.device("cpu")))
 
 
 def saved_bytes_per_token(layer: Any, hidden: Any, layer_inputs: dict[str, Any], skip: set[int]) -> float:
@@ -246,45 +263,66 @@ def test_activation_bytes_equal_saved_tensors(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*MOE_FAMILIES, "deepseek_v2-biases"])
-def test_activation_bytes_of_moe_and_mla(name: str, dtype: str) -> None:
-    """Attention replaced by one that keeps what flash attention does (no CPU kernel for MLA)."""
-    transformers.AttentionInterface.register("saves-qkvo", saves_qkvo)
-    model = build(CONFIGS[name], attn_implementation="saves-qkvo")
+@pytest.mark.parametrize("name", [*MOE_FAMILIES, "deepseek_v2-biases", "deepseek_v2-wide-values"])
+def test_activation_bytes_of_moe_and_mla(name: str, dtype: str, as_on_cuda: str) -> None:
+    """Through our own attention: MLA's values are padded, unless they are as wide as the keys."""
+    model = build(CONFIGS[name], attn_implementation=as_on_cuda)
     spec = spec_from_config(CONFIGS[name])
     for layer in (0, 2):  # DeepSeek's first is dense
-        real = measured_activations(model, layer, getattr(torch, dtype))
+        real = measured_activations(model, layer, getattr(torch, dtype), hbp_layout=on_one_rank())
         ours = spec.layer_activation_bytes(layer, 4 if dtype == "float32" else 2)
         assert ours == pytest.approx(real, rel=0.02)
 
 
+def test_flops_of_the_kernel(as_on_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch counts of two products over the tensors that reach the kernel, every pair of them."""
+    config = CONFIGS["deepseek_v2"]
+    model = build(config, attn_implementation=as_on_cuda, experts_implementation="eager")
+    spec = spec_from_config(config)
+
+    def products(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return ((q @ k.transpose(1, 2)).softmax(-1) @ v).transpose(0, 1)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", products)
+    per_token = spec.linear_flops_per_token() + spec.head_flops_per_token()
+    predicted = TOKENS * per_token + TOKENS**2 * spec.attention_kernel_flops_per_pair()
+    assert counted_flops(model, hbp_layout=on_one_rank()) == predicted
+    assert spec.attention_kernel_flops_per_pair() == spec.attention_flops_per_pair() * (24 + 24) / (24 + 16)
+
+
 @pytest.fixture
 def fake_group() -> Iterator[Any]:
-    """Eight ranks of which only this one exists: collectives return at once, with the right storages."""
+    """Sixteen ranks of which only this one exists: collectives return at once, with the right storages."""
     if torch.distributed.is_initialized():
         pytest.skip("another test holds the process group")
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=8)
+    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=16)
     yield torch.distributed.new_group
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v2"])
-def test_activation_bytes_under_ulysses(name: str, fake_group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through our own Ulysses code, with flash attention's footprint in place of the CPU's loop."""
+@pytest.mark.parametrize(
+    ("name", "heads"), [("llama", 8), ("qwen3", 8), ("deepseek_v2", 8), ("qwen3", 3), ("deepseek_v2", 3)]
+)
+def test_activation_bytes_under_ulysses(name: str, heads: int, fake_group: Any, as_on_cuda: str) -> None:
+    """Through our own exchange and gather; at 16, 8 heads are gathered over 2, and 3 over all ranks."""
     from hbp.parallel import ulysses, varlen
+    from hbp.parallel.gather_kv import make_gather
+    from hbp.parallel.mesh import SequenceGroups
 
-    def document_attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-        return SavesQkvo.apply(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0]
-
-    monkeypatch.setattr(ulysses, "document_attention", document_attention)
-    model = build(CONFIGS[name], attn_implementation=ulysses.register_attention())
-    spec = spec_from_config(CONFIGS[name])
-    for degree in (1, 2, 4, 8):  # K/V heads are repeated from 4 on, except under MLA
-        documents = varlen.make_documents((TOKENS * degree,), torch.device("cpu"))
-        layout = ulysses.PackLayout(documents, degree, fake_group(list(range(degree))))
+    config = {**CONFIGS[name], "hidden_size": 96, "num_attention_heads": heads}
+    if heads == 3:
+        config["num_key_value_heads"] = 3
+    model, spec, cpu = build(config, attn_implementation=as_on_cuda), spec_from_config(config), torch.device("cpu")
+    for degree in (1, 2, 4, 8, 16):  # K/V heads are repeated from 4 on, except under MLA
+        u, g = spec.ulysses_degree(degree), spec.gather_degree(degree)
+        exchange, across = (fake_group(list(range(n))) if n > 1 else None for n in (u, g))
+        lengths = (TOKENS * degree,)
+        gather = make_gather(lengths, SequenceGroups(u, g, exchange, across), 0, cpu)
+        layout = ulysses.PackLayout(varlen.make_documents(lengths, cpu), degree, exchange, gather)
         real = measured_activations(model, 0, torch.bfloat16, hbp_layout=layout)
-        assert spec.layer_activation_bytes(0, 2, degree) == pytest.approx(real)
+        assert spec.layer_activation_bytes(0, 2, degree) == pytest.approx(real), degree
 
 
 def test_activation_bytes_are_the_mean_over_layers() -> None:

@@ -126,12 +126,15 @@ def test_few_tokens_an_expert_are_slow() -> None:
     assert fixed_share(moe) > 5 * fixed_share(dense)
 
 
-def test_backward_of_attention_with_unequal_heads() -> None:
-    """Three products over the keys' head size and two over the values': 2.5 forwards where they are the same."""
-    assert LLAMA.attention_backward_flops_per_pair() == 2.5 * LLAMA.attention_flops_per_pair()
-    mla = load_model_spec("deepseek-v2-236b")
-    ratio = mla.attention_backward_flops_per_pair() / mla.attention_flops_per_pair()
-    assert ratio == pytest.approx((3 * 192 + 2 * 128) / (192 + 128))
+def test_attention_takes_the_time_of_the_padded_heads() -> None:
+    """Five products in backward to two in forward, all of the keys' head size; MFU counts what the model needs."""
+    unit = dataclasses.replace(CLUSTERS["h100-nvlink"], attention_flops_per_s=1.0)
+    for name, needed, spent in (("llama-3.1-8b", 128 + 128, 2 * 128), ("deepseek-v2-236b", 192 + 128, 2 * 192)):
+        model = load_model_spec(name)
+        products = 2 * model.n_layers * model.heads
+        assert model.attention_flops_per_pair() == products * needed
+        seconds = CostModel(model, unit, 1).seconds(1, model.n_layers).per_pair
+        assert seconds == pytest.approx(products * spent * (1 + 1 + 2.5))
 
 
 TINY = dataclasses.replace(SMALL, name="tiny", intermediate=500)  # layers of less than a million parameters

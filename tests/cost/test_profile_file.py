@@ -31,13 +31,13 @@ def test_round_trip_and_use_as_a_cluster(tmp_path: Path) -> None:
 def test_degrees_say_where_their_seconds_come_from() -> None:
     _, _, data = make_profile(world_size=2)
     sources = {d["sp_degree"]: d["source"] for d in data["degrees"]}
-    assert sources[1] == sources[2] == "measured"
+    assert sources[1] == sources[2] == "predicted; degree measured"
     assert sources[4] == sources[64] == "predicted from measured collectives"
     seconds = [d["seconds"] for d in data["degrees"][:3]]
     assert seconds == sorted(seconds, reverse=True)
     _, _, alone = make_profile(world_size=1, devices_per_node=8)
     sources = {d["sp_degree"]: d["source"] for d in alone["degrees"]}
-    assert sources[1] == "measured"
+    assert sources[1] == "predicted; degree measured"
     assert sources[8] == "predicted from the links of the cluster that was profiled over"
     assert sources[16] == sources[8] + " and the cluster's links between nodes"
 

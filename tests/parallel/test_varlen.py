@@ -49,10 +49,52 @@ def test_equals_dense_attention_with_a_block_diagonal_mask(lengths, kv_heads, wi
     torch.testing.assert_close(*gradients)
 
 
-def test_values_of_another_size():
-    inputs = qkv(9, HEADS, v_size=5)
-    got = document_attention(*inputs, make_documents((4, 5), CPU))
-    torch.testing.assert_close(got, dense(*inputs, [4, 5]))
+@pytest.mark.parametrize("v_size", [5, 11])
+@pytest.mark.parametrize("window", [None, 3])
+def test_values_of_another_size(v_size, window):
+    inputs = qkv(9, HEADS, v_size=v_size)
+    got = document_attention(*inputs, make_documents((4, 5), CPU), sliding_window=window)
+    want = dense(*inputs, [4, 5], window=window)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), inputs) for out in (got, want)))
+
+
+@pytest.mark.parametrize("window", [40, 150])
+def test_documents_of_many_blocks_of_a_window(window):
+    """Blocks are shorter than these windows; documents end within one, at its end, and just beyond."""
+    lengths = (39, 40, 41, 72, 73, 400, 187, 150, 151)
+    with torch.inference_mode():  # the mask that this makes is trained with
+        document_attention(*(x.detach() for x in qkv(400, 2)), make_documents((400,), CPU), sliding_window=window)
+    inputs = qkv(sum(lengths), 2)
+    got = document_attention(*inputs, make_documents(lengths, CPU), sliding_window=window)
+    want = dense(*inputs, lengths, window=window)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), inputs) for out in (got, want)))
+
+
+def saved_bytes(tokens, v_size, window, layers=1):
+    """Of the storages that autograd keeps, no two the same, for one document in float32."""
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        for _ in range(layers):
+            inputs = [x.detach().float().requires_grad_() for x in qkv(tokens, HEADS, v_size)]
+            kept.append(document_attention(*inputs, make_documents((tokens,), CPU), sliding_window=window))
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize(("v_size", "window"), [(SIZE, 64), (SIZE, None), (5, None), (5, 64)])
+def test_what_is_kept_grows_with_the_length(v_size, window):
+    """Queries, keys, values and output of one head size, a number a head, and one small mask for all layers."""
+    flash = 4 * HEADS * (4 * SIZE + 1)
+    mask = 4 * 32 * (32 + 63) if window else 0
+    for tokens, layers in ((512, 1), (2048, 1), (512, 3)):
+        assert saved_bytes(tokens, v_size, window, layers) == layers * tokens * flash + mask
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # no compiler here

@@ -23,6 +23,8 @@ def test_page_of_a_profile(tmp_path: Path) -> None:
     assert f"{100 * fit.held_out_error:.1f} %" in text
     assert f"{len(points)}\n micro-batches" in text
     assert text.count("predicted from measured collectives") == 5
+    assert text.count("predicted; degree measured") == 2
+    assert "<th>predicted seconds</th>" in text
     (tmp_path / "none.json").write_text("{}")
     with pytest.raises(HbpError, match="not a profile"):
         write_cost_page(tmp_path / "none.json")

@@ -120,15 +120,7 @@ def fit_cluster(
         collectives: measured on the same ranks.
     """
     rows = _rows(base, model, world_size, points, collectives)
-    constants, overlap = _solve(rows)
-    used = (rows.busy + rows.fsdp).max(axis=0) > 0
-    cluster = dataclasses.replace(
-        _with_memory(base, model, world_size, points),
-        device=device,
-        fsdp_overlap=overlap if rows.fsdp.any() else base.fsdp_overlap,
-        origin=f"profiled on {device}",
-        **_named(base, world_size, constants, used),
-    )
+    cluster = _explained(base, world_size, rows, [(model, points)], device)
     held_out = _held_out(rows, len(points))
     errors = np.abs(held_out / rows.seconds[: len(held_out)] - 1)
     cost = CostModel(model, cluster, world_size)
@@ -138,6 +130,41 @@ def fit_cluster(
         tuple(held_out.tolist()),
         tuple(predict_bytes(cost, p) for p in points),
         float(np.median(errors)) if len(errors) else 0.0,
+    )
+
+
+def pooled_cluster(
+    base: ClusterSpec, measured: Sequence[tuple[ModelSpec, Sequence[Point]]], world_size: int, device: str
+) -> ClusterSpec:
+    """As :func:`fit_cluster`, from the points of several models at once: one device, every shape measured on it.
+
+    Args:
+        base: keeps its memory budget, topology and data types.
+        measured: models and their points, at least one; each point counts the same.
+        world_size: ranks that ran them; taken for neighbours.
+        device: name for the record.
+    """
+    each = [_rows(base, model, world_size, points, ()) for model, points in measured]
+    rows = _Rows(*(np.concatenate([getattr(r, field.name) for r in each]) for field in dataclasses.fields(_Rows)))
+    return _explained(base, world_size, rows, measured, device)
+
+
+def _explained(
+    base: ClusterSpec,
+    world_size: int,
+    rows: _Rows,
+    measured: Sequence[tuple[ModelSpec, Sequence[Point]]],
+    device: str,
+) -> ClusterSpec:
+    """The cluster whose constants explain the rows, and the measured peaks."""
+    constants, overlap = _solve(rows)
+    used = (rows.busy + rows.fsdp).max(axis=0) > 0
+    return dataclasses.replace(
+        _with_memory(base, world_size, measured),
+        device=device,
+        fsdp_overlap=overlap if rows.fsdp.any() else base.fsdp_overlap,
+        origin=f"profiled on {device}",
+        **_named(base, world_size, constants, used),
     )
 
 
@@ -281,14 +308,17 @@ def _named(base: ClusterSpec, world_size: int, constants: Float, used: npt.NDArr
     return values
 
 
-def _with_memory(base: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> ClusterSpec:
+def _with_memory(
+    base: ClusterSpec, world_size: int, measured: Sequence[tuple[ModelSpec, Sequence[Point]]]
+) -> ClusterSpec:
     """Of the scales and constants that predict no point too small, those closest to all."""
-    measured = np.array([p.peak_bytes for p in points])
+    every = [(model, p) for model, points in measured for p in points]
+    peaks = np.array([p.peak_bytes for _, p in every])
 
     def at(scale: float) -> Float:
         cluster = dataclasses.replace(base, activation_scale=scale, fixed_bytes=0.0)
         sizes = []
-        for p in points:
+        for model, p in every:
             stack = _of_stack(CostModel(model, cluster, world_size), p).model
             tokens = sum(p.lengths) / p.sp_degree
             sizes.append([m.bytes(tokens) for m in moments(stack, cluster, world_size, p.sp_degree, p.gc_layers)])
@@ -296,7 +326,7 @@ def _with_memory(base: ClusterSpec, model: ModelSpec, world_size: int, points: S
 
     none, one = at(0.0), at(1.0)
     sizes = (none + SCALES[:, None, None] * (one - none)).max(axis=2)  # [scales, points]
-    fixed = np.maximum(0.0, (measured - sizes).max(axis=1))
-    distance = np.abs((sizes + fixed[:, None]) / measured - 1).mean(axis=1)
+    fixed = np.maximum(0.0, (peaks - sizes).max(axis=1))
+    distance = np.abs((sizes + fixed[:, None]) / peaks - 1).mean(axis=1)
     best = int(distance.argmin())
     return dataclasses.replace(base, activation_scale=float(SCALES[best]), fixed_bytes=float(fixed[best]))

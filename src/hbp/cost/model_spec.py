@@ -11,14 +11,16 @@ norms, rotary embedding and gated MLP, per token; ``b`` bytes an element, ``h`` 
 - norm of width ``w``: ``4w`` its input in float32, ``bw`` the normalised copy, 4 the reciprocal root;
 - projections: ``bh`` a layer norm, whose output q/k/v (or gate/up) share; the last takes attention's output;
 - rotary embedding: nothing of its own (cosines and sines are shared by all layers);
-- attention: queries, keys, values and output at ``b``, log-sum-exp at 4 a head;
+- attention: queries, keys, values and output at ``b``, log-sum-exp at 4 a head; with MLA values and output
+  of the keys' head size, the only one that flash attention knows, and the output once more, cut back to size;
 - gated MLP of width ``i``: ``4bi`` for gate, its activation, up, and their product;
 - each of a token's ``k`` experts (of ``e``): the MLP's ``4bi`` and ``2bh`` (gathered input, unweighted
   output); router: ``4e`` probabilities, ``32k`` indices, ``bk`` weights, DeepSeek's float32 input copy;
-- MLA: norms of the compressed queries and keys/values; values are a view of the up-projection's output, so
-  its content-key half stays too;
-- above SP degree 1: repeated keys/values, and attention's output once more after the exchange;
-- a degree beyond the heads: keys/values of as many times the tokens as ranks gather them.
+- MLA: norms of the compressed queries and keys/values;
+- above SP degree 1: repeated keys/values, attention's output once more after the exchange, and with MLA the
+  values as they were sent;
+- a degree beyond the heads: keys/values of as many times the tokens as ranks gather them, and the own ones,
+  in one message with the queries.
 
 What it trades: no fused kernels (Liger, Apex) in the activation count, and MLA as trained (not absorbed).
 """
@@ -248,20 +250,19 @@ class ModelSpec:
         return 2.0 * self.hidden * self.vocab
 
     def attention_flops_per_pair(self) -> float:
-        """FLOPs of one query-key pair (score and weighted value) summed over all layers.
+        """FLOPs that one query-key pair (score and weighted value) needs, summed over all layers: for MFU.
 
         Times :meth:`attention_pairs`, which is the mean over the layers, this is a document's attention,
         whatever windows the layers have.
         """
         return 2.0 * self.n_layers * self.heads * (self.qk_head_dim + self.v_head_dim)
 
-    def attention_backward_flops_per_pair(self) -> float:
-        """FLOPs of the backward of :meth:`attention_flops_per_pair`, as flash attention does it.
+    def attention_kernel_flops_per_pair(self) -> float:
+        """FLOPs that flash attention spends on :meth:`attention_flops_per_pair`: for time.
 
-        Five products: scores once more, and the gradients of queries and keys over the keys' head size; the
-        gradients of probabilities and values over the values'. 2.5 forwards where both sizes are the same.
+        Both products over :attr:`kernel_head_dim`. Backward has five such products: 2.5 times as many.
         """
-        return 2.0 * self.n_layers * self.heads * (3 * self.qk_head_dim + 2 * self.v_head_dim)
+        return 4.0 * self.n_layers * self.heads * self.kernel_head_dim
 
     def attention_pairs(self, lengths: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
         """Query-key pairs that the causal mask keeps, per document, mean over the layers.
@@ -283,17 +284,34 @@ class ModelSpec:
 
     def layer_activation_bytes(self, layer: int, dtype_bytes: int, degree: int = 1) -> float:
         """Bytes per local token that autograd keeps of a layer not recomputed, at an SP degree."""
-        b, h, heads = dtype_bytes, self.hidden, self.heads
+        b, h = dtype_bytes, self.hidden
         total = 2 * _norm_bytes(h, b) + 2 * h * b  # both layer norms, and their outputs into the projections
-        total += heads * (self.qk_head_dim + self.v_head_dim) * b + heads * FLOAT32  # queries, output, log-sum-exp
-        total += self.kv_heads_at(degree) * self.gather_degree(degree) * (self.qk_head_dim + self.v_head_dim) * b
-        if degree > 1:
-            total += heads * self.v_head_dim * b
+        total += self._attention_elements(degree) * b + self.heads * FLOAT32  # log-sum-exp
         if self.qk_norm:
-            total += (heads + self.kv_heads) * _norm_bytes(self.qk_head_dim, b)
+            total += (self.heads + self.kv_heads) * _norm_bytes(self.qk_head_dim, b)
         if self.latent is not None:
             total += self._latent_bytes(self.latent, b, degree)
         return total + self._mlp_bytes(layer, b)
+
+    @property
+    def kernel_head_dim(self) -> int:
+        """Head size that flash attention runs with: the other of keys' and values' is padded to it."""
+        return max(self.qk_head_dim, self.v_head_dim)
+
+    def _attention_elements(self, degree: int) -> float:
+        """Queries, keys, values and output of a local token, in all copies of them that are kept."""
+        heads, kv, gather = self.heads, self.kv_heads_at(degree), self.gather_degree(degree)
+        qk, v, size = self.qk_head_dim, self.v_head_dim, self.kernel_head_dim
+        copies, reach = gather, 1.0
+        if gather > 1:
+            copies += self.ulysses_degree(degree) > 1  # the own ones: queries are a view of their message
+            reach = gather + 0.5  # keys of the early and of the late chunk of one document, in local tokens
+        total = float(heads * (qk + size) + copies * kv * (qk + v))
+        if size > v:
+            total += kv * (reach * size - v * (degree == 1))  # padded; as they were exchanged, they are kept too
+        if size > v or degree > 1:
+            total += heads * v  # the output, copied for its projection
+        return total
 
     def _latent_bytes(self, m: LatentAttention, b: int, degree: int) -> float:
         total = _norm_bytes(m.kv_lora_rank, b) + m.kv_lora_rank * b
@@ -301,7 +319,7 @@ class ModelSpec:
             total += _norm_bytes(m.q_lora_rank, b) + m.q_lora_rank * b
         if b == FLOAT32:  # no upcast, so the norm keeps the tensor of which its input is a view
             total += m.qk_rope_head_dim * b
-        if degree == 1:  # values are a view of the up-projection's output; an exchange copies them out of it
+        if degree == 1 and self.v_head_dim == self.kernel_head_dim:  # not padded, values are a view of their projection
             total += self.heads * m.qk_nope_head_dim * b
         return total
 

@@ -12,8 +12,8 @@ Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers 
   large ones: a product of ``r`` rows runs at ``r / (r + h)`` of it (``h`` is
   :attr:`~hbp.cost.cluster.ClusterSpec.half_rate_tokens`), which is the time of ``h`` more rows, whatever ``r``: a fixed
   part. With experts each has its own ``h``, so few tokens an expert are slow;
-- attention: pairs/d × FLOPs × (1 + backward + k/n), flash attention's backward being 2.5 forwards where keys and values
-  have heads of one size;
+- attention: pairs/d × FLOPs × (1 + backward + k/n), flash attention's backward being 2.5 forwards, over heads of the
+  size that it pads keys and values to;
 - all-to-all, twice a layer and pass: the bytes of queries, keys, values and outputs; beyond the heads, gathered keys
   and values (the pack is cut so that every rank has an equal share of the pairs);
 - FSDP: layers gathered for forward and for backward (once where the model is one piece,
@@ -40,6 +40,8 @@ Float = npt.NDArray[np.float64]
 
 HEAD_PASSES = 4
 """Of the vocabulary projection: forward, two in backward, and one more since the chunked loss recomputes it."""
+FLASH_BACKWARD = 2.5
+"""Forwards that flash attention's backward takes: five products, the scores' once more among them, over two."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class CostModel:
         again = gc_layers / m.n_layers
         linear = 3 * m.linear_flops_per_token() + again * m.recomputed_flops_per_token()
         linear += m.head_flops_per_token() * HEAD_PASSES
-        pair = m.attention_flops_per_pair() * (1 + again) + m.attention_backward_flops_per_pair()
+        pair = m.attention_kernel_flops_per_pair() * (1 + again + FLASH_BACKWARD)
         few = c.half_rate_tokens * 2.0 * m.matrix_parameters() * (3 + again)
         sent, waiting = self._sp_seconds(d)
         passes = m.n_layers * (3 + again)

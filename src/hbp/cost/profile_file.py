@@ -1,7 +1,7 @@
 """The profile file: a fitted cluster with the raw points that it was fitted to.
 
-A JSON object, usable wherever a cluster is asked for (`--cluster FILE`). Degrees are listed with where their seconds
-come from: those that ran here are measured, the others are predicted from this machine's links.
+A JSON object, usable wherever a cluster is asked for (`--cluster FILE`). Degrees are listed with predicted seconds and
+what these rest on: packs of that degree that ran here, or this machine's links alone.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def profile_json(
 
 
 def _degrees(cluster: ClusterSpec, model: ModelSpec, world_size: int, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Seconds of the largest measured document at every degree, and whether they were measured or predicted."""
+    """Predicted seconds of one document, of as many tokens as the largest pack measured, and what they rest on."""
     measured = {p.sp_degree for p in points}
     links = "measured collectives" if world_size > 1 else "the links of the cluster that was profiled over"
     rows = []
     for degree in (2**i for i in range(LISTED_DEGREES.bit_length())):
         cost = CostModel(model, cluster, max(degree, world_size))
         point = Point((max(sum(p.lengths) for p in points),), degree, model.n_layers, 0.0, 0.0)
-        source = "measured" if degree in measured else f"predicted from {links}"
+        source = "predicted; degree measured" if degree in measured else f"predicted from {links}"
         if degree not in measured and degree > cluster.devices_per_node:
             source += " and the cluster's links between nodes"
         rows.append(

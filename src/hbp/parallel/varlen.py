@@ -3,8 +3,8 @@
 One interface, :func:`document_attention`, over four kernels:
 
 - ``varlen``: torch's native variable-length flash attention, one launch for the whole pack; CUDA, half precision;
-- ``sdpa``: ``scaled_dot_product_attention``, document by document; anywhere. One call each, and no batching of equal
-  lengths: few documents have the same;
+- ``sdpa``: ``scaled_dot_product_attention``, document by document; anywhere. Equal lengths are not batched, since few
+  documents have the same; one longer than a sliding window goes in blocks;
 - ``flex``: torch's FlexAttention, compiled, with a block mask made once a pack; CUDA (on CPU it has no backward);
 - ``flash``: the ``flash-attn`` package, for users who have it.
 
@@ -113,10 +113,12 @@ def document_attention(
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    size = v.size(2)
+    q, k, v, scale = _one_head_size(q, k, v, scale)
     out = varlen_attn(
         q,
         k,
-        _pad_head(v, q.size(2)),
+        v,
         documents.cu_seqlens,
         documents.cu_key_lengths,
         documents.longest,
@@ -126,16 +128,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float 
         enable_gqa=q.size(1) != k.size(1),
     )
     assert isinstance(out, Tensor)
-    return out[..., : v.size(2)]
+    return out[..., :size]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
+    size = v.size(2)
+    q, k, v, scale = _one_head_size(q, k, v, scale)
     out: Tensor = flash_attn_varlen_func(
         q,
         k,
-        _pad_head(v, q.size(2)),
+        v,
         documents.cu_seqlens,
         documents.cu_key_lengths,
         documents.longest,
@@ -144,7 +148,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float |
         causal=True,
         window_size=_reach(window),
     )
-    return out[..., : v.size(2)]
+    return out[..., :size]
 
 
 def _reach(window: int | None) -> tuple[int, int]:
@@ -152,36 +156,81 @@ def _reach(window: int | None) -> tuple[int, int]:
     return (-1 if window is None else window - 1, 0)
 
 
-def _pad_head(v: Tensor, size: int) -> Tensor:
-    """Values with zeros up to the keys' head size (MLA): flash attention knows one size only."""
-    return v if v.size(2) == size else F.pad(v, (0, size - v.size(2)))
+def _one_head_size(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Queries, keys and values with zeros up to one head size (MLA): flash attention knows no other.
+
+    Zeros change neither a score nor, beyond the values' own size, which is cut off again, the output; the scale stays
+    that of the keys' own size.
+    """
+    size = max(q.size(2), v.size(2))
+    scale = q.size(2) ** -0.5 if scale is None else scale
+
+    def padded(x: Tensor) -> Tensor:
+        return x if x.size(2) == size else F.pad(x, (0, size - x.size(2)))
+
+    return padded(q), padded(k), padded(v), scale
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
-    gqa = q.size(1) != k.size(1)
-    queries, keys = list(documents.lengths), list(documents.key_lengths)
+    size = v.size(2)
+    q, k, v, scale = _one_head_size(q, k, v, scale)  # of unlike sizes it would write out every score
+    queries, keys, pieces = list(documents.lengths), list(documents.key_lengths), list[Tensor]()
+    for of_document in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        pieces += _sdpa_document(*of_document, scale, window)
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return out[..., :size]
+
+
+def _sdpa_document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> list[Tensor]:
+    """Attention of a document's last queries, in pieces that follow each other.
+
+    A mask of every query and key would be the square of a document that is longer than its window. So, past the first
+    `window` tokens, which see all before them, queries go in blocks with the keys that a block reaches: all blocks are
+    one call, on overlapping views of the keys, and share one small mask. Memory and time grow with the length.
+    """
+    queries, keys = q.size(0), k.size(0)
+    if window is None or keys <= window:
+        mask = None if queries == keys else _causal_mask(queries, keys, keys, q.dtype, q.device)
+        return [_sdpa_blocks(q, k, v, queries, keys, mask, scale)]
     pieces = []
-    for q_doc, k_doc, v_doc in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
-        mask = _causal_mask(q_doc.size(0), k_doc.size(0), window, q.device)
-        out = F.scaled_dot_product_attention(
-            q_doc.transpose(0, 1)[None],
-            k_doc.transpose(0, 1)[None],
-            v_doc.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=gqa,
-        )
-        pieces.append(out[0].transpose(0, 1))
-    return torch.cat(pieces)
+    done = max(0, window - (keys - queries))  # queries that see all before them
+    if done:
+        pieces += _sdpa_document(q[:done], k[:window], v[:window], scale, None)
+    block, before = max(min(window, 32), window // 4), window - 1  # keys that all of a block's queries may reach back
+    mask = _shared_mask(block, block + before, window, q.dtype, q.device)
+    for size in (block, (queries - done) % block):  # full blocks, and what is left
+        end = done + (queries - done) // size * size if size else done
+        if end > done:
+            reached = slice(keys - queries + done - before, keys - queries + end)
+            here = mask[:size, : size + before]
+            pieces.append(_sdpa_blocks(q[done:end], k[reached], v[reached], size, size + before, here, scale))
+            done = end
+    return pieces
 
 
-def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys the last `queries` of `keys` tokens see, ``[queries, keys]``; None where plain causality says it."""
-    if queries == keys and (window is None or keys <= window):
-        return None
-    ahead = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (ahead >= 0) & (ahead < (window or keys))
+def _sdpa_blocks(q: Tensor, k: Tensor, v: Tensor, queries: int, keys: int, mask: Tensor | None, scale: float) -> Tensor:
+    """Blocks of `queries` queries, each with `keys` keys of which the last goes with its last query."""
+    q = q.unflatten(0, (-1, queries)).transpose(1, 2)  # [blocks, H, queries, D]
+    k, v = (x.unfold(0, keys, queries).transpose(2, 3) for x in (k, v))  # [blocks, K, keys, D], views
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _causal_mask(queries: int, keys: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Added to the scores of the last `queries` of `keys` tokens, ``[queries, keys]``: 0 where a query sees a key.
+
+    Of the scores' type: SDPA would make one of a boolean mask, for every layer anew.
+    """
+    with torch.inference_mode(False):  # training may come after, with the same one
+        ahead = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+        unseen = (ahead < 0) | (ahead >= window)
+        return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
+
+
+_shared_mask = functools.lru_cache(maxsize=4)(_causal_mask)
+"""One for all layers and packs: autograd keeps it as long as they do."""
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
