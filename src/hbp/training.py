@@ -149,7 +149,7 @@ def train_strategy(
             run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
         records = list(before)
         while True:
-            records += _train_part(run, part, step, before_here=_seconds(read_records(part.folder / "steps.jsonl")))
+            records += _train_part(run, part, step, before_here=_seconds(_read_log(part.folder / "steps.jsonl")))
             if run.stopped_by:
                 raise _stopped(run)
             if part.epoch + 1 >= config.epochs:
@@ -184,9 +184,8 @@ def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[S
     records: list[StepRecord] = []
     logs = [part_folder(folder, number) / "steps.jsonl" for number in range(at.part + 1)]
     for number, log in enumerate(logs):
-        of_part = read_records(log)
+        of_part = _read_log(log)
         records += of_part[: at.step] if number == at.part else of_part
-    dist.barrier()  # every rank has read them
     if dist.get_rank() == 0:
         logs[-1].write_text("".join(line_of(record) for record in read_records(logs[-1])[: at.step]))
         _cut_evaluations(folder / "eval.jsonl", at.run_step)
@@ -195,6 +194,13 @@ def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[S
         return records, at.step
     _begin_part(part)
     return records, 0
+
+
+def _read_log(log: Path) -> list[StepRecord]:
+    """The records of a log on every rank, read by the first. A collective."""
+    records: list[Any] = [read_records(log) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(records)
+    return list(records[0])
 
 
 def _cut_evaluations(log: Path, run_step: int) -> None:
@@ -329,6 +335,6 @@ def by_group(records: Sequence[StepRecord]) -> dict[str, dict[str, float | None]
             "tokens_per_s": sum(record.tokens for record in own) / seconds,
             "mfu": sum(known) / seconds if known else None,
             "skew": float(np.median([record.skew for record in own])),
-            "memory_bytes": max(max(record.rank_memory_bytes) for record in own),
+            "memory_bytes": max(record.memory_bytes for record in own),
         }
     return table

@@ -15,8 +15,18 @@ from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
+from hbp.report.explorer import MOST_CELLS, MOST_RANKS
 from hbp.train.export import export_model
-from hbp.train.loop import evaluate, groups_of_step, learning_rate, train
+from hbp.train.loop import (
+    TIMELINE_CELLS,
+    TIMELINE_RANKS,
+    _timeline,
+    evaluate,
+    group_names,
+    learning_rate,
+    timeline_micro_steps,
+    train,
+)
 from hbp.train.model import load_model, shard
 
 WORLD = 2
@@ -96,7 +106,7 @@ def test_records_count_what_was_trained(runs):
         ids = np.concatenate([plan.samples(row)[0] for row in rows])
         assert record.tokens == sum(len(SAMPLES.documents[i][0]) for i in ids)
         assert record.loss_tokens == sum(int(SAMPLES.documents[i][1][1:].sum()) for i in ids)
-        assert record.group == groups_of_step(plan, record.step)
+        assert record.group == group_names(plan)[record.step]
         assert record.tokens_per_s == pytest.approx(record.tokens / record.seconds)
         assert record.grad_norm > 0
         micro_steps = int(plan.micro_step[rows].max()) + 1
@@ -104,6 +114,9 @@ def test_records_count_what_was_trained(runs):
         assert walls.shape == busy.shape == (WORLD, micro_steps)
         assert (busy <= walls).all()
         assert (walls.sum(axis=1) <= record.seconds + 1e-4).all()
+        assert record.mean_wall_s == pytest.approx(walls.sum(axis=1).mean(), abs=1e-4)
+        assert record.mean_busy_s == pytest.approx(busy.sum(axis=1).mean(), abs=1e-4)
+        assert busy[record.slowest_rank].sum() == pytest.approx(busy.sum(axis=1).max(), abs=1e-4)
     assert sum(r.tokens for r in records["planned"]) == plan.info.n_tokens
 
 
@@ -161,12 +174,25 @@ def test_exported_model_is_the_trained_one(runs):
     assert total / SAMPLES.loss_tokens.sum() == pytest.approx(result["eval"], rel=1e-5)
 
 
-def test_groups_of_step():
+def test_group_names():
     lengths = np.array([4, 6, 5], np.int32)
     rows: list[Row] = [(0, 0, 0, 1, 0, [2]), (0, 0, 1, 1, 0, [0]), (1, 0, 0, 2, 3, [1])]
     plan = plan_of(rows, lengths, 2)
-    assert groups_of_step(plan, 0) == "4/SP1/GC0 + 5/SP1/GC0"
-    assert groups_of_step(plan, 1) == "6/SP2/GC3"
+    assert group_names(plan) == ["4/SP1/GC0 + 5/SP1/GC0", "6/SP2/GC3"]
+
+
+def test_micro_steps_are_logged_as_far_as_the_report_draws():
+    """However many ranks and steps there are: a line without them is as long as any other."""
+    assert (TIMELINE_RANKS, TIMELINE_CELLS) == (MOST_RANKS, MOST_CELLS)
+    world, steps, micro = 64, 90, 3
+    rows: list[Row] = [(s, m, 0, 64, 0, [s * micro + m]) for s in range(steps) for m in range(micro)]
+    plan = plan_of(rows, np.ones(steps * micro, np.int32), world)
+    drawn = timeline_micro_steps(plan)
+    assert drawn == [3] * 83 + [1] + [0] * 6
+    seconds = np.ones((world, micro))
+    assert np.shape(_timeline(seconds, drawn[0])) == (TIMELINE_RANKS, micro)
+    assert sum(np.size(_timeline(seconds, n)) for n in drawn) == TIMELINE_CELLS
+    assert _timeline(seconds, drawn[-1]) == []
 
 
 def test_learning_rate_follows_tokens():

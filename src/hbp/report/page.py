@@ -178,8 +178,8 @@ def _rows(plan: Plan, group: Group) -> npt.NDArray[np.bool_]:
 
 def _busy(part: _Part) -> float | None:
     """Measured share of the micro-steps' time that ranks worked."""
-    wall = sum(float(np.sum(step["rank_wall_s"])) for step in part.steps)
-    return sum(float(np.sum(step["rank_busy_s"])) for step in part.steps) / wall if wall else None
+    wall = sum(step["mean_wall_s"] for step in part.steps)
+    return sum(step["mean_busy_s"] for step in part.steps) / wall if wall else None
 
 
 def _predicted_speedup(parts: list[_Part]) -> float | None:
@@ -276,6 +276,8 @@ def _measured_lane(part: _Part, group: npt.NDArray[np.int64]) -> Lane:
     wall: list[npt.NDArray[np.float64]] = []
     busy: list[npt.NDArray[np.float64]] = []
     for step in part.steps:
+        if not step["rank_wall_s"]:  # logged for as much as is drawn
+            break
         wall_s = np.array(step["rank_wall_s"], np.float64)[:ranks]
         begin.append(step["started_s"] + np.cumsum(wall_s, axis=1) - wall_s)
         wall.append(wall_s)

@@ -96,7 +96,7 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
     values[f"{group}/tokens_per_s"] = record.tokens_per_s
     values[f"{group}/seconds"] = record.seconds
     values[f"{group}/skew"] = record.skew
-    values[f"{group}/memory_gib"] = max(record.rank_memory_bytes) / 2**30
+    values[f"{group}/memory_gib"] = record.memory_bytes / 2**30
     if record.mfu is not None:
         values[f"{group}/mfu"] = record.mfu
     return values
