@@ -17,12 +17,13 @@ from jobs import config_of, ranks_of, run_here, start, steps_of, write_job
 from safetensors.torch import load_file
 from workers import run_ranks
 
-from hbp import live_plan
+from hbp import live_plan, training
 from hbp.config import Config
 from hbp.cost.cluster import CLUSTERS, ClusterSpec
 from hbp.cost.model_spec import ModelSpec
 from hbp.cost.predict import CostModel
 from hbp.data.store import open_store
+from hbp.errors import HbpError
 from hbp.plan import read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.prepare import Samples
@@ -155,6 +156,27 @@ def test_epochs_resume_and_are_planned_anew(job):
         again = job / "epochs-stopped" / part.relative_to(job / "epochs")
         same_steps(steps_of(again), steps_of(part))
     assert steps_of(parts[1])[-1]["lr"] < steps_of(parts[0])[-1]["lr"]  # one schedule over all epochs
+
+
+def run_without_disk(rank: int, world: int, config: Config) -> Any:
+    """:func:`run_here`, but the model cannot be exported."""
+    with mock.patch.object(training, "export_model", side_effect=HbpError("the disk is full")):
+        return run_here(rank, world, config)
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_a_failed_export_loses_no_training(job, never_stopped, ranks):
+    """A checkpoint is saved before it, whatever is asked for; the same command goes on there, on other ranks too."""
+    config = config_of(job, f"run_dir={job / f'full-{ranks}'}", "train.save_steps=null")
+    folder = job / f"full-{ranks}" / "hbp"
+    ((said, _), _) = run_ranks(run_without_disk, 2, config)
+    assert said == "the disk is full"
+    ((summary, said), *_) = run_ranks(run_here, ranks, config)
+    steps = len(steps_of(never_stopped))
+    assert f"step {steps}, " in said
+    assert summary["results"][0]["steps"] == steps == len(steps_of(folder))
+    same_steps(steps_of(folder), steps_of(never_stopped))
+    same_model(folder, never_stopped)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_used(job, never_stopped):

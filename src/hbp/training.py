@@ -26,7 +26,7 @@ from hbp.prepare import Engine
 from hbp.progress import Progress
 from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, write_part
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
-from hbp.train.export import export_model
+from hbp.train.export import export_model, source_dtype
 from hbp.train.launch import device_name
 from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
@@ -57,8 +57,12 @@ class _Run:
     step: int = 0
     """Of the whole run."""
     tokens: int = 0
+    mark: str = ""
+    """Fingerprint of the part's plan."""
     saved_s: float = 0.0
     """Seconds of the part at which the state was last saved."""
+    saved_step: int = 0
+    """Step of the run at which it was."""
     evaluated: tuple[int, int] = (0, 0)
     """Step and tokens at which the held-out loss was last taken."""
     eval_loss: float | None = None
@@ -90,6 +94,16 @@ class _Run:
         steps, tokens = self.step - self.evaluated[0], self.tokens - self.evaluated[1]
         by_steps = config.eval_steps is not None and steps >= config.eval_steps
         return by_steps or (config.eval_tokens is not None and tokens >= config.eval_tokens)
+
+    def save(self, part: Part, step: int) -> None:
+        """Save a checkpoint after the first `step` steps of a part, unless there is one; if any are kept."""
+        if self.checkpoints is None or self.step == self.saved_step:
+            return
+        position = Position(
+            part.number, step, self.step, self.tokens, self.tokens_total, self.mark, dist.get_world_size()
+        )
+        self.checkpoints.save(self.model, self.optimizer, position)
+        self.saved_step = self.step
 
     def save_due(self, seconds: float) -> bool:
         """By steps or by time."""
@@ -128,7 +142,7 @@ def train_strategy(
     """
     config = engine.config.train
     folder.mkdir(parents=True, exist_ok=True)
-    model = engine.fresh_model()
+    dtype, model = source_dtype(engine.config.model.path), engine.fresh_model()
     before, step = _take_up_logs(folder, part, point)
     optimizer = make_optimizer(model, config)
     with ExitStack() as stack:
@@ -140,7 +154,7 @@ def train_strategy(
         if point:
             load_checkpoint(point.checkpoint, model, optimizer, engine.config.seed)
             run.step, run.tokens = point.position.run_step, point.position.tokens
-            run.evaluated = (run.step, run.tokens)
+            run.evaluated, run.saved_step = (run.step, run.tokens), run.step
         if keeps_state:
             run.checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
             if dist.get_rank() == 0:
@@ -156,12 +170,13 @@ def train_strategy(
                 break
             part, step = next_part(part, model), 0
             _begin_part(part)
+        run.save(part, part.plan.n_steps)  # whatever becomes of the export
         with watch_others():
             if run.checkpoints:
                 run.checkpoints.close()
             eval_loss = run.evaluate()
             if config.export:
-                export_model(model, folder / "model", engine.samples.store.tokenizer)
+                export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
     return _result(engine, part, records, eval_loss)
 
 
@@ -217,7 +232,9 @@ def _cut_evaluations(log: Path, run_step: int) -> None:
 
 def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> list[StepRecord]:
     engine, plan = run.engine, part.plan
-    mark = fingerprint(plan)
+    run.mark = fingerprint(plan)
+    if first_step == plan.n_steps:  # resumed for what comes after; the plan may be one of other ranks
+        return []
     run.saved_s = before_here
     efficiency = Efficiency(step_flops(plan, engine.cost.model), run.peak_flops)
     start = Start(first_step, run.tokens, run.tokens_total, before_here)
@@ -244,10 +261,7 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
                 run.evaluate()
             seconds = record.started_s + record.seconds
             if run.checkpoints and (record.signal or run.save_due(seconds)):
-                position = Position(
-                    part.number, record.step + 1, run.step, run.tokens, run.tokens_total, mark, dist.get_world_size()
-                )
-                run.checkpoints.save(run.model, run.optimizer, position)
+                run.save(part, record.step + 1)
                 run.saved_s = seconds
                 run.stopped_by = record.signal
             return run.stopped_by != 0

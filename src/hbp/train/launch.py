@@ -139,14 +139,18 @@ def process_group() -> Iterator[torch.device]:
 
 
 @contextmanager
-def rank_zero_first() -> Iterator[bool]:
+def rank_zero_first(group: dist.ProcessGroup | None = None) -> Iterator[bool]:
     """Rank 0 runs the body while the others wait, however long it takes; yields whether this is rank 0.
+
+    Args:
+        group: of all ranks, to wait in; None: a new one.
 
     Raises:
         HbpError: on the other ranks, rank 0's; so that all end with the same message.
         RankFailed: on the other ranks, if rank 0 failed in any other way.
     """
-    group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+    own = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if group is None else None
+    group = group or own
     first = dist.get_rank() == 0
     failure: list[Exception | None] = [None]
     try:
@@ -164,7 +168,8 @@ def rank_zero_first() -> Iterator[bool]:
         dist.broadcast_object_list(failure, src=0, group=group)
         if failure[0] is not None:
             raise failure[0]
-    dist.destroy_process_group(group)
+    if own is not None:
+        dist.destroy_process_group(own)
 
 
 def device_name(device: torch.device) -> str:
