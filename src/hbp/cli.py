@@ -398,8 +398,9 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         from hbp.cluster_profile import profile_cluster
         from hbp.prepare import make_engine
+        from hbp.train.watch import watch_others
 
-        with launch.process_group() as device:
+        with launch.process_group() as device, watch_others():
             heights = None if args.layers is None else (args.layers, 2 * args.layers)
             profile_cluster(make_engine(config, device), out, heights, PROFILE_LIMIT_S)
             if not launch.reports_here():

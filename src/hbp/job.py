@@ -32,6 +32,7 @@ from hbp.prepare import Engine, make_engine
 from hbp.progress import say
 from hbp.resume import Part, Point, part_folder
 from hbp.train.model import CausalLMWithLoss
+from hbp.train.watch import watch_others
 from hbp.training import train_strategy
 
 
@@ -41,6 +42,11 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
     Raises:
         Stopped: a signal ended it; the state is saved.
     """
+    with watch_others():
+        return _run(config, device)
+
+
+def _run(config: Config, device: torch.device) -> dict[str, Any]:
     ours = check_strategies(config)
     run, engine = Path(config.run_dir), make_engine(config, device)
     fingerprint = engine.samples.store.fingerprint

@@ -36,7 +36,7 @@ CHECKPOINTS = "checkpoints"
 FREE = (
     "run_dir", "cluster.processes", "data.processes", "plan.baseline", "train.resume", "train.save_minutes",
     "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "train.eval_tokens", "train.trace_steps",
-    "train.export", "log.",
+    "train.export", "train.hang_minutes", "log.",
 )  # fmt: skip
 """Options that may change between a run and its resumption: nothing that is trained depends on them."""
 

@@ -33,7 +33,7 @@ from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.signals import Received, stop_signals
 from hbp.train.trace import trace
-from hbp.train.watch import Watch, watch_others
+from hbp.train.watch import current
 from hbp.train.writers import Writer, line_of, open_writers, read_records, scalars_of
 
 SHOWN_SAMPLES = 8
@@ -171,12 +171,11 @@ def train_strategy(
             part, step = next_part(part, model), 0
             _begin_part(part)
         run.save(part, part.plan.n_steps)  # whatever becomes of the export
-        with watch_others():
-            if run.checkpoints:
-                run.checkpoints.close()
-            eval_loss = run.evaluate()
-            if config.export:
-                export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
+        if run.checkpoints:
+            run.checkpoints.close()
+        eval_loss = run.evaluate()
+        if config.export:
+            export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
     return _result(engine, part, records, eval_loss)
 
 
@@ -243,7 +242,6 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
     with ExitStack() as stack:
         log = stack.enter_context((part.folder / "steps.jsonl").open("a")) if dist.get_rank() == 0 else None
         progress = stack.enter_context(Progress(plan.info.strategy, left))
-        watch = stack.enter_context(watch_others())
 
         def on_step(record: StepRecord) -> bool:
             run.step, run.tokens = run.step + 1, run.tokens + record.tokens
@@ -273,10 +271,10 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
                 optimizer=run.optimizer, start=start, signal=run.received, efficiency=efficiency,
             )  # fmt: skip
         except StepFailed as failed:
-            raise _rank_failed(failed, part, watch) from failed.__cause__
+            raise _rank_failed(failed, part) from failed.__cause__
 
 
-def _rank_failed(failed: StepFailed, part: Part, watch: Watch | None) -> RankFailed:
+def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
     """The one line about a step that raised, left for the parent before the others see that this rank is gone."""
     cause = failed.__cause__
     ids = part.samples.ids[np.array(failed.sample_ids, np.int64)].tolist()
@@ -287,6 +285,7 @@ def _rank_failed(failed: StepFailed, part: Part, watch: Watch | None) -> RankFai
     reason = " ".join(str(cause).split()) or "no message"
     rank = dist.get_rank()
     message = f"rank {rank} failed in step {failed.step}, {where}: {type(cause).__name__}: {reason[:500]}"
+    watch = current()
     earlier = watch.report(message) if watch else None
     error = RankFailed(f"rank {rank} ends in step {failed.step}, since {earlier}" if earlier else message)
     if earlier is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hbp.train.export import export_model
 from hbp.train.loop import (
     TIMELINE_CELLS,
     TIMELINE_RANKS,
+    StepLimit,
     _timeline,
     evaluate,
     group_names,
@@ -212,3 +214,18 @@ def test_learning_rate_follows_tokens():
     assert learning_rate(config, 400, 200, 10_000) == at(0.05)  # a step stands at its middle
     assert learning_rate(TrainConfig(lr=2.0, warmup=0), 0, 0, 10) == 2.0
     assert learning_rate(TrainConfig(lr=2.0, warmup=1), 5, 0, 10) == 1.0
+
+
+def test_a_step_may_take_ten_times_what_the_slowest_before_makes_likely():
+    rows: list[Row] = [(step, 0, 0, 1, 0, [step]) for step in range(3)]
+    plan = plan_of(rows, np.ones(3, np.int32), 1)
+    plan = dataclasses.replace(plan, predicted_s=np.array([1, 2, 400], np.float32))
+    limit = StepLimit(plan, TrainConfig(hang_minutes=0.5))
+    assert limit.seconds(0) == math.inf  # kernels may be compiled
+    limit.learn(0, 1.5)
+    limit.learn(1, 2.5)
+    assert limit.seconds(1) == 30  # the least
+    assert limit.seconds(2) == pytest.approx(10 * 1.5 * 400)  # a long step after short ones
+    never = StepLimit(plan, TrainConfig(hang_minutes=None))
+    never.learn(0, 1.5)
+    assert never.seconds(1) == math.inf

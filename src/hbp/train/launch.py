@@ -8,7 +8,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from hbp.errors import ERROR_FILE, HbpError, RankFailed, Stopped, report_to_parent, reported_by_rank
+from hbp.train.watch import silence_is_fine
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -154,7 +155,8 @@ def rank_zero_first(group: dist.ProcessGroup | None = None) -> Iterator[bool]:
     first = dist.get_rank() == 0
     failure: list[Exception | None] = [None]
     try:
-        yield first
+        with silence_is_fine() if first else nullcontext():  # planning may not let another thread run for minutes
+            yield first
     except HbpError as error:
         failure = [HbpError(str(error))]
         raise

@@ -33,7 +33,10 @@ from hbp.train.batch import IDLE, SampleSource, make_micro_batch, micro_batches,
 from hbp.train.loss import global_batches
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import forward_backward
+from hbp.train.watch import enter, leave
 
+SLOWER = 10
+"""A step that takes so many times what the slowest before would have it take may have hung."""
 TIMELINE_RANKS = 32
 """First ranks whose micro-steps are logged one by one,"""
 TIMELINE_CELLS = 8_000
@@ -102,6 +105,23 @@ class Efficiency:
     """Model FLOPs of each step of the plan, all ranks together ``[steps]``."""
     peak_flops_per_s: float | None
     """Of one device; None: unknown."""
+
+
+class StepLimit:
+    """How long a rank may stand in a step before it is held to hang: far longer than the steps before make likely."""
+
+    def __init__(self, plan: Plan, config: TrainConfig) -> None:
+        self.predicted = np.maximum(np.bincount(plan.step, plan.predicted_s, plan.n_steps), 1e-9)
+        self.least = math.inf if config.hang_minutes is None else 60 * config.hang_minutes
+        self.pace: float | None = None
+
+    def learn(self, step: int, seconds: float) -> None:
+        """From a step that is done."""
+        self.pace = max(self.pace or 0.0, seconds / float(self.predicted[step]))
+
+    def seconds(self, step: int) -> float:
+        """Of a step to come; without end for the first, in which kernels are compiled and connections made."""
+        return math.inf if self.pace is None else max(self.least, SLOWER * self.pace * float(self.predicted[step]))
 
 
 class StepFailed(Exception):
@@ -202,7 +222,7 @@ def train(
     steps, groups, drawn = global_batches(plan, loss_tokens, config.loss), group_names(plan), timeline_micro_steps(plan)
     work = ((row, steps[step]) for step in range(start.step, plan.n_steps) for row in rows[step])
     batches = micro_batches(plan, work, samples, mesh, rank, device)
-    records: list[StepRecord] = []
+    may_take, records = StepLimit(plan, config), list[StepRecord]()
     began, tokens_done = time.perf_counter() - start.seconds, start.tokens
     for step in range(start.step, plan.n_steps):
         started = time.perf_counter()
@@ -211,9 +231,14 @@ def train(
             group["lr"] = lr
         clock = _MicroClock(device)
         summed = torch.zeros((), dtype=torch.float32, device=device)
+        limit_s = may_take.seconds(step)
+        enter(step, 0, limit_s)
         for micro_step, row in enumerate(rows[step]):
             with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
-                summed += forward_backward(model, next(batches), world_size)
+                batch = next(batches)
+                enter(step, micro_step + 1, limit_s)
+                summed += forward_backward(model, batch, world_size)
+        enter(step, len(rows[step]) + 1, limit_s)
         with _naming_the_pack(plan, step):
             norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
@@ -222,9 +247,11 @@ def train(
             now = time.perf_counter()
             mine = [float(summed), started - began, now - started, float(signal()), memory_bytes(device)]
             gathered = _gather([*mine, *clock.wall, *clock.busy], device)
+        leave()
         n, tokens = len(rows[step]), int(tokens_of_step[step])
         walls, busy = gathered[:, len(mine) : len(mine) + n], gathered[:, len(mine) + n :]
         rank_busy, seconds = busy.sum(axis=1), float(gathered[:, 2].max())
+        may_take.learn(step, seconds)
         tflops, mfu = _efficiency(efficiency, step, seconds * world_size)
         record = StepRecord(
             step=step,
