@@ -6,7 +6,6 @@ Rank 0 plans, without torch, and writes the plan folder; every rank reads the sa
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from hbp.plan import Group, Plan, hash_lengths, read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.prepare import Engine
 from hbp.progress import say
-from hbp.train.launch import rank_zero_first
+from hbp.train.launch import free_memory, rank_zero_first
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import measure_rows
 
@@ -101,7 +100,7 @@ def peak_bytes(engine: Engine, plan: Plan, model: CausalLMWithLoss | None = None
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         peaks = measure_rows(model or engine.fresh_model(), plan, engine.samples, engine.mesh, engine.device)
-    gc.collect()  # modules of a fresh model and their hooks hold each other
+    free_memory()  # of a fresh model
     return max(peaks.values(), default=0.0)
 
 

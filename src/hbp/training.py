@@ -27,7 +27,7 @@ from hbp.progress import Progress
 from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, write_part
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model, source_dtype
-from hbp.train.launch import device_name
+from hbp.train.launch import device_name, free_memory
 from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import CausalLMWithLoss
@@ -178,6 +178,8 @@ def train_strategy(
             export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
     return _result(engine, part, records, eval_loss)
 
+        del run, model, optimizer
+        free_memory()
 
 def _begin_part(part: Part) -> None:
     """Rank 0 clears the logs of a part that is to begin, and notes what it needs to be resumed."""

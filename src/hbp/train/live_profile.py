@@ -6,7 +6,6 @@ a profile takes minutes on hardware that could not hold the model on so few devi
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import ParallelMesh
 from hbp.progress import Progress, say
 from hbp.train.collectives import measure_collectives
-from hbp.train.launch import device_name
+from hbp.train.launch import device_name, free_memory
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import highest, measure_point
 
@@ -125,7 +124,7 @@ def live_profile(
                 stack = f"{height} layers " if height else ""
                 progress.advance(f"{stack}{sum(lengths)} tokens SP{degree} GC{gc_layers}: {point.seconds:.2f} s")
             del model
-            gc.collect()  # modules and their hooks hold each other
+            free_memory()
     fit = fit_cluster(cost.cluster, cost.model, cost.world_size, points, device_name(device), collectives)
     say(f"cost model fitted to {len(points)} micro-batches; held-out median error {fit.held_out_error:.1%}")
     if skipped:
