@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from hbp.plan import Plan
 
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
-PROFILE_LIMIT_S = 170.0
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
 STOPPED = 128 + 15
 """Exit code of a run that a signal ended, as the shell has it for a process that SIGTERM ended."""
@@ -402,7 +401,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
 
         with launch.process_group() as device, watch_others():
             heights = None if args.layers is None else (args.layers, 2 * args.layers)
-            profile_cluster(make_engine(config, device), out, heights, PROFILE_LIMIT_S)
+            profile_cluster(make_engine(config, device), out, heights)
             if not launch.reports_here():
                 return None
     from hbp.report.cost_page import write_cost_page
