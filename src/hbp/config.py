@@ -61,7 +61,10 @@ class ModelConfig(_Section):
         description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
     )
     compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
-    offload_activations: bool = Field(False, description="keep what waits for backward in host memory")
+    offload_activations: bool = Field(
+        False,
+        description="keep what waits for backward in host memory; plans are made as if it stayed on the device",
+    )
 
 
 class ClusterConfig(_Section):
