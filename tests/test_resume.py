@@ -27,7 +27,7 @@ from hbp.errors import HbpError
 from hbp.plan import read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.prepare import Samples
-from hbp.resume import Part, fingerprint, remaining
+from hbp.resume import Part, fingerprint, remaining, run_id
 from hbp.train.checkpoint import list_checkpoints, read_position
 from hbp.train.loop import learning_rate
 
@@ -91,7 +91,9 @@ def test_signal_saves_at_the_same_step_and_exits(job, never_stopped):
     (checkpoint,) = list_checkpoints(folder / "checkpoints")
     assert read_position(checkpoint).step == 3
     assert not (job / "stopped" / "summary.json").exists()
+    name = run_id(config)
     (summary, _), _ = run_ranks(run_here, 2, config)
+    assert run_id(config) == name != run_id(config_of(job, f"run_dir={job / 'whole'}"))
     same_steps(steps_of(folder), steps_of(never_stopped))
     same_model(folder, never_stopped)
     finished = (folder / "steps.jsonl").stat().st_mtime_ns

@@ -24,7 +24,7 @@ from hbp.errors import RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan
 from hbp.prepare import Engine
 from hbp.progress import Progress
-from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, write_part
+from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, run_id, write_part
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model, source_dtype
 from hbp.train.launch import device_name, free_memory
@@ -159,7 +159,9 @@ def train_strategy(
             run.checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
             if dist.get_rank() == 0:
                 shown = engine.config.model_dump(mode="json")
-                run.writers = stack.enter_context(open_writers(engine.config.log, folder, shown))
+                run.writers = stack.enter_context(
+                    open_writers(engine.config.log, folder, shown, run_id(engine.config), run.step)
+                )
             run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
         records = list(before)
         while True:
@@ -176,10 +178,10 @@ def train_strategy(
         eval_loss = run.evaluate()
         if config.export:
             export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
-    return _result(engine, part, records, eval_loss)
-
         del run, model, optimizer
         free_memory()
+    return _result(engine, part, records, eval_loss)
+
 
 def _begin_part(part: Part) -> None:
     """Rank 0 clears the logs of a part that is to begin, and notes what it needs to be resumed."""
