@@ -24,7 +24,7 @@ from hbp.train.loop import (
     StepLimit,
     _timeline,
     evaluate,
-    group_names,
+    groups_of_step,
     learning_rate,
     timeline_micro_steps,
     train,
@@ -108,7 +108,7 @@ def test_records_count_what_was_trained(runs):
         ids = np.concatenate([plan.samples(row)[0] for row in rows])
         assert record.tokens == sum(len(SAMPLES.documents[i][0]) for i in ids)
         assert record.loss_tokens == sum(int(SAMPLES.documents[i][1][1:].sum()) for i in ids)
-        assert record.group == group_names(plan)[record.step]
+        assert record.group == groups_of_step(plan, record.step)
         assert record.tokens_per_s == pytest.approx(record.tokens / record.seconds)
         assert record.grad_norm > 0
         micro_steps = int(plan.micro_step[rows].max()) + 1
@@ -176,11 +176,12 @@ def test_exported_model_is_the_trained_one(runs):
     assert total / SAMPLES.loss_tokens.sum() == pytest.approx(result["eval"], rel=1e-5)
 
 
-def test_group_names():
+def test_groups_of_step():
     lengths = np.array([4, 6, 5], np.int32)
     rows: list[Row] = [(0, 0, 0, 1, 0, [2]), (0, 0, 1, 1, 0, [0]), (1, 0, 0, 2, 3, [1])]
     plan = plan_of(rows, lengths, 2)
-    assert group_names(plan) == ["4/SP1/GC0 + 5/SP1/GC0", "6/SP2/GC3"]
+    assert groups_of_step(plan, 0) == "4/SP1/GC0 + 5/SP1/GC0"
+    assert groups_of_step(plan, 1) == "6/SP2/GC3"
 
 
 def test_micro_steps_are_logged_as_far_as_the_report_draws():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -219,7 +220,7 @@ def train(
     rows = rows_of_rank(plan, rank)
     tokens_of_step = np.bincount(plan.step, weights=plan.tokens(), minlength=plan.n_steps).astype(np.int64)
     tokens_total = start.tokens_total or start.tokens + int(tokens_of_step[start.step :].sum())
-    steps, groups, drawn = global_batches(plan, loss_tokens, config.loss), group_names(plan), timeline_micro_steps(plan)
+    steps, drawn = global_batches(plan, loss_tokens, config.loss), timeline_micro_steps(plan)
     work = ((row, steps[step]) for step in range(start.step, plan.n_steps) for row in rows[step])
     batches = micro_batches(plan, work, samples, mesh, rank, device)
     may_take, records = StepLimit(plan, config), list[StepRecord]()
@@ -263,7 +264,7 @@ def train(
             started_s=float(gathered[0, 1]),
             seconds=seconds,
             tokens_per_s=tokens / seconds,
-            group=groups[step],
+            group=groups_of_step(plan, step),
             skew=_skew(rank_busy),
             slowest_rank=int(rank_busy.argmax()),
             mean_wall_s=float(walls.sum(axis=1).mean()),
@@ -351,16 +352,12 @@ def evaluate(
     return float(_gather([total], device).sum()) / max(int(loss_tokens[plan.sample_ids].sum()), 1)
 
 
-def group_names(plan: Plan) -> list[str]:
-    """The groups of each step for people, such as ``4096/SP1/GC0``; those of several joined by `` + ``."""
-    columns = np.stack([plan.capacity, plan.sp_degree, plan.gc_layers], axis=1).astype(np.int64)
-    settings, setting = np.unique(columns, axis=0, return_inverse=True)
-    labels = [f"{c}/SP{d}/GC{k}" for c, d, k in settings.tolist()]
-    of_step: list[list[str]] = [[] for _ in range(plan.n_steps)]
-    for pair in np.unique(plan.step.astype(np.int64) * len(labels) + setting.ravel()).tolist():
-        of_step[pair // len(labels)].append(labels[pair % len(labels)])
-    known: dict[str, str] = {}  # one string for all steps alike
-    return [known.setdefault(name, name) for name in map(" + ".join, of_step)]
+def groups_of_step(plan: Plan, step: int) -> str:
+    """The groups of a step for people, such as ``4096/SP1/GC0``."""
+    a, b = np.searchsorted(plan.step, [step, step + 1])
+    keys = plan.capacity[a:b].astype(np.int64) << 32 | plan.sp_degree[a:b].astype(np.int64) << 16 | plan.gc_layers[a:b]
+    settings = [(key >> 32, key >> 16 & 0xFFFF, key & 0xFFFF) for key in np.unique(keys).tolist()]
+    return sys.intern(" + ".join(f"{c}/SP{d}/GC{k}" for c, d, k in settings))
 
 
 def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, tokens_total: int) -> float:
