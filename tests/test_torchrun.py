@@ -113,33 +113,6 @@ def test_a_rank_of_another_node_is_killed(job, interfering):
     assert any("hbp: error: rank" in said and "in step " in said for _, said in outs)
 
 
-def test_a_rank_that_hangs_while_its_heartbeat_lives_is_named(job, interfering):
-    interfering("TEST_STUCK", "data")
-    running = start(job, f"run_dir={job / 'stuck'}", "train.hang_minutes=0.05")
-    _, said = running.communicate(timeout=120)
-    assert running.returncode == 1
-    (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
-    assert error.startswith("hbp: error: rank 1 hangs in step ")
-
-
-def test_a_rank_of_another_node_is_lost_before_the_first_step(job, interfering):
-    """While the model is loaded: its machine says nothing any more, and no connection ends."""
-    interfering("TEST_STUCK", "loading")
-    interfering("TEST_MARK", str(job / "loads"))
-    launchers = nodes(job, "lost-early")
-    ranks = [ranks_of(launcher, 1)[0] for launcher in launchers]
-    wait_for((job / "loads").exists)
-    second = next(
-        i for i, pid in enumerate(ranks) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    )
-    os.kill(ranks[second], signal.SIGSTOP)
-    _, said = launchers[1 - second].communicate(timeout=60)
-    os.kill(ranks[second], signal.SIGKILL)
-    launchers[second].communicate(timeout=60)
-    assert launchers[1 - second].returncode != 0
-    assert "rank 1 has not been heard of for 15 s" in said
-
-
 def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering):
     interfering("TEST_FAIL_AT", "3")
     running = start(job, f"run_dir={job / 'raised'}")
@@ -167,3 +140,29 @@ def test_a_signal_saves_and_exits(job, interfering, number, to):
     assert "Traceback" not in said
     (checkpoint,) = list_checkpoints(run / "hbp" / "checkpoints")
     assert read_position(checkpoint).run_step == len(steps_of(run / "hbp"))
+
+
+def test_a_rank_that_hangs_while_its_heartbeat_lives_is_named(job, interfering):
+    interfering("TEST_STUCK", "data")
+    running = start(job, f"run_dir={job / 'stuck'}", "train.hang_minutes=0.05")
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 1
+    (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
+    assert error.startswith("hbp: error: rank 1 hangs in step ")
+
+
+def test_a_rank_of_another_node_is_lost_before_the_first_step(job, interfering):
+    """While the model is loaded: its machine says nothing any more, and no connection ends."""
+    interfering("TEST_STUCK", "loading")
+    interfering("TEST_MARK", str(job / "loads"))
+    launchers = nodes(job, "lost-early")
+    ranks = [ranks_of(launcher, 1)[0] for launcher in launchers]
+    wait_for((job / "loads").exists)
+    environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
+    second = 1 if b"RANK=1" in environments[1] else 0
+    os.kill(ranks[second], signal.SIGSTOP)
+    _, said = launchers[1 - second].communicate(timeout=60)
+    os.kill(ranks[second], signal.SIGKILL)
+    launchers[second].communicate(timeout=60)
+    assert launchers[1 - second].returncode != 0
+    assert "rank 1 has not been heard of for 15 s" in said

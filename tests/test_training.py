@@ -20,12 +20,12 @@ from hbp.training import by_group
 
 
 def models_alive(rank: int, world: int, config: Config) -> list[int]:
-    """How many models of before are still there whenever another is made, and at the end."""
+    """How many models of before are still there whenever another has been made, and at the end."""
     plain, made, alive = Engine.fresh_model, [], []
 
     def fresh_model(engine: Engine) -> CausalLMWithLoss:
-        alive.append(sum(model() is not None for model in made))
         model = plain(engine)
+        alive.append(sum(earlier() is not None for earlier in made))
         made.append(weakref.ref(model))
         return model
 

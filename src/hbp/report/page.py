@@ -178,8 +178,8 @@ def _rows(plan: Plan, group: Group) -> npt.NDArray[np.bool_]:
 
 def _busy(part: _Part) -> float | None:
     """Measured share of the micro-steps' time that ranks worked."""
-    wall = sum(step["mean_wall_s"] for step in part.steps)
-    return sum(step["mean_busy_s"] for step in part.steps) / wall if wall else None
+    wall = sum(step.get("mean_wall_s", 0.0) for step in part.steps)  # not in an earlier version's log
+    return sum(step.get("mean_busy_s", 0.0) for step in part.steps) / wall if wall else None
 
 
 def _predicted_speedup(parts: list[_Part]) -> float | None:
