@@ -40,7 +40,7 @@ from hbp.data.store import TokenStore, write_store
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Group, Plan
 from hbp.planning.planner import make_plan
-from hbp.train.launch import CPU_ENVIRONMENT, device_name, process_group
+from hbp.train.launch import CPU_ENVIRONMENT, device_name, free_memory, process_group
 from hbp.train.loop import Efficiency, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import load_model, shard
@@ -115,6 +115,8 @@ def measure(plan: Plan, store: TokenStore, model_folder: str, cost: CostModel, d
     efficiency = Efficiency(step_flops(plan, cost.model), peak_flops_per_s(device))
     config = TrainConfig(lr=1e-5)
     records = train(model, plan, store, store.loss_tokens, mesh, config, device, efficiency=efficiency)[1:]
+    del model
+    free_memory()
     seconds = sum(record.seconds for record in records)
     mfu = [record.mfu * record.seconds for record in records if record.mfu is not None]
     return {
@@ -193,9 +195,8 @@ def main() -> None:
             "naive": make_plan(store.lengths, cost, strategy="concat", static=full_gc, **options),
         }
         sides = {side: measure(plan, store, weights, cost, device) for side, plan in plans.items()}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        sides["trl"] = measure_trl(size, store, scratch, weights)
+        if not args.no_trl:
+            sides["trl"] = measure_trl(size, store, scratch, weights)
         result = {
             "command": "python benchmarks/gpu_train.py" + (" --quick" if args.quick else ""),
             "date": datetime.date.today().isoformat(),

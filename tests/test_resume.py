@@ -17,17 +17,18 @@ from jobs import config_of, ranks_of, run_here, start, steps_of, write_job
 from safetensors.torch import load_file
 from workers import run_ranks
 
-from hbp import live_plan
+from hbp import live_plan, training
 from hbp.config import Config
 from hbp.cost.cluster import CLUSTERS, ClusterSpec
 from hbp.cost.model_spec import ModelSpec
 from hbp.cost.predict import CostModel
 from hbp.data.store import open_store
+from hbp.errors import HbpError
 from hbp.plan import read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.prepare import Samples
 from hbp.report.page import write_report
-from hbp.resume import Part, fingerprint, remaining
+from hbp.resume import Part, fingerprint, remaining, run_id
 from hbp.simulate import step_seconds
 from hbp.train.checkpoint import list_checkpoints, read_position
 from hbp.train.loop import learning_rate
@@ -92,7 +93,9 @@ def test_signal_saves_at_the_same_step_and_exits(job, never_stopped):
     (checkpoint,) = list_checkpoints(folder / "checkpoints")
     assert read_position(checkpoint).step == 3
     assert not (job / "stopped" / "summary.json").exists()
+    name = run_id(config)
     (summary, _), _ = run_ranks(run_here, 2, config)
+    assert run_id(config) == name != run_id(config_of(job, f"run_dir={job / 'whole'}"))
     same_steps(steps_of(folder), steps_of(never_stopped))
     same_model(folder, never_stopped)
     finished = (folder / "steps.jsonl").stat().st_mtime_ns
@@ -180,6 +183,27 @@ def test_epochs_resume_and_are_planned_anew(job):
         again = job / "epochs-stopped" / part.relative_to(job / "epochs")
         same_steps(steps_of(again), steps_of(part))
     assert steps_of(parts[1])[-1]["lr"] < steps_of(parts[0])[-1]["lr"]  # one schedule over all epochs
+
+
+def run_without_disk(rank: int, world: int, config: Config) -> Any:
+    """:func:`run_here`, but the model cannot be exported."""
+    with mock.patch.object(training, "export_model", side_effect=HbpError("the disk is full")):
+        return run_here(rank, world, config)
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_a_failed_export_loses_no_training(job, never_stopped, ranks):
+    """A checkpoint is saved before it, whatever is asked for; the same command goes on there, on other ranks too."""
+    config = config_of(job, f"run_dir={job / f'full-{ranks}'}", "train.save_steps=null")
+    folder = job / f"full-{ranks}" / "hbp"
+    ((said, _), _) = run_ranks(run_without_disk, 2, config)
+    assert said == "the disk is full"
+    ((summary, said), *_) = run_ranks(run_here, ranks, config)
+    steps = len(steps_of(never_stopped))
+    assert f"step {steps}, " in said
+    assert summary["results"][0]["steps"] == steps == len(steps_of(folder))
+    same_steps(steps_of(folder), steps_of(never_stopped))
+    same_model(folder, never_stopped)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_used(job, never_stopped):

@@ -30,6 +30,24 @@ if os.environ.get("RANK") and "hbp" in sys.orig_argv:
             raise RuntimeError("the device\\nfell off the bus")
         return plain(model, batch, scale)
     loop.forward_backward = forward_backward
+
+    stuck = os.environ.get("TEST_STUCK") if os.environ["RANK"] == "1" else None
+    if stuck == "data":  # from the sixth micro-batch on; the heartbeat's thread lives
+        batches = loop.micro_batches
+        def micro_batches(*arguments):
+            for number, batch in enumerate(batches(*arguments)):
+                time.sleep(600 if number == 5 else 0)
+                yield batch
+        loop.micro_batches = micro_batches
+    if stuck == "loading":
+        import hbp.prepare
+        def load_sharded(*arguments, **options):
+            open(os.environ["TEST_MARK"], "w").close()
+            time.sleep(600)
+        hbp.prepare.load_sharded = load_sharded
+    if os.environ.get("TEST_STUCK"):
+        import hbp.train.watch as watch
+        watch.watch_others.__wrapped__.__defaults__ = (0.5, 15.0)
 """
 
 
@@ -142,3 +160,29 @@ def test_a_signal_saves_and_exits(job, interfering, number, to):
     assert "Traceback" not in said
     (checkpoint,) = list_checkpoints(run / "hbp" / "checkpoints")
     assert read_position(checkpoint).run_step == len(steps_of(run / "hbp"))
+
+
+def test_a_rank_that_hangs_while_its_heartbeat_lives_is_named(job, interfering):
+    interfering("TEST_STUCK", "data")
+    running = start(job, f"run_dir={job / 'stuck'}", "train.hang_minutes=0.05")
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 1
+    (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
+    assert error.startswith("hbp: error: rank 1 hangs in step ")
+
+
+def test_a_rank_of_another_node_is_lost_before_the_first_step(job, interfering):
+    """While the model is loaded: its machine says nothing any more, and no connection ends."""
+    interfering("TEST_STUCK", "loading")
+    interfering("TEST_MARK", str(job / "loads"))
+    launchers = nodes(job, "lost-early")
+    ranks = [ranks_of(launcher, 1)[0] for launcher in launchers]
+    wait_for((job / "loads").exists)
+    environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
+    second = 1 if b"RANK=1" in environments[1] else 0
+    os.kill(ranks[second], signal.SIGSTOP)
+    _, said = launchers[1 - second].communicate(timeout=60)
+    os.kill(ranks[second], signal.SIGKILL)
+    launchers[second].communicate(timeout=60)
+    assert launchers[1 - second].returncode != 0
+    assert "rank 1 has not been heard of for 15 s" in said

@@ -21,6 +21,7 @@ from hbp.plan import Group, Plan
 from hbp.prepare import Engine
 from hbp.progress import say
 from hbp.resume import Part, part_folder
+from hbp.train.launch import free_memory
 from hbp.train.model import CausalLMWithLoss
 from hbp.training import train_strategy
 
@@ -48,8 +49,8 @@ def train_baseline(
     global_batch = global_batch_tokens(ours, engine.config)
     trials: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
-    model = engine.fresh_model()
     for degree in engine.cost.degrees():
+        model = engine.fresh_model()
         gc_layers = engine.cost.fewest_gc_layers(longest, degree)
         # The model errs on the safe side, so look one layer below what it asks for.
         for k in range(max(0, (n_layers if gc_layers is None else gc_layers) - 1), n_layers + 1):
@@ -67,12 +68,17 @@ def train_baseline(
             def next_epoch(last: Part, _: object, epochs: Sequence[Part] = epochs) -> Part:
                 return epochs[last.epoch + 1]
 
+            del model
+            free_memory()  # training makes its own
             result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plan)
             trial["tokens_per_s"] = result["tokens_per_s"]
             if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
                 best = result
                 _replace_folder(folder, run / strategy)
             break
+        else:  # nothing fits, nothing was trained
+            del model
+            free_memory()
     if best is None:
         raise HbpError(f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib")
     for degree in engine.cost.degrees():

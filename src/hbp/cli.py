@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from hbp.plan import Plan
 
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
-PROFILE_LIMIT_S = 170.0
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
 STOPPED = 128 + 15
 """Exit code of a run that a signal ended, as the shell has it for a process that SIGTERM ended."""
@@ -270,7 +269,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(args.config, args.overrides)
     run = Path(config.run_dir)
     if not launch.under_torchrun():
-        _check_before_launch(config)
+        _check_before_launch(config, logs=True)
         launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
         summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     else:
@@ -291,7 +290,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     return {**summary, "report": str(page)}
 
 
-def _check_before_launch(config: Any) -> None:
+def _check_before_launch(config: Any, *, logs: bool) -> None:
     """Find what can be wrong with the input before any process is started."""
     import numpy as np
     import torch
@@ -299,6 +298,7 @@ def _check_before_launch(config: Any) -> None:
     from hbp.job import check_strategies
     from hbp.live_plan import check_plan
     from hbp.plan import read_plan
+    from hbp.preflight import check_ready
     from hbp.prepare import prepare, split_samples
     from hbp.resume import may_resume
 
@@ -306,6 +306,7 @@ def _check_before_launch(config: Any) -> None:
     if 0 < gpus < config.cluster.processes:
         raise HbpError(f"cluster.processes is {config.cluster.processes} but this machine has {gpus} GPUs; lower it")
     check_strategies(config)
+    check_ready(config, logs=logs)
     store = prepare(config)
     train_ids, _ = split_samples(store.lengths, config)
     if config.plan.path is not None and not may_resume(config):
@@ -321,17 +322,18 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.layers is not None and args.layers < 1:
         raise HbpError(f"--layers {args.layers}: give at least 1")
     if not launch.under_torchrun():
-        _check_before_launch(config)
+        _check_before_launch(config, logs=False)
         layers = [] if args.layers is None else ["--layers", str(args.layers)]
         arguments = ["profile", str(args.config), *args.overrides, "--out", str(out), *layers]
         launch.launch_local(arguments, config.cluster.processes)
     else:
         from hbp.cluster_profile import profile_cluster
         from hbp.prepare import make_engine
+        from hbp.train.watch import watch_others
 
-        with launch.process_group() as device:
+        with launch.process_group() as device, watch_others():
             heights = None if args.layers is None else (args.layers, 2 * args.layers)
-            profile_cluster(make_engine(config, device), out, heights, PROFILE_LIMIT_S)
+            profile_cluster(make_engine(config, device), out, heights)
             if not launch.reports_here():
                 return None
     from hbp.report.cost_page import write_cost_page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +21,11 @@ from hbp.train.model import CausalLMWithLoss, shard
 if TYPE_CHECKING:
     from hbp.prepare import Engine
 
+PROFILE_LIMIT_S = 170.0
+
 
 def profile_cluster(
-    engine: Engine, out: Path, heights: Sequence[int] | None = None, limit_s: float = math.inf
+    engine: Engine, out: Path, heights: Sequence[int] | None = None, limit_s: float = PROFILE_LIMIT_S
 ) -> ClusterSpec:
     """The cluster as measured on this engine with packs of its data; rank 0 writes the profile file. A collective.
 
@@ -32,7 +33,7 @@ def profile_cluster(
         engine: whose cluster keeps what cannot be measured.
         out: the file.
         heights: layers of the stacks to measure; none given: the whole model where it is small, else two stacks.
-        limit_s: no micro-batch is begun later than this.
+        limit_s: micro-batches that would end later are left out.
     """
     lengths, cost = engine.samples.lengths, engine.cost
     if heights is None:

@@ -61,7 +61,10 @@ class ModelConfig(_Section):
         description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
     )
     compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
-    offload_activations: bool = Field(False, description="keep what waits for backward in host memory")
+    offload_activations: bool = Field(
+        False,
+        description="keep what waits for backward in host memory; plans are made as if it stayed on the device",
+    )
 
 
 class ClusterConfig(_Section):
@@ -125,6 +128,12 @@ class TrainConfig(_Section):
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; none: only at the end")
     eval_tokens: int | None = Field(None, ge=1, description="tokens between evaluations; none: not by tokens")
+    hang_minutes: float | None = Field(
+        8.0,
+        gt=0,
+        description="end the run when a rank has kept the others waiting in a step for so long, and for ten times what "
+        "the slowest step before would have it take; none: only where collectives give up",
+    )
     trace_steps: tuple[int, int] | None = Field(
         None, description="[first, count]: steps to trace with torch's profiler, counted from where the run starts"
     )

@@ -28,10 +28,13 @@ from hbp.errors import HbpError
 from hbp.live_plan import as_planned, evaluation_plan, global_batch_tokens, plan_to_run, plan_within_memory
 from hbp.plan import read_info, read_plan
 from hbp.planning.planner import STRATEGIES
+from hbp.preflight import check_ready
 from hbp.prepare import Engine, make_engine
 from hbp.progress import say
 from hbp.resume import Part, Point, part_folder
+from hbp.train.launch import rank_zero_first
 from hbp.train.model import CausalLMWithLoss
+from hbp.train.watch import watch_others
 from hbp.training import train_strategy
 
 
@@ -41,6 +44,14 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
     Raises:
         Stopped: a signal ended it; the state is saved.
     """
+    with watch_others():
+        with rank_zero_first() as first:  # before data are prepared; the other nodes may lack what only rank 0 needs
+            if first:
+                check_ready(config)
+        return _run(config, device)
+
+
+def _run(config: Config, device: torch.device) -> dict[str, Any]:
     ours = check_strategies(config)
     run, engine = Path(config.run_dir), make_engine(config, device)
     fingerprint = engine.samples.store.fingerprint

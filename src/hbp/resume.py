@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ CHECKPOINTS = "checkpoints"
 FREE = (
     "run_dir", "cluster.processes", "data.processes", "plan.baseline", "train.resume", "train.save_minutes",
     "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "train.eval_tokens", "train.trace_steps",
-    "train.export", "log.",
+    "train.export", "train.hang_minutes", "log.",
 )  # fmt: skip
 """Options that may change between a run and its resumption: nothing that is trained depends on them."""
 
@@ -117,11 +118,22 @@ def may_resume(config: Config) -> bool:
 
 def write_run(config: Config, store_fingerprint: str, *, trained: bool) -> None:
     """Note whose run the folder holds. Rank 0."""
-    text = json.dumps({"identity": identity(config, store_fingerprint), "trained": trained}, indent=1)
     path = Path(config.run_dir) / RUN
+    run = {
+        "identity": identity(config, store_fingerprint),
+        "trained": trained,
+        "id": run_id(config) or uuid.uuid4().hex,
+    }
+    text = json.dumps(run, indent=1)
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n")
     partial.rename(path)
+
+
+def run_id(config: Config) -> str | None:
+    """Names the run that the folder holds, to whoever it is logged to, however often it is resumed."""
+    there = _read(Path(config.run_dir) / RUN)
+    return None if there is None else there.get("id")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

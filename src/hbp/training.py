@@ -25,17 +25,17 @@ from hbp.errors import RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.prepare import Engine
 from hbp.progress import Progress
-from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, write_part
+from hbp.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, run_id, write_part
 from hbp.simulate import step_seconds
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
-from hbp.train.export import export_model
-from hbp.train.launch import device_name
+from hbp.train.export import export_model, source_dtype
+from hbp.train.launch import device_name, free_memory
 from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.signals import Received, stop_signals
 from hbp.train.trace import trace
-from hbp.train.watch import Watch, watch_others
+from hbp.train.watch import current
 from hbp.train.writers import Writer, line_of, open_writers, read_records, scalars_of
 
 SHOWN_SAMPLES = 8
@@ -59,8 +59,12 @@ class _Run:
     step: int = 0
     """Of the whole run."""
     tokens: int = 0
+    mark: str = ""
+    """Fingerprint of the part's plan."""
     saved_s: float = 0.0
     """Seconds of the part at which the state was last saved."""
+    saved_step: int = 0
+    """Step of the run at which it was."""
     evaluated: tuple[int, int] = (0, 0)
     """Step and tokens at which the held-out loss was last taken."""
     eval_loss: float | None = None
@@ -92,6 +96,16 @@ class _Run:
         steps, tokens = self.step - self.evaluated[0], self.tokens - self.evaluated[1]
         by_steps = config.eval_steps is not None and steps >= config.eval_steps
         return by_steps or (config.eval_tokens is not None and tokens >= config.eval_tokens)
+
+    def save(self, part: Part, step: int) -> None:
+        """Save a checkpoint after the first `step` steps of a part, unless there is one; if any are kept."""
+        if self.checkpoints is None or self.step == self.saved_step:
+            return
+        position = Position(
+            part.number, step, self.step, self.tokens, self.tokens_total, self.mark, dist.get_world_size()
+        )
+        self.checkpoints.save(self.model, self.optimizer, position)
+        self.saved_step = self.step
 
     def save_due(self, seconds: float) -> bool:
         """By steps or by time."""
@@ -130,7 +144,7 @@ def train_strategy(
     """
     config = engine.config.train
     folder.mkdir(parents=True, exist_ok=True)
-    model = engine.fresh_model()
+    dtype, model = source_dtype(engine.config.model.path), engine.fresh_model()
     records, step = _take_up_logs(folder, part, point)
     optimizer = make_optimizer(model, config)
     with ExitStack() as stack:
@@ -142,12 +156,14 @@ def train_strategy(
         if point:
             load_checkpoint(point.checkpoint, model, optimizer, engine.config.seed)
             run.step, run.tokens = point.position.run_step, point.position.tokens
-            run.evaluated = (run.step, run.tokens)
+            run.evaluated, run.saved_step = (run.step, run.tokens), run.step
         if keeps_state:
             run.checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
             if dist.get_rank() == 0:
                 shown = engine.config.model_dump(mode="json")
-                run.writers = stack.enter_context(open_writers(engine.config.log, folder, shown))
+                run.writers = stack.enter_context(
+                    open_writers(engine.config.log, folder, shown, run_id(engine.config), run.step)
+                )
             run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
         while True:
             records[-1] += _train_part(run, part, step, before_here=_seconds(records[-1]))
@@ -158,12 +174,14 @@ def train_strategy(
             part, step = next_part(part, model), 0
             _begin_part(part)
             records.append([])
-        with watch_others():
-            if run.checkpoints:
-                run.checkpoints.close()
-            eval_loss = run.evaluate()
-            if config.export:
-                export_model(model, folder / "model", engine.samples.store.tokenizer)
+        run.save(part, part.plan.n_steps)  # whatever becomes of the export
+        if run.checkpoints:
+            run.checkpoints.close()
+        eval_loss = run.evaluate()
+        if config.export:
+            export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
+        del run, model, optimizer
+        free_memory()
     return _result(engine, folder, part, records, eval_loss)
 
 
@@ -188,9 +206,8 @@ def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[l
         return [[]], 0
     at = point.position
     logs = [part_folder(folder, number) / "steps.jsonl" for number in range(at.part + 1)]
-    records = [read_records(log) for log in logs]
+    records = [_read_log(log) for log in logs]
     records[-1] = records[-1][: at.step]
-    dist.barrier()  # every rank has read them
     if dist.get_rank() == 0:
         logs[-1].write_text("".join(map(line_of, records[-1])))
         _cut_evaluations(folder / "eval.jsonl", at.run_step)
@@ -202,6 +219,13 @@ def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[l
         return records, at.step
     _begin_part(part)
     return [*records, []], 0
+
+
+def _read_log(log: Path) -> list[StepRecord]:
+    """The records of a log on every rank, read by the first. A collective."""
+    records: list[Any] = [read_records(log) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(records)
+    return list(records[0])
 
 
 def _cut_evaluations(log: Path, run_step: int) -> None:
@@ -218,7 +242,9 @@ def _cut_evaluations(log: Path, run_step: int) -> None:
 
 def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> list[StepRecord]:
     engine, plan = run.engine, part.plan
-    mark = fingerprint(plan)
+    run.mark = fingerprint(plan)
+    if first_step == plan.n_steps:  # resumed for what comes after; the plan may be one of other ranks
+        return []
     run.saved_s = before_here
     efficiency = Efficiency(step_flops(plan, engine.cost.model), run.peak_flops)
     start = Start(first_step, run.tokens, run.tokens_total, before_here)
@@ -227,7 +253,6 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
     with ExitStack() as stack:
         log = stack.enter_context((part.folder / "steps.jsonl").open("a")) if dist.get_rank() == 0 else None
         progress = stack.enter_context(Progress(plan.info.strategy, left))
-        watch = stack.enter_context(watch_others())
 
         def on_step(record: StepRecord) -> bool:
             run.step, run.tokens = run.step + 1, run.tokens + record.tokens
@@ -245,10 +270,7 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
                 run.evaluate()
             seconds = record.started_s + record.seconds
             if run.checkpoints and (record.signal or run.save_due(seconds)):
-                position = Position(
-                    part.number, record.step + 1, run.step, run.tokens, run.tokens_total, mark, dist.get_world_size()
-                )
-                run.checkpoints.save(run.model, run.optimizer, position)
+                run.save(part, record.step + 1)
                 run.saved_s = seconds
                 run.stopped_by = record.signal
             return run.stopped_by != 0
@@ -260,10 +282,10 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
                 optimizer=run.optimizer, start=start, signal=run.received, efficiency=efficiency,
             )  # fmt: skip
         except StepFailed as failed:
-            raise _rank_failed(failed, part, watch) from failed.__cause__
+            raise _rank_failed(failed, part) from failed.__cause__
 
 
-def _rank_failed(failed: StepFailed, part: Part, watch: Watch | None) -> RankFailed:
+def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
     """The one line about a step that raised, left for the parent before the others see that this rank is gone."""
     cause = failed.__cause__
     ids = part.samples.ids[np.array(failed.sample_ids, np.int64)].tolist()
@@ -274,6 +296,7 @@ def _rank_failed(failed: StepFailed, part: Part, watch: Watch | None) -> RankFai
     reason = " ".join(str(cause).split()) or "no message"
     rank = dist.get_rank()
     message = f"rank {rank} failed in step {failed.step}, {where}: {type(cause).__name__}: {reason[:500]}"
+    watch = current()
     earlier = watch.report(message) if watch else None
     error = RankFailed(f"rank {rank} ends in step {failed.step}, since {earlier}" if earlier else message)
     if earlier is None:
@@ -354,6 +377,6 @@ def by_group(records: Sequence[StepRecord]) -> dict[str, dict[str, float | None]
             "tokens_per_s": sum(record.tokens for record in own) / seconds,
             "mfu": sum(known) / seconds if known else None,
             "skew": float(np.median([record.skew for record in own])),
-            "memory_bytes": max(max(record.rank_memory_bytes) for record in own),
+            "memory_bytes": max(record.memory_bytes for record in own),
         }
     return table

@@ -51,8 +51,11 @@ def _steps(plan: Plan, slower: float) -> list[dict[str, object]]:
                 "tokens": int(plan.tokens()[plan.step == step].sum()),
                 "started_s": began,
                 "seconds": seconds,
-                "rank_wall_s": np.tile(wall, (WORLD, 1)).tolist(),
-                "rank_busy_s": busy.tolist(),
+                "mean_wall_s": seconds,
+                "mean_busy_s": float(busy.sum(axis=1).mean()),
+                # The last steps are beyond what is logged rank by rank.
+                "rank_wall_s": np.tile(wall, (WORLD, 1)).tolist() if step < plan.n_steps - 2 else [],
+                "rank_busy_s": busy.tolist() if step < plan.n_steps - 2 else [],
             }
         )
         began += seconds

@@ -140,3 +140,16 @@ def test_killed_rank_is_named_in_one_line_and_the_others_stop(job: Path) -> None
         assert "rank 1 was ended by SIGKILL" in errors[0]
         assert "Traceback" not in said
         assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_what_can_be_known_before_is_refused_before_data_are_prepared(job, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(job / "none"))
+    run = f"run_dir={job / 'refused'}"
+    gemma = write_config(job / "gemma", {"model_type": "gemma2"})
+    (line,) = refused(job, run, f"model.path={gemma}")
+    assert line.startswith("hbp: error: gemma2 models are not known here; this trains llama")
+    (line,) = refused(job, run, "log.wandb_project=packing")
+    assert line.startswith("hbp: error: log.wandb_project needs ")
+    assert not (job / "refused").exists()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from workers import CPU, LLAMA, run_ranks, write_config
 
 from hbp.cost.cluster import CLUSTERS
-from hbp.cost.fit import predict_bytes
+from hbp.cost.fit import Point, predict_bytes, predict_point
 from hbp.cost.model_spec import spec_from_config
 from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import make_mesh
+from hbp.train import live_profile as live_profile_module
 from hbp.train.layer_stack import load_stack
 from hbp.train.live_profile import LiveProfile, live_profile, packs_to_measure
 from hbp.train.model import CausalLMWithLoss, load_model, shard
@@ -88,3 +92,34 @@ def test_single_rank_measures_no_collectives(tmp_path: Path) -> None:
 
 def _alone(rank: int, world: int, folder: str) -> LiveProfile:
     return profile(folder, world, (1, 2), math.inf)
+
+
+def by_a_clock(rank: int, world: int, folder: str, limit_s: float) -> tuple[float, LiveProfile]:
+    """Every pack takes a hundred times what is predicted; seconds that have passed at the end."""
+    now, cost = [0.0], CostModel(SPEC, CLUSTERS["cpu-local"], world)
+
+    def measured(model: Any, mesh: Any, lengths: Any, degree: int, gc: int, *, device: Any, repeats: int = 3) -> Point:
+        point = Point(tuple(lengths), degree, gc, 0.1, 1e9)
+        now[0] += 100 * predict_point(cost, point) if repeats else 0.0
+        return point
+
+    with (
+        mock.patch.object(live_profile_module, "measure_point", measured),
+        mock.patch.object(
+            live_profile_module, "fit_cluster", mock.Mock(return_value=SimpleNamespace(held_out_error=0.0))
+        ),
+        mock.patch.object(live_profile_module, "time", SimpleNamespace(monotonic=lambda: now[0])),
+    ):
+        found = profile(folder, world, (), limit_s)
+    return now[0], found
+
+
+def test_no_pack_ends_after_the_limit(tmp_path: Path) -> None:
+    """One is not begun that, as slow as the last against its prediction, would end later."""
+    folder = write_config(tmp_path / "model", DEEP)
+    ((whole_s, whole),) = run_ranks(by_a_clock, 1, folder, math.inf)
+    ((short_s, short),) = run_ranks(by_a_clock, 1, folder, whole_s / 2)
+    assert whole.skipped == 0
+    assert short.skipped > 0
+    assert len(short.points) > 1
+    assert short_s <= whole_s / 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -15,8 +16,19 @@ from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
+from hbp.report.explorer import MOST_CELLS, MOST_RANKS
 from hbp.train.export import export_model
-from hbp.train.loop import evaluate, groups_of_step, learning_rate, train
+from hbp.train.loop import (
+    TIMELINE_CELLS,
+    TIMELINE_RANKS,
+    StepLimit,
+    _timeline,
+    evaluate,
+    groups_of_step,
+    learning_rate,
+    timeline_micro_steps,
+    train,
+)
 from hbp.train.model import load_model, shard
 
 WORLD = 2
@@ -104,6 +116,9 @@ def test_records_count_what_was_trained(runs):
         assert walls.shape == busy.shape == (WORLD, micro_steps)
         assert (busy <= walls).all()
         assert (walls.sum(axis=1) <= record.seconds + 1e-4).all()
+        assert record.mean_wall_s == pytest.approx(walls.sum(axis=1).mean(), abs=1e-4)
+        assert record.mean_busy_s == pytest.approx(busy.sum(axis=1).mean(), abs=1e-4)
+        assert busy[record.slowest_rank].sum() == pytest.approx(busy.sum(axis=1).max(), abs=1e-4)
     assert sum(r.tokens for r in records["planned"]) == plan.info.n_tokens
 
 
@@ -169,6 +184,20 @@ def test_groups_of_step():
     assert groups_of_step(plan, 1) == "6/SP2/GC3"
 
 
+def test_micro_steps_are_logged_as_far_as_the_report_draws():
+    """However many ranks and steps there are: a line without them is as long as any other."""
+    assert (TIMELINE_RANKS, TIMELINE_CELLS) == (MOST_RANKS, MOST_CELLS)
+    world, steps, micro = 64, 90, 3
+    rows: list[Row] = [(s, m, 0, 64, 0, [s * micro + m]) for s in range(steps) for m in range(micro)]
+    plan = plan_of(rows, np.ones(steps * micro, np.int32), world)
+    drawn = timeline_micro_steps(plan)
+    assert drawn == [3] * 83 + [1] + [0] * 6
+    seconds = np.ones((world, micro))
+    assert np.shape(_timeline(seconds, drawn[0])) == (TIMELINE_RANKS, micro)
+    assert sum(np.size(_timeline(seconds, n)) for n in drawn) == TIMELINE_CELLS
+    assert _timeline(seconds, drawn[-1]) == []
+
+
 def test_learning_rate_follows_tokens():
     config = TrainConfig(lr=2.0, warmup=0.1, final_lr=0.25)
 
@@ -186,3 +215,18 @@ def test_learning_rate_follows_tokens():
     assert learning_rate(config, 400, 200, 10_000) == at(0.05)  # a step stands at its middle
     assert learning_rate(TrainConfig(lr=2.0, warmup=0), 0, 0, 10) == 2.0
     assert learning_rate(TrainConfig(lr=2.0, warmup=1), 5, 0, 10) == 1.0
+
+
+def test_a_step_may_take_ten_times_what_the_slowest_before_makes_likely():
+    rows: list[Row] = [(step, 0, 0, 1, 0, [step]) for step in range(3)]
+    plan = plan_of(rows, np.ones(3, np.int32), 1)
+    plan = dataclasses.replace(plan, predicted_s=np.array([1, 2, 400], np.float32))
+    limit = StepLimit(plan, TrainConfig(hang_minutes=0.5))
+    assert limit.seconds(0) == math.inf  # kernels may be compiled
+    limit.learn(0, 1.5)
+    limit.learn(1, 2.5)
+    assert limit.seconds(1) == 30  # the least
+    assert limit.seconds(2) == pytest.approx(10 * 1.5 * 400)  # a long step after short ones
+    never = StepLimit(plan, TrainConfig(hang_minutes=None))
+    never.learn(0, 1.5)
+    assert never.seconds(1) == math.inf

@@ -90,7 +90,8 @@ def test_nothing_to_load(tmp_path):
 
 
 REFUSED = {
-    "gpt2 models can be planned for but not trained yet; this trains llama, mistral": {"model_type": "gpt2"},
+    "gpt2 models are not known here; this trains llama, mistral": {"model_type": "gpt2"},
+    "deepseek_v3 models can be planned for but not trained yet; this": {"model_type": "deepseek_v3"},
     "rotary embedding is 'dynamic', which depends on": {
         **LLAMA,
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch.distributed as dist
 SCRIPT = """
     import os, sys, time
     import torch.distributed as dist
-    from hbp.train.watch import watch_others
+    from hbp.train.watch import enter, leave, silence_is_fine, watch_others
 
     rank, doing = int(os.environ["RANK"]), sys.argv[1]
     dist.init_process_group("gloo")
@@ -25,10 +26,24 @@ SCRIPT = """
             assert watch.report("rank 1 failed in step 7") is None
             time.sleep(0.5)
             os._exit(3)
+        if doing == "stall":  # rank 1 does not get to its second micro-step; its heartbeat goes on
+            enter(7, 2 - rank, 1.0)
+        if doing == "wait":
+            enter(7, 2, 1.0)
+            if rank == 1:  # outside of steps for longer than a step may take, then at the same place as the other
+                leave()
+                time.sleep(3)
+                enter(7, 2, 1.0)
+            time.sleep(3)
+            leave()
+        if doing == "quiet" and rank == 1:
+            with silence_is_fine():
+                print("quiet", flush=True)
+                time.sleep(1)
         # One is through long before the other where nothing is wrong.
-        time.sleep({"end": 0.2 if rank == 0 else 8.0}.get(doing, 60))
+        time.sleep({"end": 0.2 if rank == 0 else 8.0, "wait": 0, "quiet": 8}.get(doing, 60))
     print("done", flush=True)
-    time.sleep(60 if doing != "end" else 0)
+    time.sleep(60 if doing in ("report", "hang", "stall") else 0)
 """
 
 
@@ -80,5 +95,32 @@ def test_a_rank_that_hangs_is_given_up(tmp_path, store):
 
 def test_ranks_may_end_at_different_times(tmp_path, store):
     for process in two_ranks(tmp_path, store, "end"):
+        out, said = process.communicate(timeout=30)
+        assert (process.returncode, out) == (0, "done\n"), said
+
+
+def test_a_rank_whose_main_thread_hangs_is_named(tmp_path, store):
+    """Its heartbeat goes on, and says that it is behind."""
+    first, second = two_ranks(tmp_path, store, "stall")
+    for process in (first, second):
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert "rank 1 hangs in step 7 after entering 1 of its micro-steps" in said.splitlines()[-1]
+
+
+def test_ranks_that_wait_outside_of_steps_or_all_alike_are_left_alone(tmp_path, store):
+    for process in two_ranks(tmp_path, store, "wait"):
+        out, said = process.communicate(timeout=30)
+        assert (process.returncode, out) == (0, "done\n"), said
+
+
+def test_a_rank_may_say_that_it_will_be_silent(tmp_path, store):
+    first, second = two_ranks(tmp_path, store, "quiet")
+    assert second.stdout is not None
+    assert second.stdout.readline() == "quiet\n"
+    second.send_signal(signal.SIGSTOP)
+    time.sleep(7)
+    second.send_signal(signal.SIGCONT)
+    for process in (first, second):
         out, said = process.communicate(timeout=30)
         assert (process.returncode, out) == (0, "done\n"), said

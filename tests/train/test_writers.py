@@ -8,8 +8,9 @@ import pytest
 
 from hbp.config import LogConfig
 from hbp.errors import HbpError
+from hbp.train import writers
 from hbp.train.loop import StepRecord
-from hbp.train.writers import line_of, open_writers, read_records, scalars_of
+from hbp.train.writers import check_writers, line_of, open_writers, read_records, scalars_of
 
 RECORD = StepRecord(
     step=3,
@@ -23,7 +24,10 @@ RECORD = StepRecord(
     tokens_per_s=2000.0,
     group="4096/SP2/GC1 + 512/SP1/GC0",
     skew=0.25,
-    rank_memory_bytes=[2**29, 2**30],
+    slowest_rank=0,
+    mean_wall_s=0.4,
+    mean_busy_s=0.35,
+    memory_bytes=2**30,
     rank_wall_s=[[0.4], [0.4]],
     rank_busy_s=[[0.4], [0.3]],
     tflops=1.5,
@@ -61,6 +65,21 @@ def test_tensorboard_events_are_read_back(tmp_path):
     assert events.Scalars("group/4096-SP2-GC1+512-SP1-GC0/tokens_per_s")[0].value == 2000.0
 
 
+def test_what_was_logged_after_the_last_checkpoint_is_taken_back(tmp_path):
+    """A run that was killed at step 3 and resumed after step 1: every step once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, losses in ((1, [3.0, 2.0, 1.0]), (2, [2.5, 1.5])):
+        with open_writers(LogConfig(tensorboard=True), tmp_path, {}, step=first - 1) as (write,):
+            for step, loss in enumerate(losses, start=first):
+                write({"train/loss": loss}, step)
+        time.sleep(1.1)  # files are read in the order of their names, which say the second
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.5), (3, 1.5)]
+
+
 def log_records(data: bytes) -> list[bytes]:
     """The records of a LevelDB log, which a ``.wandb`` file is after its seven bytes of header."""
     at, found, piece = 7, [], b""
@@ -84,10 +103,10 @@ def test_wandb_offline(tmp_path):
     from wandb.proto import wandb_internal_pb2
 
     config = LogConfig(wandb_project="packing", wandb_name="tiny", wandb_mode="offline")
-    with open_writers(config, tmp_path, {"train": {"lr": 1e-3}}) as writers:
+    with open_writers(config, tmp_path, {"train": {"lr": 1e-3}}, "runs-own-name") as writers:
         writers[0](scalars_of(RECORD), 1)
         writers[0](scalars_of(dataclasses.replace(RECORD, loss=1.25)), 2)
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*-runs-own-name/run-runs-own-name.wandb")
 
     def losses() -> list[float]:
         found = []
@@ -109,3 +128,28 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(HbpError, match=r"log.tensorboard needs tensorboard; install with"):
         open_writers(LogConfig(tensorboard=True), tmp_path, {}).__enter__()
+
+
+def test_a_writer_that_cannot_write_is_refused_before_anything_is_run(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(writers, "find_spec", lambda package: package)
+    config = LogConfig(tensorboard=True, wandb_project="packing")
+    with pytest.raises(HbpError, match="needs a key of Weights & Biases: run `wandb login`"):
+        check_writers(config)
+    check_writers(LogConfig(wandb_project="packing", wandb_mode="offline"))
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_API_KEY", "secret")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            check_writers(config)
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password secret\n")
+    with pytest.raises(HbpError, match="needs a key"):
+        check_writers(config)
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    check_writers(config)
+    for option, package in (("log.tensorboard", "tensorboard"), ("log.wandb_project", "wandb")):
+        monkeypatch.setattr(writers, "find_spec", lambda name, missing=package: None if name == missing else name)
+        with pytest.raises(HbpError, match=f"{option} needs {package}; install with"):
+            check_writers(config)

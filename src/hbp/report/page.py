@@ -226,8 +226,8 @@ def _rows(plan: Plan, group: Group) -> npt.NDArray[np.bool_]:
 
 def _busy(part: _Part) -> float | None:
     """Measured share of the micro-steps' time that ranks worked."""
-    wall = sum(float(np.sum(step["rank_wall_s"])) for step in part.steps)
-    return sum(float(np.sum(step["rank_busy_s"])) for step in part.steps) / wall if wall else None
+    wall = sum(step.get("mean_wall_s", 0.0) for step in part.steps)  # not in an earlier version's log
+    return sum(step.get("mean_busy_s", 0.0) for step in part.steps) / wall if wall else None
 
 
 def _predicted_speedup(parts: list[_Part]) -> float | None:
@@ -327,6 +327,8 @@ def _measured_lane(part: _Part, group: npt.NDArray[np.int64]) -> Lane:
     busy: list[npt.NDArray[np.float64]] = []
     steps = part.stretches[0].steps
     for step in steps:
+        if not step["rank_wall_s"]:  # logged for as much as is drawn
+            break
         wall_s = np.array(step["rank_wall_s"], np.float64)[:ranks]
         begin.append(step["started_s"] + np.cumsum(wall_s, axis=1) - wall_s)
         wall.append(wall_s)

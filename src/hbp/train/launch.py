@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hbp.errors import ERROR_FILE, HbpError, RankFailed, Stopped, report_to_parent, reported_by_rank
+from hbp.train.watch import silence_is_fine
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -139,18 +141,23 @@ def process_group() -> Iterator[torch.device]:
 
 
 @contextmanager
-def rank_zero_first() -> Iterator[bool]:
+def rank_zero_first(group: dist.ProcessGroup | None = None) -> Iterator[bool]:
     """Rank 0 runs the body while the others wait, however long it takes; yields whether this is rank 0.
+
+    Args:
+        group: of all ranks, to wait in; None: a new one.
 
     Raises:
         HbpError: on the other ranks, rank 0's; so that all end with the same message.
         RankFailed: on the other ranks, if rank 0 failed in any other way.
     """
-    group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+    own = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if group is None else None
+    group = group or own
     first = dist.get_rank() == 0
     failure: list[Exception | None] = [None]
     try:
-        yield first
+        with silence_is_fine() if first else nullcontext():  # planning may not let another thread run for minutes
+            yield first
     except HbpError as error:
         failure = [HbpError(str(error))]
         raise
@@ -164,7 +171,15 @@ def rank_zero_first() -> Iterator[bool]:
         dist.broadcast_object_list(failure, src=0, group=group)
         if failure[0] is not None:
             raise failure[0]
-    dist.destroy_process_group(group)
+    if own is not None:
+        dist.destroy_process_group(own)
+
+
+def free_memory() -> None:
+    """Give back what models held that nobody refers to any more: their modules and hooks hold each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

@@ -6,7 +6,6 @@ a profile takes minutes on hardware that could not hold the model on so few devi
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hbp.cost.fit import Collective, Fit, Point, fit_cluster, grid, predict_bytes
+from hbp.cost.fit import Collective, Fit, Point, fit_cluster, grid, predict_bytes, predict_point
 from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import ParallelMesh
 from hbp.progress import Progress, say
 from hbp.train.collectives import measure_collectives
-from hbp.train.launch import device_name
+from hbp.train.launch import device_name, free_memory
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import highest, measure_point
 
@@ -101,7 +100,7 @@ def live_profile(
         mesh: with groups for every degree of the packs.
         device: of this rank.
         packs: to measure, by the height of the stack that runs them.
-        limit_s: no pack is begun later than this, each stack having its share of it.
+        limit_s: packs that would end later are left out, but for the first of each stack, which has its share of it.
     """
     began, points, skipped = time.monotonic(), list[Point](), 0
 
@@ -113,21 +112,25 @@ def live_profile(
             end = limit_s * (len(points) + skipped + len(every)) / total
             # The largest first, once and unrecorded: later points then find a warm allocator, as training does.
             measure_point(model, mesh, *every[-1], device=device, repeats=0)
+            pace = 0.0  # seconds that measuring the last pack took over those predicted for one run of it
             for index, (lengths, degree, gc_layers) in enumerate(every):
-                if index and highest(time.monotonic() - began, device) > end:
-                    skipped += len(every) - index
-                    break
+                predicted = predict_point(cost, Point(lengths, degree, gc_layers, 0.0, 0.0, height))
+                start = time.monotonic()
+                if index and highest(start - began + pace * predicted, device) > end:
+                    skipped += 1
+                    continue
                 point = measure_point(model, mesh, lengths, degree, gc_layers, device=device)
                 if math.isinf(point.peak_bytes):
                     skipped += 1
                     continue
+                pace = (time.monotonic() - start) / predicted
                 points.append(replace(point, n_layers=height))
                 stack = f"{height} layers " if height else ""
                 progress.advance(f"{stack}{sum(lengths)} tokens SP{degree} GC{gc_layers}: {point.seconds:.2f} s")
             del model
-            gc.collect()  # modules and their hooks hold each other
+            free_memory()
     fit = fit_cluster(cost.cluster, cost.model, cost.world_size, points, device_name(device), collectives)
     say(f"cost model fitted to {len(points)} micro-batches; held-out median error {fit.held_out_error:.1%}")
     if skipped:
-        say(f"{skipped} micro-batches were left out: {limit_s:.0f} s had passed, or they did not fit the device")
+        say(f"{skipped} micro-batches were left out: they would have ended after {limit_s:.0f} s, or did not fit")
     return LiveProfile(fit, tuple(points), tuple(collectives), time.monotonic() - began, skipped)

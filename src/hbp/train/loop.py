@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,17 +27,26 @@ from torch.distributed.tensor import DTensor
 
 from hbp.config import TrainConfig
 from hbp.errors import HbpError
+from hbp.parallel.gather_kv import ALL_GATHER
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
 from hbp.train.batch import IDLE, SampleSource, make_micro_batch, micro_batches, rows_of_rank
 from hbp.train.loss import global_batches
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.profile import forward_backward
+from hbp.train.watch import enter, leave
+
+SLOWER = 10
+"""A step that takes so many times what the slowest before would have it take may have hung."""
+TIMELINE_RANKS = 32
+"""First ranks whose micro-steps are logged one by one,"""
+TIMELINE_CELLS = 8_000
+"""in the first micro-steps of a plan, so many of all these ranks together: what the report draws."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one optimizer step did, the same on all ranks; a line of ``steps.jsonl``."""
+    """What one optimizer step did, the same on all ranks; a line of ``steps.jsonl``. Its size is that of no cluster."""
 
     step: int
     loss: float
@@ -53,12 +63,19 @@ class StepRecord:
     """The packing groups that the step ran."""
     skew: float
     """Busy seconds of the busiest rank minus those of the idlest, over the former; on CUDA that of the wall times."""
-    rank_memory_bytes: list[int]
-    """``[rank]``: peak of CUDA's allocator in this step; on CPU the process's resident memory after it."""
-    rank_wall_s: list[list[float]]
-    """``[rank][micro_step]``: from the start of a micro-step to the start of the next."""
-    rank_busy_s: list[list[float]]
+    slowest_rank: int
+    """The busiest rank."""
+    mean_wall_s: float
+    """Seconds from the start of the first micro-step to the end of the last, mean over ranks."""
+    mean_busy_s: float
     """The part of it that the rank computed; the rest it waited for others. On CUDA equal to the wall time."""
+    memory_bytes: int
+    """Of the rank that used most: peak of CUDA's allocator in this step; on CPU the process's resident memory."""
+    rank_wall_s: list[list[float]] = field(default_factory=list)
+    """``[rank][micro_step]``: from the start of a micro-step to the start of the next; of :data:`TIMELINE_RANKS` ranks
+    at most, and empty after :data:`TIMELINE_CELLS`."""
+    rank_busy_s: list[list[float]] = field(default_factory=list)
+    """The part of it that the rank computed."""
     tflops: float | None = None
     """Model FLOPs (forward and backward, without recomputation) a second of each rank, in 10¹²."""
     mfu: float | None = None
@@ -89,6 +106,23 @@ class Efficiency:
     """Model FLOPs of each step of the plan, all ranks together ``[steps]``."""
     peak_flops_per_s: float | None
     """Of one device; None: unknown."""
+
+
+class StepLimit:
+    """How long a rank may stand in a step before it is held to hang: far longer than the steps before make likely."""
+
+    def __init__(self, plan: Plan, config: TrainConfig) -> None:
+        self.predicted = np.maximum(np.bincount(plan.step, plan.predicted_s, plan.n_steps), 1e-9)
+        self.least = math.inf if config.hang_minutes is None else 60 * config.hang_minutes
+        self.pace: float | None = None
+
+    def learn(self, step: int, seconds: float) -> None:
+        """From a step that is done."""
+        self.pace = max(self.pace or 0.0, seconds / float(self.predicted[step]))
+
+    def seconds(self, step: int) -> float:
+        """Of a step to come; without end for the first, in which kernels are compiled and connections made."""
+        return math.inf if self.pace is None else max(self.least, SLOWER * self.pace * float(self.predicted[step]))
 
 
 class StepFailed(Exception):
@@ -186,10 +220,10 @@ def train(
     rows = rows_of_rank(plan, rank)
     tokens_of_step = np.bincount(plan.step, weights=plan.tokens(), minlength=plan.n_steps).astype(np.int64)
     tokens_total = start.tokens_total or start.tokens + int(tokens_of_step[start.step :].sum())
-    steps = global_batches(plan, loss_tokens, config.loss)
+    steps, drawn = global_batches(plan, loss_tokens, config.loss), timeline_micro_steps(plan)
     work = ((row, steps[step]) for step in range(start.step, plan.n_steps) for row in rows[step])
     batches = micro_batches(plan, work, samples, mesh, rank, device)
-    records: list[StepRecord] = []
+    may_take, records = StepLimit(plan, config), list[StepRecord]()
     began, tokens_done = time.perf_counter() - start.seconds, start.tokens
     for step in range(start.step, plan.n_steps):
         started = time.perf_counter()
@@ -198,9 +232,14 @@ def train(
             group["lr"] = lr
         clock = _MicroClock(device)
         summed = torch.zeros((), dtype=torch.float32, device=device)
+        limit_s = may_take.seconds(step)
+        enter(step, 0, limit_s)
         for micro_step, row in enumerate(rows[step]):
             with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
-                summed += forward_backward(model, next(batches), world_size)
+                batch = next(batches)
+                enter(step, micro_step + 1, limit_s)
+                summed += forward_backward(model, batch, world_size)
+        enter(step, len(rows[step]) + 1, limit_s)
         with _naming_the_pack(plan, step):
             norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
@@ -209,9 +248,11 @@ def train(
             now = time.perf_counter()
             mine = [float(summed), started - began, now - started, float(signal()), memory_bytes(device)]
             gathered = _gather([*mine, *clock.wall, *clock.busy], device)
+        leave()
         n, tokens = len(rows[step]), int(tokens_of_step[step])
         walls, busy = gathered[:, len(mine) : len(mine) + n], gathered[:, len(mine) + n :]
-        seconds = float(gathered[:, 2].max())
+        rank_busy, seconds = busy.sum(axis=1), float(gathered[:, 2].max())
+        may_take.learn(step, seconds)
         tflops, mfu = _efficiency(efficiency, step, seconds * world_size)
         record = StepRecord(
             step=step,
@@ -224,10 +265,13 @@ def train(
             seconds=seconds,
             tokens_per_s=tokens / seconds,
             group=groups_of_step(plan, step),
-            skew=_skew(busy.sum(axis=1)),
-            rank_memory_bytes=gathered[:, 4].astype(np.int64).tolist(),
-            rank_wall_s=np.round(walls, 5).tolist(),
-            rank_busy_s=np.round(busy, 5).tolist(),
+            skew=_skew(rank_busy),
+            slowest_rank=int(rank_busy.argmax()),
+            mean_wall_s=float(walls.sum(axis=1).mean()),
+            mean_busy_s=float(rank_busy.mean()),
+            memory_bytes=int(gathered[:, 4].max()),
+            rank_wall_s=_timeline(walls, drawn[step]),
+            rank_busy_s=_timeline(busy, drawn[step]),
             tflops=tflops,
             mfu=mfu,
             signal=int(gathered[:, 3].max()),
@@ -248,6 +292,19 @@ def _naming_the_pack(plan: Plan, step: int, micro_step: int | None = None, row: 
     except Exception as error:
         ids = [] if row == IDLE else plan.samples(row)[0].tolist()
         raise StepFailed(step, micro_step, row, ids) from error
+
+
+def timeline_micro_steps(plan: Plan) -> list[int]:
+    """How many micro-steps of each step are logged rank by rank ``[steps]``."""
+    first = TIMELINE_CELLS // min(TIMELINE_RANKS, plan.info.world_size)
+    counts = np.zeros(plan.n_steps, np.int64)
+    np.maximum.at(counts, plan.step, plan.micro_step + 1)
+    done = np.cumsum(counts) - counts
+    return np.clip(first - done, 0, counts).tolist()
+
+
+def _timeline(seconds: npt.NDArray[np.float64], micro_steps: int) -> list[list[float]]:
+    return np.round(seconds[:TIMELINE_RANKS, :micro_steps], 5).tolist() if micro_steps else []
 
 
 def _skew(busy: npt.NDArray[np.float64]) -> float:
@@ -298,8 +355,9 @@ def evaluate(
 def groups_of_step(plan: Plan, step: int) -> str:
     """The groups of a step for people, such as ``4096/SP1/GC0``."""
     a, b = np.searchsorted(plan.step, [step, step + 1])
-    settings = zip(plan.capacity[a:b], plan.sp_degree[a:b], plan.gc_layers[a:b], strict=True)
-    return " + ".join(f"{c}/SP{d}/GC{k}" for c, d, k in sorted(set(settings)))
+    keys = plan.capacity[a:b].astype(np.int64) << 32 | plan.sp_degree[a:b].astype(np.int64) << 16 | plan.gc_layers[a:b]
+    settings = [(key >> 32, key >> 16 & 0xFFFF, key & 0xFFFF) for key in np.unique(keys).tolist()]
+    return sys.intern(" + ".join(f"{c}/SP{d}/GC{k}" for c, d, k in settings))
 
 
 def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, tokens_total: int) -> float:
@@ -314,6 +372,6 @@ def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, to
 def _gather(values: Sequence[float], device: torch.device) -> npt.NDArray[np.float64]:
     """Every rank's values, ``[ranks, values]``."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    return torch.stack(every).cpu().numpy()
+    every = mine.new_empty(dist.get_world_size() * len(values))
+    ALL_GATHER(every, mine)
+    return every.view(-1, len(values)).cpu().numpy()

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from hbp.cost.known_models import FAMILIES
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, register_attention
 from hbp.train.loss import summed_cross_entropy
@@ -97,10 +98,8 @@ def check_trainable(config: Any) -> None:
         HbpError: names the family or the setting.
     """
     if config.model_type not in TRAINED_FAMILIES:
-        raise HbpError(
-            f"{config.model_type} models can be planned for but not trained yet; "
-            f"this trains {', '.join(TRAINED_FAMILIES)}"
-        )
+        known = "can be planned for but not trained yet" if config.model_type in FAMILIES else "are not known here"
+        raise HbpError(f"{config.model_type} models {known}; this trains {', '.join(TRAINED_FAMILIES)}")
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope in LENGTH_DEPENDENT_ROPE:
         raise HbpError(

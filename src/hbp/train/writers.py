@@ -6,12 +6,17 @@ speed and memory are kept apart by packing group, since each group is a regime o
 
 from __future__ import annotations
 
+import configparser
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hbp.config import LogConfig
 from hbp.errors import HbpError
@@ -22,13 +27,17 @@ Writer = Callable[[Mapping[str, float], int], None]
 
 
 @contextmanager
-def open_writers(config: LogConfig, folder: Path, run_config: Mapping[str, Any]) -> Iterator[list[Writer]]:
+def open_writers(
+    config: LogConfig, folder: Path, run_config: Mapping[str, Any], run_id: str | None = None, step: int = 0
+) -> Iterator[list[Writer]]:
     """The writers that the configuration asks for, closed at the end.
 
     Args:
         config: section ``log``.
         folder: TensorBoard's files go to ``tensorboard`` in it, W&B's to ``wandb``.
         run_config: shown beside the run by W&B.
+        run_id: of W&B's run, which is gone on with if it is there; None: a new one.
+        step: of the run, that is done; what TensorBoard has of later ones, from before a kill, is taken back.
 
     Raises:
         HbpError: a package that is not installed.
@@ -36,19 +45,19 @@ def open_writers(config: LogConfig, folder: Path, run_config: Mapping[str, Any])
     with ExitStack() as stack:
         writers: list[Writer] = []
         if config.tensorboard:
-            writers.append(stack.enter_context(_tensorboard(folder / "tensorboard")))
+            writers.append(stack.enter_context(_tensorboard(folder / "tensorboard", step)))
         if config.wandb_project is not None:
-            writers.append(stack.enter_context(_wandb(config, folder, run_config)))
+            writers.append(stack.enter_context(_wandb(config, folder, run_config, run_id)))
         yield writers
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[Writer]:
+def _tensorboard(folder: Path, step: int) -> Iterator[Writer]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise _missing("log.tensorboard", "tensorboard") from None
-    with SummaryWriter(str(folder)) as writer:
+    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
 
         def write(scalars: Mapping[str, float], step: int) -> None:
             for name, value in scalars.items():
@@ -58,24 +67,65 @@ def _tensorboard(folder: Path) -> Iterator[Writer]:
 
 
 @contextmanager
-def _wandb(config: LogConfig, folder: Path, run_config: Mapping[str, Any]) -> Iterator[Writer]:
+def _wandb(config: LogConfig, folder: Path, run_config: Mapping[str, Any], run_id: str | None) -> Iterator[Writer]:
     try:
         import wandb
     except ImportError:
         raise _missing("log.wandb_project", "wandb") from None
     folder.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=config.wandb_project,
-        name=config.wandb_name,
-        dir=str(folder),
-        mode=config.wandb_mode,
-        config=dict(run_config),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            mode=_wandb_mode(config),
+            config=dict(run_config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        raise HbpError(f"log.wandb_project: {' '.join(str(error).split())[:300]}") from None
     try:
         yield lambda scalars, step: run.log(dict(scalars), step=step)
     finally:
         run.finish()
+
+
+def _wandb_mode(config: LogConfig) -> Any:
+    return os.environ.get("WANDB_MODE") or config.wandb_mode
+
+
+def _wandb_knows_us() -> bool:
+    """Whether there is a key where `wandb` looks for one: the environment, or netrc's entry for its server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    settings = configparser.ConfigParser()
+    settings.read(Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb") / "settings")
+    server = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="https://api.wandb.ai")
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(str(urlsplit(server).hostname)) is not None
+    except (OSError, NetrcParseError):
+        return False
+
+
+def check_writers(config: LogConfig) -> None:
+    """Find what the writers lack before anything is run.
+
+    Raises:
+        HbpError: a package that is not installed, or no key for W&B.
+    """
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise _missing("log.tensorboard", "tensorboard")
+    if config.wandb_project is None:
+        return
+    if find_spec("wandb") is None:
+        raise _missing("log.wandb_project", "wandb")
+    if _wandb_mode(config) == "online" and not _wandb_knows_us():
+        raise HbpError(
+            "log.wandb_project needs a key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or "
+            "log.wandb_mode=offline"
+        )
 
 
 def _missing(option: str, package: str) -> HbpError:
@@ -96,7 +146,7 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
     values[f"{group}/tokens_per_s"] = record.tokens_per_s
     values[f"{group}/seconds"] = record.seconds
     values[f"{group}/skew"] = record.skew
-    values[f"{group}/memory_gib"] = max(record.rank_memory_bytes) / 2**30
+    values[f"{group}/memory_gib"] = record.memory_bytes / 2**30
     if record.mfu is not None:
         values[f"{group}/mfu"] = record.mfu
     return values
