@@ -139,7 +139,7 @@ def switch_rank(out: Path, *, quick: bool) -> None:
     from hbp.train.model import shard
     from hbp.train.profile import forward_backward
 
-    n_layers, rounds, row, tokens = (QUICK_LAYERS, 1, 3, 128) if quick else (LAYERS, 12, 10, 1024)
+    n_layers, rounds, row, tokens = (QUICK_LAYERS, 6, 4, 128) if quick else (LAYERS, 12, 10, 1024)
     with process_group() as device:
         rank, rng = dist.get_rank(), np.random.default_rng(0)
         mesh = make_mesh(RANKS, [1, RANKS], device.type)
