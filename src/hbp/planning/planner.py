@@ -18,18 +18,13 @@ from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning import baselines
 from hbp.planning.curriculum import default_short_steps, order_steps
 from hbp.planning.group_search import search_groups
-from hbp.planning.groups import (
-    SamplesByLength,
-    best_setting,
-    longest_capacity,
-    longest_settings,
-    published_groups,
-)
+from hbp.planning.groups import Choice, SamplesByLength, best_setting, longest_capacity, published_groups
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
 from hbp.planning.packs import Lengths, Packs, numbered
 from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import PackCost, balance_batches
+from hbp.planning.static_settings import settings_to_try
 from hbp.planning.windows import windowed_schedule
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
@@ -81,8 +76,6 @@ STRATEGIES: Mapping[str, Strategy] = {
     "hbp": hbp,
     "hbp-mixed": hbp_mixed,
 }
-OURS = ("hbp", "hbp-mixed")
-"""Strategies that choose groups; the others have one setting, and get the fastest of all that fit."""
 
 
 def make_plan(
@@ -104,14 +97,15 @@ def make_plan(
         cost: predicts the user's model on the user's cluster at its world size.
         strategy: a key of :data:`STRATEGIES`.
         seed: of every random choice; the same input and seed give the same plan, another seed another epoch.
-        max_length: longest packing length; longer samples are dropped, by name. None: the longest sample, and for
-            `hbp-mixed` what memory holds.
-        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest length,
+        max_length: longest packing length; longer samples are dropped, by name. None: the longest sample or whichever
+            doubling of it is fastest, and for `hbp-mixed` what memory holds.
+        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the packing length,
             and for `hbp-mixed` at least one micro-step of the packs it finds best.
         short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only ours have one.
         windows: of `hbp-mixed`: pieces that the shuffled samples are planned in. More stay closer to a random order,
             fewer are faster. None: as many as cost at most a hundredth of the speed.
-        static: setting of the strategies that have only one. None: all that fit are planned, the fastest is kept.
+        static: setting of the strategies that have only one. None: the fastest of all that fit
+            (:mod:`hbp.planning.static_settings`).
 
     Returns:
         The plan with its metrics; not yet validated (:func:`hbp.plan.write_plan` does).
@@ -135,10 +129,18 @@ def make_plan(
         own = lengths[ids]
     if not len(ids):
         raise HbpError(f"every sample is longer than {longest} tokens; raise --max-length to {int(lengths.max())}")
-    statics = [static] if static else [choice.group for choice in longest_settings(cost, own, longest)]
-    batch = global_batch_tokens or default_batch_tokens(cost, own, longest)
-    plans = []
-    for setting in statics[:1] if strategy in OURS else statics:
+    longer = max_length is None
+    choices = (
+        [Choice(static, 0.0)]
+        if static
+        else settings_to_try(strategy, cost, own, longest, longer=longer, batch=global_batch_tokens)
+    )
+    best: Plan | None = None
+    for choice in choices:
+        if best is not None and choice.seconds >= best.info.metrics["predicted_s"]:
+            break  # and so are all after it
+        setting = choice.group
+        batch = global_batch_tokens or default_batch_tokens(cost, own, setting.capacity)
         problem = Problem(
             lengths=lengths,
             sample_ids=ids,
@@ -153,8 +155,10 @@ def make_plan(
             windows=windows,
             rng=np.random.default_rng(seed),
         )
-        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, dropped))
-    best = min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
+        plan = to_plan(STRATEGIES[strategy](problem), problem, strategy, seed, dropped)
+        if best is None or plan.info.metrics["predicted_s"] < best.info.metrics["predicted_s"]:
+            best = plan
+    assert best is not None
     asked = {
         "max_length": max_length,
         "global_batch_tokens": global_batch_tokens,
