@@ -5,7 +5,8 @@ Sections:
 
 - `fitting`: packers alone at one packing length; real peers where they are installed (`pip install trl binpacking`,
   `pip install --no-deps axolotl`). Balance over 32 ranks, packs in random order and in order of attention cost.
-- `plans`: whole plans of every strategy on the published length sets, 32 to 1,024 ranks, fast and slow networks.
+- `plans`: whole plans of every strategy on the published length sets, 32 to 1,024 ranks, fast and slow networks, at the
+  packing length that is the set's own; and short samples without that limit.
 - `size`: the whole plan of ten million samples, written, against reading and sorting (and argsorting) their lengths;
   peak memory of a hundred million, in a process of its own.
 - `streaming`: padding, imbalance and efficiency by size of the buffer.
@@ -51,14 +52,27 @@ from hbp.progress import Progress
 Lengths = npt.NDArray[np.int32]
 Row = dict[str, Any]
 MODEL, RANKS = "llama-3.1-8b", 32
+OURS = ("hbp", "hbp-mixed")
 ENOUGH_S = 5.0
 """Seconds after which a packer is not timed again."""
 FITTING_SETS = ("short-32k", "short-128k", "mix-32k", "mix-128k")
 PLAN_SETS = (*FITTING_SETS, "tulu3-longcite", "openhermes-longcite", "mix-1m")
+NO_LIMIT = "short, no limit"
+"""The short samples where every strategy may pack as long as it likes."""
+USUAL = ("concat", "bfd", "hbp", "hbp-mixed")
+CASES = (
+    (20_000, 32, "h100-nvlink", tuple(STRATEGIES)),
+    (100_000, 32, "h100-nvlink", tuple(name for name in STRATEGIES if name != "lb")),
+    (1_000_000, 32, "h100-nvlink", tuple(name for name in STRATEGIES if name != "lb")),
+    *((1_000_000, gpus, "h100-nvlink", (*USUAL, "dcp")) for gpus in (256, 1024)),
+    *((1_000_000, gpus, "h100-ethernet", USUAL) for gpus in (32, 256)),
+    (1_000_000, 1024, "h100-ethernet", (*USUAL, "dcp")),
+    (1_000_000, 256, "a100-pcie", USUAL),
+    (1_000_000, 1024, "a100-pcie", (*USUAL, "dcp")),
+)
+"""Samples, ranks, cluster and strategies of whole plans; lb takes minutes for more samples."""
 EVERY_ROW = ("samples_per_s", "padding", "abr", "efficiency")
 """What every row has, null where its section does not measure it."""
-TOO_SLOW_ABOVE = {"lb": 20_000, "dcp": 200_000, "sorted": 200_000}
-"""Samples above which a strategy's own algorithm, or its one-sample packs, would take minutes."""
 
 
 def cost_model(gpus: int, cluster: str = "h100-nvlink") -> CostModel:
@@ -145,6 +159,8 @@ def fitting(quick: bool) -> Iterator[Row]:
 
 def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, seconds: float | None = None) -> Row:
     m, longest_alone = plan.info.metrics, max((g.capacity for g in plan.info.groups if g.sp_degree == 1), default=0)
+    most = np.maximum.reduceat(plan.lengths, plan.sample_offsets[:-1])  # of a pack
+    needless = plan.tokens()[(plan.sp_degree > 1) & (most <= longest_alone)].sum()
     row = {
         "section": section,
         "strategy": plan.info.strategy,
@@ -156,6 +172,7 @@ def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, secon
         "abr": m["abr"],
         "cr": m["cr"],
         "cr_least": float(plan.lengths[plan.lengths > longest_alone].sum(dtype=np.int64) / plan.info.n_tokens),
+        "cr_needless": float(needless / plan.info.n_tokens),
         "efficiency": m["efficiency"],
         "predicted_s": m["predicted_s"],
         "groups": [str(group) for group in plan.info.groups],
@@ -165,20 +182,14 @@ def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, secon
 
 
 def plans(quick: bool) -> Iterator[Row]:
-    cases = [(100_000, 32, "h100-nvlink"), (1_000_000, 32, "h100-nvlink"), (1_000_000, 256, "h100-nvlink")]
-    cases += [(1_000_000, 1024, "h100-nvlink"), (1_000_000, 32, "h100-ethernet"), (1_000_000, 256, "a100-pcie")]
-    if quick:
-        cases = [(5_000, 32, "h100-nvlink")]
     make_plan(generate("mix-128k", 2000, 0), cost_model(32))  # compile
-    for name in ("mix-128k",) if quick else PLAN_SETS:
-        for samples, gpus, cluster in cases:
-            lengths, cost = generate(name, samples, 0), cost_model(gpus, cluster)
-            first = samples <= 100_000
-            for strategy in STRATEGIES if first else ("concat", "bfd", "hbp", "hbp-mixed"):
-                if samples > TOO_SLOW_ABOVE.get(strategy, samples):
-                    continue
-                make = partial(make_plan, lengths, cost, strategy=strategy)
-                seconds, plan = seconds_of(make, 3 if first and not quick else 1)
+    for name in ("short-32k", "mix-128k") if quick else (*PLAN_SETS, NO_LIMIT):
+        source, limit = ("short-32k", None) if name == NO_LIMIT else (name, LENGTH_SETS[name][3])
+        for samples, gpus, cluster, strategies in [(2_000, *CASES[0][1:])] if quick else CASES:
+            lengths, cost = generate(source, samples, 0), cost_model(gpus, cluster)
+            for strategy in strategies:
+                make = partial(make_plan, lengths, cost, strategy=strategy, max_length=limit)
+                seconds, plan = seconds_of(make, 3 if strategy in OURS and samples <= 100_000 and not quick else 1)
                 yield plan_row(plan, "plans", name, gpus, cluster, seconds)
 
 
@@ -270,7 +281,7 @@ def order(quick: bool) -> Iterator[Row]:
             row = plan_row(plan, "order", name, RANKS, "h100-nvlink")
             yield {**row, "windows": plan.info.settings["windows"], "default": windows is None}
         for batch in (2**21,) if quick else (2**19, 2**21, 2**23):
-            for strategy in ("concat", "hbp-mixed"):
+            for strategy in ("concat", "isf", "hbp-mixed"):
                 plan = make_plan(lengths, cost, strategy=strategy, global_batch_tokens=batch, short_steps=0)
                 yield {**plan_row(plan, "order", name, RANKS, "h100-nvlink"), "global_batch_tokens": batch}
 
@@ -297,23 +308,28 @@ def main() -> None:
         return
     chosen = [args.section] if args.section else list(SECTIONS)
     rows: list[Row] = []
+    section_s: dict[str, float] = {}
     with Progress("packing", len(chosen)) as progress:
         for section in chosen:
+            start = time.perf_counter()
             for row in SECTIONS[section](args.quick):
                 rows.append({**dict.fromkeys(EVERY_ROW), **row})
                 progress.advance(f"{section}: {row['set']} {row['strategy']}", 0)
+            section_s[section] = time.perf_counter() - start
             progress.advance(section)
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": "one CPU core",
         "model": MODEL,
         "command": "python benchmarks/packing.py" + (" --quick" if args.quick else ""),
+        "section_s": section_s,
         "rows": rows,
     }
     if args.out:
         if args.out.exists():
-            old = json.loads(args.out.read_text())["rows"]
-            result["rows"] = [row for row in old if row.get("section") not in chosen] + rows
+            old = json.loads(args.out.read_text())
+            result["rows"] = [row for row in old["rows"] if row.get("section") not in chosen] + rows
+            result["section_s"] = {**old.get("section_s", {}), **section_s}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))
