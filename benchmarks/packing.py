@@ -11,6 +11,7 @@ Sections:
   peak memory of a hundred million, in a process of its own.
 - `streaming`: padding, imbalance and efficiency by size of the buffer.
 - `order`: what staying near a random order costs, by number of windows, and drift by global batch.
+- `startup`: the whole command on a thousand lengths, a fresh process with a warm cache of compiled functions.
 
     python benchmarks/packing.py [--quick] [--json] [--section NAME] [--out benchmarks/results/packing.json]
 """
@@ -278,12 +279,41 @@ def order(quick: bool) -> Iterator[Row]:
         lengths, cost = generate(name, samples, 0), cost_model(RANKS)
         for windows in (None, 1) if quick else (None, 1, 4, 16, 64):
             plan = make_plan(lengths, cost, windows=windows)
-            row = plan_row(plan, "order", name, RANKS, "h100-nvlink")
-            yield {**row, "windows": plan.info.settings["windows"], "default": windows is None}
+            batch = plan.info.n_tokens // plan.n_steps  # as it came out
+            # Steps of so many random packs have a drift too: what is left is not the planner's.
+            random = make_plan(
+                lengths, cost, strategy="isf", max_length=LENGTH_SETS[name][3], global_batch_tokens=batch
+            )
+            yield {
+                **plan_row(plan, "order", name, RANKS, "h100-nvlink"),
+                "windows": plan.info.settings["windows"],
+                "default": windows is None,
+                "drift_random": random.info.details["drift"],
+                "batch_random": random.info.n_tokens // random.n_steps,
+            }
         for batch in (2**21,) if quick else (2**19, 2**21, 2**23):
             for strategy in ("concat", "isf", "hbp-mixed"):
                 plan = make_plan(lengths, cost, strategy=strategy, global_batch_tokens=batch, short_steps=0)
                 yield {**plan_row(plan, "order", name, RANKS, "h100-nvlink"), "global_batch_tokens": batch}
+
+
+def startup(quick: bool) -> Iterator[Row]:
+    """Seconds of `hbp plan` on a thousand lengths, a fresh process each, after one that fills numba's cache."""
+    samples, name = 1000, "tulu3-longcite"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "lengths.npy"
+        np.save(file, generate(name, samples, 0))
+        command = [sys.executable, "-m", "hbp", "plan", "--lengths", str(file), "--model", MODEL]
+        command += ["--gpus", str(RANKS), "--out", str(Path(scratch) / "plan")]
+
+        def plan() -> None:
+            subprocess.run(command, capture_output=True, check=True)
+
+        plan()
+        times = [seconds_of(plan, 1)[0] for _ in range(2 if quick else 5)]
+    row = {"section": "startup", "strategy": "hbp-mixed", "set": name, "samples": samples, "gpus": RANKS}
+    median = statistics.median(times)
+    yield {**row, "samples_per_s": samples / median, "seconds": median, "least_s": min(times), "most_s": max(times)}
 
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
@@ -292,6 +322,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "size": size,
     "streaming": streaming,
     "order": order,
+    "startup": startup,
 }
 
 
