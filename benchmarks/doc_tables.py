@@ -53,13 +53,16 @@ def packing_fitting() -> str:
             f"`{r['strategy']}`",
             f"{r['samples_per_s'] / 1e6:.2f}M",
             f"{r['times_best_fit']:.1f}×",
-            f"{r['padding']:.3%}",
+            f"{r['times_even_fit']:.1f}×" if "times_even_fit" in r else "",
+            f"{r['padding']:.3%}" + (f", {r['over_capacity']} too full" if r["over_capacity"] else ""),
             f"{r['abr_random_order']:.3f}",
+            f"{r['abr_own_order']:.3f}" if "abr_own_order" in r else "",
             f"{r['abr']:.4f}",
         )
         for r in rows
     ]
-    header = ("set", "packer", "samples/s", "time over ours", "padding", "ABR, random order", "ABR, by cost")
+    header = ("set", "packer", "samples/s", "time over best fit", "over even fit", "padding", "ABR, random order")
+    header += ("own order", "by cost")
     return table(header, cells) + "\n" + source
 
 

@@ -4,7 +4,8 @@ Every figure comes with what it is compared with, run in this process on the sam
 Sections:
 
 - `fitting`: packers alone at one packing length; real peers where they are installed (`pip install trl binpacking`,
-  `pip install --no-deps axolotl`). Balance over 32 ranks, packs in random order and in order of attention cost.
+  `pip install --no-deps axolotl llamafactory ms-swift verl xtuner`), each on its own clock alone. Balance
+  over 32 ranks, packs in random order, in the packer's own and in order of attention cost.
 - `plans`: whole plans of every strategy on the published length sets, 32 to 1,024 ranks, fast and slow networks, at the
   packing length that is the set's own; and short samples without that limit.
 - `size`: the whole plan of ten million samples, written, against reading and sorting (and argsorting) their lengths;
@@ -36,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from packing_peers import peers
+from packing_peers import Packer, peers
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import load_model_spec
@@ -56,6 +57,8 @@ MODEL, RANKS = "llama-3.1-8b", 32
 OURS = ("hbp", "hbp-mixed")
 ENOUGH_S = 5.0
 """Seconds after which a packer is not timed again."""
+SLOW = ("trl", "binpacking", "ms-swift", "verl", "xtuner")
+"""Peers that would take minutes for a million samples."""
 FITTING_SETS = ("short-32k", "short-128k", "mix-32k", "mix-128k")
 PLAN_SETS = (*FITTING_SETS, "tulu3-longcite", "openhermes-longcite", "mix-1m")
 NO_LIMIT = "short, no limit"
@@ -108,10 +111,11 @@ def even(lengths: Lengths, capacity: int) -> npt.NDArray[np.integer]:
     return bin_of
 
 
-def balance(bin_of: npt.NDArray[np.integer], lengths: Lengths, *, sort: bool) -> float:
-    """ABR over 32 ranks of packs dealt in random order, or in order of attention cost."""
+def balance(bin_of: npt.NDArray[np.integer], lengths: Lengths, *, sort: bool | None) -> float:
+    """ABR over 32 ranks of packs dealt in random order, in order of attention cost, or (None) as they are numbered."""
     cost = np.bincount(bin_of, weights=lengths.astype(np.float64) ** 2)
-    cost = -np.sort(-cost) if sort else np.random.default_rng(0).permutation(cost)
+    if sort is not None:
+        cost = -np.sort(-cost) if sort else np.random.default_rng(0).permutation(cost)
     whole = len(cost) // RANKS * RANKS
     if not whole:
         return float("nan")
@@ -119,9 +123,11 @@ def balance(bin_of: npt.NDArray[np.integer], lengths: Lengths, *, sort: bool) ->
 
 
 def fitting(quick: bool) -> Iterator[Row]:
-    packers: dict[str, Callable[[Lengths, int], npt.NDArray[np.integer]]] = {
-        "hbp best fit": lambda lengths, c: best_fit_decreasing(lengths, c, np.random.default_rng(0)),
-        "hbp even fit": even,
+    packers: dict[str, Packer] = {
+        "hbp best fit": lambda lengths, c: seconds_of(
+            lambda: best_fit_decreasing(lengths, c, np.random.default_rng(0)), 1
+        ),
+        "hbp even fit": lambda lengths, c: seconds_of(lambda: even(lengths, c), 1),
         **peers(),
     }
     warm = generate("short-32k", 3000, 1)
@@ -134,13 +140,11 @@ def fitting(quick: bool) -> Iterator[Row]:
             bins: dict[str, npt.NDArray[np.integer]] = {}
             for _ in range(1 if quick else 3):  # in turn, so that noise hits all alike
                 for packer, pack in packers.items():
-                    if (samples > 100_000 and packer.startswith(("trl", "binpacking"))) or sum(
-                        times[packer]
-                    ) > ENOUGH_S:
+                    if (samples > 100_000 and packer.startswith(SLOW)) or sum(times[packer]) > ENOUGH_S:
                         continue
-                    seconds, bins[packer] = seconds_of(partial(pack, lengths, capacity), 1)
+                    seconds, bins[packer] = pack(lengths, capacity)
                     times[packer].append(seconds)
-            ours = statistics.median(times["hbp best fit"])
+            best, level = (statistics.median(times[f"hbp {kind} fit"]) for kind in ("best", "even"))
             for packer, found in bins.items():  # slow ones not at a million
                 packs, used = int(found.max()) + 1, np.bincount(found, weights=lengths)
                 seconds = statistics.median(times[packer])
@@ -150,10 +154,12 @@ def fitting(quick: bool) -> Iterator[Row]:
                     "set": name,
                     "samples": samples,
                     "samples_per_s": samples / seconds,
-                    "times_best_fit": seconds / ours,
+                    "times_best_fit": seconds / best,
+                    "times_even_fit": seconds / level,
                     "padding": float(1 - used.sum() / (packs * capacity)),
                     "over_capacity": int((used > capacity).sum()),
                     "abr": balance(found, lengths, sort=True),
+                    "abr_own_order": balance(found, lengths, sort=None),
                     "abr_random_order": balance(found, lengths, sort=False),
                 }
 
