@@ -16,9 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from goals import exact, verdicts
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+STARTUP_S = 1.5
 Row = dict[str, Any]
 
 
@@ -26,7 +29,8 @@ def packing(section: str) -> tuple[list[Row], str]:
     """Rows of a section of `packing.json`, and where they came from."""
     data = json.loads((RESULTS / "packing.json").read_text())
     rows = [row for row in data["rows"] if row["section"] == section]
-    source = f"*`{data['command']} --section {section}`, {data['device']}, {data['date']}; raw rows in "
+    took = f", {data['section_s'][section]:.0f} s" if section in data.get("section_s", {}) else ""
+    source = f"*`{data['command']} --section {section}`, {data['device']}, {data['date']}{took}; raw rows in "
     return rows, source + "`benchmarks/results/packing.json`.*\n"
 
 
@@ -49,47 +53,78 @@ def packing_fitting() -> str:
             f"`{r['strategy']}`",
             f"{r['samples_per_s'] / 1e6:.2f}M",
             f"{r['times_best_fit']:.1f}×",
-            f"{r['padding']:.3%}",
+            f"{r['times_even_fit']:.1f}×" if "times_even_fit" in r else "",
+            f"{r['padding']:.3%}" + (f", {r['over_capacity']} too full" if r["over_capacity"] else ""),
             f"{r['abr_random_order']:.3f}",
+            f"{r['abr_own_order']:.3f}" if "abr_own_order" in r else "",
             f"{r['abr']:.4f}",
         )
         for r in rows
     ]
-    header = ("set", "packer", "samples/s", "time over ours", "padding", "ABR, random order", "ABR, by cost")
+    header = ("set", "packer", "samples/s", "time over best fit", "over even fit", "padding", "ABR, random order")
+    header += ("own order", "by cost")
     return table(header, cells) + "\n" + source
 
 
 def packing_plans() -> str:
     rows, source = packing("plans")
-    cells = [
-        (
-            f"{r['set']}, {count(r['samples'])}",
-            f"{r['gpus']} × {r['cluster']}",
-            f"`{r['strategy']}`",
-            f"{r['efficiency']:.3f}",
-            f"{r['padding']:.3%}",
-            f"{r['abr']:.4f}",
-            f"{r['time_imbalance']:.4f}",
-            f"{r['cr']:.3f}",
-            f"{r['cr_least']:.3f}",
-            f"{r['samples_per_s'] / 1e6:.2f}M" if "samples_per_s" in r else "",
+    place = ("set", "samples", "gpus", "cluster")
+    cells = []
+    for at in dict.fromkeys(tuple(row[key] for key in place) for row in rows):
+        here = {row["strategy"]: row for row in rows if tuple(row[key] for key in place) == at}
+        ours, paper = here.pop("hbp-mixed"), here.pop("hbp")
+        best = max(here.values(), key=lambda row: float(row["efficiency"]))
+        cells.append(
+            (
+                f"{at[0]}, {count(at[1])}",
+                f"{at[2]} × {at[3]}",
+                f"{best['efficiency']:.3f} `{best['strategy']}`",
+                f"{paper['efficiency']:.3f}",
+                f"{ours['efficiency']:.4f}",
+                f"{ours['padding']:.4%}",
+                f"{ours['abr']:.4f}",
+                f"{ours['time_imbalance']:.4f}",
+                f"{ours['cr']:.3f}",
+                f"{ours['cr_least']:.3f}",
+                f"{ours['samples_per_s'] / 1e6:.2f}M",
+            )
         )
-        for r in rows
-        if r["strategy"] in ("bfd", "dcp", "hbp", "hbp-mixed") and r["set"] != "short-128k"  # the lengths of short-32k
-    ]
-    header = (
-        "set",
-        "ranks",
-        "strategy",
-        "efficiency",
-        "padding",
-        "ABR",
-        "time imbalance",
-        "CR",
-        "CR least",
-        "samples/s",
-    )
-    return table(header, cells) + "\n" + source
+    header = ("set", "ranks", "efficiency of the best baseline", "of `hbp`", "of `hbp-mixed`", "its padding", "ABR")
+    return table((*header, "time imbalance", "CR", "CR least", "samples/s"), cells) + "\n" + source
+
+
+def packing_strategies() -> str:
+    """Efficiency of every strategy on every set, for the fewest samples."""
+    rows, _ = packing("plans")
+    fewest = min(row["samples"] for row in rows)
+    rows = [row for row in rows if row["samples"] == fewest]
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    cells = []
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
+        here = {row["set"]: row["efficiency"] for row in rows if row["strategy"] == strategy}
+        cells.append((f"`{strategy}`", *(f"{here[name]:.3f}" if name in here else "" for name in sets)))
+    where = f"Efficiency at {fewest:,} samples on {rows[0]['gpus']} × {rows[0]['cluster']}:\n\n"
+    return where + table(("strategy", *sets), cells)
+
+
+def packing_goals() -> str:
+    rows, source = packing("plans")
+    cells = []
+    for goal, case, worst in verdicts(rows):
+        value, limit = worst[goal.key], goal.limit(case)
+        cells.append(
+            (
+                goal.name,
+                f"{count(case['samples'])} on {case['gpus']} × {case['cluster']}",
+                f"{'≤' if goal.most else '≥'} {limit:g}",
+                exact(value, limit),
+                worst["set"],
+                "met" if goal.met(value, limit) else "**missed**",
+            )
+        )
+    missed = sum(cell[-1] != "met" for cell in cells)
+    lead = f"{len(cells) - missed} of {len(cells)} met, each judged by its worst of all sets:\n\n"
+    return lead + table(("goal", "samples and ranks", "limit", "worst", "set", ""), cells) + "\n" + source
 
 
 def packing_size() -> str:
@@ -143,12 +178,15 @@ def packing_order() -> str:
             f"{r['efficiency']:.4f}",
             f"{r['speed_given_up']:.2%}",
             f"{r['travel']:.3f}",
+            f"{r['drift']:.3f}",
+            f"{r['drift_random']:.3f}" if "drift_random" in r else "",
             f"{r['abr']:.4f}",
         )
         for r in rows
         if "windows" in r
     ]
-    return table(("set", "windows", "efficiency", "speed given up", "travel", "ABR"), cells) + "\n" + source
+    header = ("set", "windows", "efficiency", "speed given up", "travel", "drift", "drift of random packs", "ABR")
+    return table(header, cells) + "\n" + source
 
 
 def packing_drift() -> str:
@@ -158,18 +196,32 @@ def packing_drift() -> str:
     for name in dict.fromkeys(row["set"] for row in rows):
         for batch in sorted({row["global_batch_tokens"] for row in rows}):
             here = {r["strategy"]: r for r in rows if r["set"] == name and r["global_batch_tokens"] == batch}
-            random, ours = here["concat"], here["hbp-mixed"]
             cells.append(
                 (
                     name,
                     f"{batch / 2**20:g}M tokens",
-                    f"{random['drift']:.3f}",
-                    f"{ours['drift']:.3f}",
-                    f"{ours['efficiency']:.3f}",
+                    *(f"{here[peer]['drift']:.3f}" if peer in here else "" for peer in ("concat", "isf", "hbp-mixed")),
+                    f"{here['hbp-mixed']['efficiency']:.3f}",
                 )
             )
-    header = ("set", "global batch", "drift of random packs (`concat`)", "drift of `hbp-mixed`", "efficiency")
+    header = ("set", "global batch", "drift of `concat`", "of `isf`", "of `hbp-mixed`", "efficiency of `hbp-mixed`")
     return table(header, cells)
+
+
+def packing_startup() -> str:
+    rows, source = packing("startup")
+    if not rows:
+        return "Not measured yet.\n"
+    cells = [
+        (
+            f"{r['set']}, {count(r['samples'])}",
+            exact(r["seconds"], STARTUP_S),
+            f"{r['least_s']:.2f}–{r['most_s']:.2f}",
+            "met" if r["seconds"] <= STARTUP_S else "**missed**",
+        )
+        for r in rows
+    ]
+    return table(("set", "`hbp plan`, s", "range", f"goal {STARTUP_S:g} s"), cells) + "\n" + source
 
 
 def packing_readme() -> str:
@@ -273,10 +325,13 @@ def cost_model() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "packing-fitting": packing_fitting,
     "packing-plans": packing_plans,
+    "packing-strategies": packing_strategies,
+    "packing-goals": packing_goals,
     "packing-size": packing_size,
     "packing-streaming": packing_streaming,
     "packing-order": packing_order,
     "packing-drift": packing_drift,
+    "packing-startup": packing_startup,
     "packing-readme": packing_readme,
     "quickstart": quickstart,
     "train": train,

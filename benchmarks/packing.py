@@ -4,12 +4,15 @@ Every figure comes with what it is compared with, run in this process on the sam
 Sections:
 
 - `fitting`: packers alone at one packing length; real peers where they are installed (`pip install trl binpacking`,
-  `pip install --no-deps axolotl`). Balance over 32 ranks, packs in random order and in order of attention cost.
-- `plans`: whole plans of every strategy on the published length sets, 32 to 1,024 ranks, fast and slow networks.
+  `pip install --no-deps axolotl llamafactory ms-swift verl xtuner`), each on its own clock alone. Balance
+  over 32 ranks, packs in random order, in the packer's own and in order of attention cost.
+- `plans`: whole plans of every strategy on the published length sets, 32 to 1,024 ranks, fast and slow networks, at the
+  packing length that is the set's own; and short samples without that limit.
 - `size`: the whole plan of ten million samples, written, against reading and sorting (and argsorting) their lengths;
   peak memory of a hundred million, in a process of its own.
 - `streaming`: padding, imbalance and efficiency by size of the buffer.
 - `order`: what staying near a random order costs, by number of windows, and drift by global batch.
+- `startup`: the whole command on a thousand lengths, a fresh process with a warm cache of compiled functions.
 
     python benchmarks/packing.py [--quick] [--json] [--section NAME] [--out benchmarks/results/packing.json]
 """
@@ -34,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from packing_peers import peers
+from packing_peers import Packer, peers
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import load_model_spec
@@ -51,14 +54,29 @@ from hbp.progress import Progress
 Lengths = npt.NDArray[np.int32]
 Row = dict[str, Any]
 MODEL, RANKS = "llama-3.1-8b", 32
+OURS = ("hbp", "hbp-mixed")
 ENOUGH_S = 5.0
 """Seconds after which a packer is not timed again."""
+SLOW = ("trl", "binpacking", "ms-swift", "verl", "xtuner")
+"""Peers that would take minutes for a million samples."""
 FITTING_SETS = ("short-32k", "short-128k", "mix-32k", "mix-128k")
 PLAN_SETS = (*FITTING_SETS, "tulu3-longcite", "openhermes-longcite", "mix-1m")
+NO_LIMIT = "short, no limit"
+"""The short samples where every strategy may pack as long as it likes."""
+USUAL = ("concat", "bfd", "hbp", "hbp-mixed")
+CASES = (
+    (20_000, 32, "h100-nvlink", tuple(STRATEGIES)),
+    (100_000, 32, "h100-nvlink", tuple(name for name in STRATEGIES if name != "lb")),
+    (1_000_000, 32, "h100-nvlink", tuple(name for name in STRATEGIES if name != "lb")),
+    *((1_000_000, gpus, "h100-nvlink", (*USUAL, "dcp")) for gpus in (256, 1024)),
+    *((1_000_000, gpus, "h100-ethernet", USUAL) for gpus in (32, 256)),
+    (1_000_000, 1024, "h100-ethernet", (*USUAL, "dcp")),
+    (1_000_000, 256, "a100-pcie", USUAL),
+    (1_000_000, 1024, "a100-pcie", (*USUAL, "dcp")),
+)
+"""Samples, ranks, cluster and strategies of whole plans; lb takes minutes for more samples."""
 EVERY_ROW = ("samples_per_s", "padding", "abr", "efficiency")
 """What every row has, null where its section does not measure it."""
-TOO_SLOW_ABOVE = {"lb": 20_000, "dcp": 200_000, "sorted": 200_000}
-"""Samples above which a strategy's own algorithm, or its one-sample packs, would take minutes."""
 
 
 def cost_model(gpus: int, cluster: str = "h100-nvlink") -> CostModel:
@@ -93,10 +111,11 @@ def even(lengths: Lengths, capacity: int) -> npt.NDArray[np.integer]:
     return bin_of
 
 
-def balance(bin_of: npt.NDArray[np.integer], lengths: Lengths, *, sort: bool) -> float:
-    """ABR over 32 ranks of packs dealt in random order, or in order of attention cost."""
+def balance(bin_of: npt.NDArray[np.integer], lengths: Lengths, *, sort: bool | None) -> float:
+    """ABR over 32 ranks of packs dealt in random order, in order of attention cost, or (None) as they are numbered."""
     cost = np.bincount(bin_of, weights=lengths.astype(np.float64) ** 2)
-    cost = -np.sort(-cost) if sort else np.random.default_rng(0).permutation(cost)
+    if sort is not None:
+        cost = -np.sort(-cost) if sort else np.random.default_rng(0).permutation(cost)
     whole = len(cost) // RANKS * RANKS
     if not whole:
         return float("nan")
@@ -104,9 +123,11 @@ def balance(bin_of: npt.NDArray[np.integer], lengths: Lengths, *, sort: bool) ->
 
 
 def fitting(quick: bool) -> Iterator[Row]:
-    packers: dict[str, Callable[[Lengths, int], npt.NDArray[np.integer]]] = {
-        "hbp best fit": lambda lengths, c: best_fit_decreasing(lengths, c, np.random.default_rng(0)),
-        "hbp even fit": even,
+    packers: dict[str, Packer] = {
+        "hbp best fit": lambda lengths, c: seconds_of(
+            lambda: best_fit_decreasing(lengths, c, np.random.default_rng(0)), 1
+        ),
+        "hbp even fit": lambda lengths, c: seconds_of(lambda: even(lengths, c), 1),
         **peers(),
     }
     warm = generate("short-32k", 3000, 1)
@@ -119,13 +140,11 @@ def fitting(quick: bool) -> Iterator[Row]:
             bins: dict[str, npt.NDArray[np.integer]] = {}
             for _ in range(1 if quick else 3):  # in turn, so that noise hits all alike
                 for packer, pack in packers.items():
-                    if (samples > 100_000 and packer.startswith(("trl", "binpacking"))) or sum(
-                        times[packer]
-                    ) > ENOUGH_S:
+                    if (samples > 100_000 and packer.startswith(SLOW)) or sum(times[packer]) > ENOUGH_S:
                         continue
-                    seconds, bins[packer] = seconds_of(partial(pack, lengths, capacity), 1)
+                    seconds, bins[packer] = pack(lengths, capacity)
                     times[packer].append(seconds)
-            ours = statistics.median(times["hbp best fit"])
+            best, level = (statistics.median(times[f"hbp {kind} fit"]) for kind in ("best", "even"))
             for packer, found in bins.items():  # slow ones not at a million
                 packs, used = int(found.max()) + 1, np.bincount(found, weights=lengths)
                 seconds = statistics.median(times[packer])
@@ -135,16 +154,20 @@ def fitting(quick: bool) -> Iterator[Row]:
                     "set": name,
                     "samples": samples,
                     "samples_per_s": samples / seconds,
-                    "times_best_fit": seconds / ours,
+                    "times_best_fit": seconds / best,
+                    "times_even_fit": seconds / level,
                     "padding": float(1 - used.sum() / (packs * capacity)),
                     "over_capacity": int((used > capacity).sum()),
                     "abr": balance(found, lengths, sort=True),
+                    "abr_own_order": balance(found, lengths, sort=None),
                     "abr_random_order": balance(found, lengths, sort=False),
                 }
 
 
 def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, seconds: float | None = None) -> Row:
     m, longest_alone = plan.info.metrics, max((g.capacity for g in plan.info.groups if g.sp_degree == 1), default=0)
+    most = np.maximum.reduceat(plan.lengths, plan.sample_offsets[:-1])  # of a pack
+    needless = plan.tokens()[(plan.sp_degree > 1) & (most <= longest_alone)].sum()
     row = {
         "section": section,
         "strategy": plan.info.strategy,
@@ -156,6 +179,7 @@ def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, secon
         "abr": m["abr"],
         "cr": m["cr"],
         "cr_least": float(plan.lengths[plan.lengths > longest_alone].sum(dtype=np.int64) / plan.info.n_tokens),
+        "cr_needless": float(needless / plan.info.n_tokens),
         "efficiency": m["efficiency"],
         "predicted_s": m["predicted_s"],
         "groups": [str(group) for group in plan.info.groups],
@@ -165,20 +189,14 @@ def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, secon
 
 
 def plans(quick: bool) -> Iterator[Row]:
-    cases = [(100_000, 32, "h100-nvlink"), (1_000_000, 32, "h100-nvlink"), (1_000_000, 256, "h100-nvlink")]
-    cases += [(1_000_000, 1024, "h100-nvlink"), (1_000_000, 32, "h100-ethernet"), (1_000_000, 256, "a100-pcie")]
-    if quick:
-        cases = [(5_000, 32, "h100-nvlink")]
     make_plan(generate("mix-128k", 2000, 0), cost_model(32))  # compile
-    for name in ("mix-128k",) if quick else PLAN_SETS:
-        for samples, gpus, cluster in cases:
-            lengths, cost = generate(name, samples, 0), cost_model(gpus, cluster)
-            first = samples <= 100_000
-            for strategy in STRATEGIES if first else ("concat", "bfd", "hbp", "hbp-mixed"):
-                if samples > TOO_SLOW_ABOVE.get(strategy, samples):
-                    continue
-                make = partial(make_plan, lengths, cost, strategy=strategy)
-                seconds, plan = seconds_of(make, 3 if first and not quick else 1)
+    for name in ("short-32k", "mix-128k") if quick else (*PLAN_SETS, NO_LIMIT):
+        source, limit = ("short-32k", None) if name == NO_LIMIT else (name, LENGTH_SETS[name][3])
+        for samples, gpus, cluster, strategies in [(2_000, *CASES[0][1:])] if quick else CASES:
+            lengths, cost = generate(source, samples, 0), cost_model(gpus, cluster)
+            for strategy in strategies:
+                make = partial(make_plan, lengths, cost, strategy=strategy, max_length=limit)
+                seconds, plan = seconds_of(make, 3 if strategy in OURS and samples <= 100_000 and not quick else 1)
                 yield plan_row(plan, "plans", name, gpus, cluster, seconds)
 
 
@@ -267,12 +285,41 @@ def order(quick: bool) -> Iterator[Row]:
         lengths, cost = generate(name, samples, 0), cost_model(RANKS)
         for windows in (None, 1) if quick else (None, 1, 4, 16, 64):
             plan = make_plan(lengths, cost, windows=windows)
-            row = plan_row(plan, "order", name, RANKS, "h100-nvlink")
-            yield {**row, "windows": plan.info.settings["windows"], "default": windows is None}
+            batch = plan.info.n_tokens // plan.n_steps  # as it came out
+            # Steps of so many random packs have a drift too: what is left is not the planner's.
+            random = make_plan(
+                lengths, cost, strategy="isf", max_length=LENGTH_SETS[name][3], global_batch_tokens=batch
+            )
+            yield {
+                **plan_row(plan, "order", name, RANKS, "h100-nvlink"),
+                "windows": plan.info.settings["windows"],
+                "default": windows is None,
+                "drift_random": random.info.details["drift"],
+                "batch_random": random.info.n_tokens // random.n_steps,
+            }
         for batch in (2**21,) if quick else (2**19, 2**21, 2**23):
-            for strategy in ("concat", "hbp-mixed"):
+            for strategy in ("concat", "isf", "hbp-mixed"):
                 plan = make_plan(lengths, cost, strategy=strategy, global_batch_tokens=batch, short_steps=0)
                 yield {**plan_row(plan, "order", name, RANKS, "h100-nvlink"), "global_batch_tokens": batch}
+
+
+def startup(quick: bool) -> Iterator[Row]:
+    """Seconds of `hbp plan` on a thousand lengths, a fresh process each, after one that fills numba's cache."""
+    samples, name = 1000, "tulu3-longcite"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "lengths.npy"
+        np.save(file, generate(name, samples, 0))
+        command = [sys.executable, "-m", "hbp", "plan", "--lengths", str(file), "--model", MODEL]
+        command += ["--gpus", str(RANKS), "--out", str(Path(scratch) / "plan")]
+
+        def plan() -> None:
+            subprocess.run(command, capture_output=True, check=True)
+
+        plan()
+        times = [seconds_of(plan, 1)[0] for _ in range(2 if quick else 5)]
+    row = {"section": "startup", "strategy": "hbp-mixed", "set": name, "samples": samples, "gpus": RANKS}
+    median = statistics.median(times)
+    yield {**row, "samples_per_s": samples / median, "seconds": median, "least_s": min(times), "most_s": max(times)}
 
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
@@ -281,6 +328,7 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "size": size,
     "streaming": streaming,
     "order": order,
+    "startup": startup,
 }
 
 
@@ -297,23 +345,28 @@ def main() -> None:
         return
     chosen = [args.section] if args.section else list(SECTIONS)
     rows: list[Row] = []
+    section_s: dict[str, float] = {}
     with Progress("packing", len(chosen)) as progress:
         for section in chosen:
+            start = time.perf_counter()
             for row in SECTIONS[section](args.quick):
                 rows.append({**dict.fromkeys(EVERY_ROW), **row})
                 progress.advance(f"{section}: {row['set']} {row['strategy']}", 0)
+            section_s[section] = time.perf_counter() - start
             progress.advance(section)
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": "one CPU core",
         "model": MODEL,
         "command": "python benchmarks/packing.py" + (" --quick" if args.quick else ""),
+        "section_s": section_s,
         "rows": rows,
     }
     if args.out:
         if args.out.exists():
-            old = json.loads(args.out.read_text())["rows"]
-            result["rows"] = [row for row in old if row.get("section") not in chosen] + rows
+            old = json.loads(args.out.read_text())
+            result["rows"] = [row for row in old["rows"] if row.get("section") not in chosen] + rows
+            result["section_s"] = {**old.get("section_s", {}), **section_s}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))

@@ -124,7 +124,7 @@ def _add_planning(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=int,
         metavar="TOKENS",
-        help="longest packing length (default: the longest sample)",
+        help="longest packing length (default: the longest sample, or longer where that is faster)",
     )
     parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
     parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")

@@ -44,46 +44,59 @@ def train_baseline(
     Raises:
         HbpError: no setting fits the memory budget.
     """
-    budget, n_layers = engine.cost.cluster.memory_bytes, engine.cost.model.n_layers
+    budget = engine.cost.cluster.memory_bytes
     longest = max(group.capacity for group in ours.info.groups)
     global_batch = global_batch_tokens(ours, engine.config)
     trials: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     for degree in engine.cost.degrees():
-        model = engine.fresh_model()
-        gc_layers = engine.cost.fewest_gc_layers(longest, degree)
-        # The model errs on the safe side, so look one layer below what it asks for.
-        for k in range(max(0, (n_layers if gc_layers is None else gc_layers) - 1), n_layers + 1):
-            folder = run / f"{strategy}-sp{degree}"
-            epochs = _epochs(engine, strategy, folder, Group(longest, degree, k), global_batch, model)
-            peak = epochs[-1].peak_bytes
-            shown = "more than the device has" if math.isinf(peak) else f"{peak / GIB:.3f} GiB"
-            trial: dict[str, Any] = {"sp_degree": degree, "gc_layers": k, "fits": peak <= budget}
-            trial["peak_bytes"] = None if math.isinf(peak) else peak
-            trials.append(trial)
-            say(f"baseline {strategy} SP{degree} GC{k}: {shown} of {budget / GIB:.3f} GiB")
-            if not trial["fits"]:
-                continue
+        folder = run / f"{strategy}-sp{degree}"
+        epochs = _fewest_gc_layers(engine, strategy, folder, longest, degree, global_batch, trials)
+        free_memory()  # training makes its own model
+        if epochs is None:
+            continue
 
-            def next_epoch(last: Part, _: object, epochs: Sequence[Part] = epochs) -> Part:
-                return epochs[last.epoch + 1]
+        def next_epoch(last: Part, _: object, epochs: Sequence[Part] = epochs) -> Part:
+            return epochs[last.epoch + 1]
 
-            del model
-            free_memory()  # training makes its own
-            result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plan)
-            trial["tokens_per_s"] = result["tokens_per_s"]
-            if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
-                best = result
-                _replace_folder(folder, run / strategy)
-            break
-        else:  # nothing fits, nothing was trained
-            del model
-            free_memory()
+        result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plan)
+        trials[-1]["tokens_per_s"] = result["tokens_per_s"]
+        if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
+            best = result
+            _replace_folder(folder, run / strategy)
     if best is None:
         raise HbpError(f"no static setting of {strategy} fits {budget / GIB:.3f} GiB; raise cluster.memory_gib")
     for degree in engine.cost.degrees():
         _replace_folder(run / f"{strategy}-sp{degree}", None)
     return best, trials
+
+
+def _fewest_gc_layers(
+    engine: Engine,
+    strategy: str,
+    folder: Path,
+    longest: int,
+    degree: int,
+    global_batch: int,
+    trials: list[dict[str, Any]],
+) -> list[Part] | None:
+    """The epochs with the fewest recomputed layers that keep within the budget at this degree; None if none do.
+
+    Every setting that was tried is added to `trials`.
+    """
+    budget, n_layers = engine.cost.cluster.memory_bytes, engine.cost.model.n_layers
+    model, predicted = engine.fresh_model(), engine.cost.fewest_gc_layers(longest, degree)
+    # The model errs on the safe side, so look one layer below what it asks for.
+    for k in range(max(0, (n_layers if predicted is None else predicted) - 1), n_layers + 1):
+        epochs = _epochs(engine, strategy, folder, Group(longest, degree, k), global_batch, model)
+        peak = epochs[-1].peak_bytes
+        shown = "more than the device has" if math.isinf(peak) else f"{peak / GIB:.3f} GiB"
+        say(f"baseline {strategy} SP{degree} GC{k}: {shown} of {budget / GIB:.3f} GiB")
+        trial = {"sp_degree": degree, "gc_layers": k, "fits": peak <= budget}
+        trials.append(trial | {"peak_bytes": None if math.isinf(peak) else peak})
+        if trial["fits"]:
+            return epochs
+    return None
 
 
 def _epochs(

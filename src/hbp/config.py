@@ -36,7 +36,8 @@ class DataConfig(_Section):
     max_length: int | None = Field(
         None,
         ge=1,
-        description="longest packing length, tokens; longer samples are dropped by name. none: the longest",
+        description="longest packing length, tokens; longer samples are dropped by name. none: the longest sample, or "
+        "longer where that is faster",
     )
     eval_samples: int = Field(64, ge=0, description="samples held out for the evaluation loss")
     processes: int = Field(1, ge=1, description="processes that tokenize")

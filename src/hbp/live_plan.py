@@ -177,4 +177,5 @@ def evaluation_plan(engine: Engine) -> Plan | None:
     if not len(engine.held_out.ids):
         return None
     with_room = dataclasses.replace(engine.cost.cluster, memory_bytes=1e18)
-    return make_plan(engine.held_out.lengths, dataclasses.replace(engine.cost, cluster=with_room), strategy="bfd")
+    cost, lengths = dataclasses.replace(engine.cost, cluster=with_room), engine.held_out.lengths
+    return make_plan(lengths, cost, strategy="bfd", max_length=int(lengths.max()))

@@ -18,18 +18,13 @@ from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning import baselines
 from hbp.planning.curriculum import default_short_steps, order_steps
 from hbp.planning.group_search import search_groups
-from hbp.planning.groups import (
-    SamplesByLength,
-    best_setting,
-    fitting_capacity,
-    longest_settings,
-    published_groups,
-)
+from hbp.planning.groups import Choice, SamplesByLength, best_setting, fitting_capacity, published_groups
 from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
 from hbp.planning.packs import Lengths
 from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import balance_batches, in_order
+from hbp.planning.static_settings import settings_to_try
 from hbp.planning.windows import windowed_schedule
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
@@ -81,8 +76,6 @@ STRATEGIES: Mapping[str, Strategy] = {
     "hbp": hbp,
     "hbp-mixed": hbp_mixed,
 }
-OURS = ("hbp", "hbp-mixed")
-"""Strategies that choose groups; the others have one setting, and get the fastest of all that fit."""
 
 
 def make_plan(
@@ -105,13 +98,15 @@ def make_plan(
         strategy: a key of :data:`STRATEGIES`.
         seed: of every random choice; the same input and seed give the same plan, another seed another epoch.
         max_length: longest packing length; longer samples are dropped, by name. None, or one that fits memory at no
-            setting: the longest sample. `hbp-mixed` has it as a limit only, and None for what memory holds.
-        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the longest length,
+            setting: the longest sample. With None, other strategies than `hbp-mixed` take whichever doubling of it is
+            fastest; `hbp-mixed` has `max_length` as a limit only, and None for what memory holds.
+        global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the packing length,
             and for `hbp-mixed` at least one micro-step of the packs it finds best.
         short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only ours have one.
         windows: of `hbp-mixed`: pieces that the shuffled samples are planned in. More stay closer to a random order,
             fewer are faster. None: as many as cost at most a hundredth of the speed.
-        static: setting of the strategies that have only one. None: all that fit are planned, the fastest is kept.
+        static: setting of the strategies that have only one. None: the fastest of all that fit
+            (:mod:`hbp.planning.static_settings`).
 
     Returns:
         The plan with its metrics; not yet validated (:func:`hbp.plan.write_plan` does).
@@ -133,10 +128,18 @@ def make_plan(
     if not len(own):
         raise HbpError(f"every sample is longer than {limit} tokens; raise --max-length to {int(lengths.max())}")
     longest = static.capacity if static else fitting_capacity(cost, own, max_length)
-    statics = [static] if static else [choice.group for choice in longest_settings(cost, own, longest)]
-    batch = global_batch_tokens or default_batch_tokens(cost, own, longest)
-    plans = []
-    for setting in statics[:1] if strategy in OURS else statics:
+    longer = max_length is None
+    choices = (
+        [Choice(static, 0.0)]
+        if static
+        else settings_to_try(strategy, cost, own, longest, longer=longer, batch=global_batch_tokens)
+    )
+    best: Plan | None = None
+    for choice in choices:
+        if best is not None and choice.seconds >= best.info.metrics["predicted_s"]:
+            break  # and so are all after it
+        setting = choice.group
+        batch = global_batch_tokens or default_batch_tokens(cost, own, setting.capacity)
         problem = Problem(
             lengths=lengths,
             dropped=dropped,
@@ -149,8 +152,10 @@ def make_plan(
             windows=windows,
             rng=np.random.default_rng(seed),
         )
-        plans.append(to_plan(STRATEGIES[strategy](problem), problem, strategy, seed))
-    best = min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
+        plan = to_plan(STRATEGIES[strategy](problem), problem, strategy, seed)
+        if best is None or plan.info.metrics["predicted_s"] < best.info.metrics["predicted_s"]:
+            best = plan
+    assert best is not None
     asked = {
         "max_length": max_length,
         "global_batch_tokens": global_batch_tokens,
