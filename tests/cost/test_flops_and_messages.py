@@ -145,13 +145,13 @@ def test_bytes_of_gathered_keys_and_values(
 
         return collective
 
-    for kind in ("_all_gather", "_reduce_scatter"):
+    for kind in ("ALL_GATHER", "REDUCE_SCATTER"):
         monkeypatch.setattr(gather_kv, kind, counted(kind, getattr(gather_kv, kind)))
     micro_batch(config, tmp_path, degree, gc_layers, forward_backward)
     spec = spec_from_config(config)
     per_pass = TOKENS * spec.gather_bytes_per_token(degree, 4)
-    assert moved["_all_gather"] == per_pass * (spec.n_layers + gc_layers)
-    assert moved["_reduce_scatter"] == per_pass * spec.n_layers
+    assert moved["ALL_GATHER"] == per_pass * (spec.n_layers + gc_layers)
+    assert moved["REDUCE_SCATTER"] == per_pass * spec.n_layers
     assert (per_pass > 0) == (degree > heads)
 
 

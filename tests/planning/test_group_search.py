@@ -17,7 +17,7 @@ from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.plan import Group
 from hbp.planning import group_search
-from hbp.planning.group_search import best_groups, candidate_capacities, search_groups
+from hbp.planning.group_search import Trial, best_groups, candidate_capacities, search_groups
 from hbp.planning.groups import SamplesByLength, published_groups
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
@@ -94,9 +94,9 @@ def test_slow_networks_want_longer_packs() -> None:
 def test_no_slower_than_algorithm_1() -> None:
     lengths = generate("tulu3-longcite", 20_000, 0)
     longest = int(lengths.max())
-    trial = group_search._Trial(LLAMA, SamplesByLength(LLAMA, lengths), 32)
+    trial = Trial(LLAMA, SamplesByLength(LLAMA, lengths), 32)
     found = search_groups(LLAMA, lengths, longest, None)
-    assert trial.seconds(found) < trial.seconds(published_groups(LLAMA, lengths, longest))
+    assert trial.price(found) < trial.price(published_groups(LLAMA, lengths, longest))
 
 
 def test_no_micro_step_exceeds_the_global_batch_asked_for() -> None:

@@ -1,23 +1,31 @@
 """Why a plan has the groups it has: what `hbp plan --explain` prints.
 
-For each group: which samples are at home there and what share of the predicted time it runs; what each SP degree would
-need (recomputed layers) and cost at this length, on packs full of those samples; and what the run would take without
-the group, its samples going to the next longer one. Figures are predictions of full, evenly spread packs.
+For each group: which samples are at home there and what share of the predicted time it runs; what other SP degrees
+would need (recomputed layers) at this length, and what the run would take with them; and what it would take without the
+group, its samples going to the next longer one. The run of `hbp-mixed` is planned with each of these changes, on a
+sample, as the search for groups does (:class:`hbp.planning.group_search.Trial`), for the next degrees up and down. That
+of other strategies is the time of packs that are full and evenly spread, which is what Algorithm 1 goes by.
 
-Complexity: groups × degrees predictions after one count of the lengths.
+Complexity: three plans of a sample for each group; or groups × degrees predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from hbp.cost.predict import CostModel, Work
+from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan
+from hbp.planning.group_search import Trial
 from hbp.planning.groups import SamplesByLength, group_seconds
 from hbp.planning.packs import Lengths
+from hbp.progress import Progress
+
+Price = Callable[[tuple[Group, ...]], float]
+"""Seconds of the run with these groups."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Setting:
     gc_layers: int | None
     """Fewest recomputed layers that fit; None if not even all do."""
     slower: float | None
-    """Time over that of the group's own degree, less 1; None where nothing fits."""
+    """Time of the run over that with the group's own degree, less 1; None where nothing fits."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,10 @@ class Reason:
     def __str__(self) -> str:
         g, others = self.group, []
         for s in self.settings:
-            if s.sp_degree == g.sp_degree:
-                continue
             if s.gc_layers is None or s.slower is None:
                 others.append(f"SP {s.sp_degree} does not fit memory")
             else:
-                others.append(f"SP {s.sp_degree} / GC {s.gc_layers} {s.slower:+.1%}")
+                others.append(f"SP {s.sp_degree} / GC {s.gc_layers} {s.slower:+.2%}")
         name = f"{g.capacity:,} / SP {g.sp_degree} / GC {g.gc_layers}"
         if not self.home:
             micro_steps = "the last micro-step" if self.micro_steps == 1 else f"{self.micro_steps:,} micro-steps"
@@ -67,9 +73,9 @@ class Reason:
             f"{self.above + 1:,} to {g.capacity:,} tokens ({self.tokens_share:.1%} of tokens); "
             f"{self.time_share:.1%} of the time"
         )
-        text += f"; time with {', '.join(others)}" if others else ""
+        text += f"; the run with {', '.join(others)}" if others else ""
         if self.without is not None:
-            text += f"; without this group {self.without:+.2%}"
+            text += f"; the run without this group {self.without:+.2%}"
         return text
 
 
@@ -85,29 +91,36 @@ def explain(plan: Plan, cost: CostModel, lengths: Lengths) -> list[Reason]:
     samples = SamplesByLength(cost, lengths[lengths <= groups[-1].capacity])
     busy = plan.predicted_s.astype(np.float64) * plan.sp_degree
     homes = _homes(groups, [Group(**group) for group in plan.info.settings.get("extra_groups", ())])
-    whole = _run_seconds(cost, samples, homes)
+    tried = plan.info.strategy == "hbp-mixed"
+    price: Price = partial(_run_seconds, cost, samples)
+    if tried:
+        price = Trial(cost, samples, min(cost.world_size, 2 * max(group.sp_degree for group in homes))).seconds
+    whole = price(tuple(homes))
     reasons, above = [], 0
-    for group in groups:
-        home = group in homes
-        own, _ = samples.between(above, group.capacity) if home else samples.between(0, 0)
-        mine = (plan.capacity == group.capacity) & (plan.sp_degree == group.sp_degree)
-        mine &= plan.gc_layers == group.gc_layers
-        others = [other for other in homes if other != group]
-        fewer = _run_seconds(cost, samples, others) if home and group != homes[-1] else None
-        reasons.append(
-            Reason(
-                group,
-                home,
-                above,
-                int(own.documents[0]),
-                float(own.tokens[0] / samples.tokens[-1]),
-                float(busy[mine].sum() / busy.sum()),
-                len(np.unique(index[mine])),
-                _settings(cost, group, own),
-                None if fewer is None else fewer / whole - 1,
+    with Progress("explain", len(groups)) as progress:
+        for group in groups:
+            home = group in homes
+            own, _ = samples.between(above, group.capacity) if home else samples.between(0, 0)
+            mine = (plan.capacity == group.capacity) & (plan.sp_degree == group.sp_degree)
+            mine &= plan.gc_layers == group.gc_layers
+            others = tuple(other for other in homes if other != group)
+            fewer = price(others) if home and group != homes[-1] else None
+            degrees = [d for d in cost.degrees() if not tried or d in (group.sp_degree // 2, group.sp_degree * 2)]
+            reasons.append(
+                Reason(
+                    group,
+                    home,
+                    above,
+                    int(own.documents[0]),
+                    float(own.tokens[0] / samples.tokens[-1]),
+                    float(busy[mine].sum() / busy.sum()),
+                    len(np.unique(index[mine])),
+                    _settings(cost, price, homes, group, degrees) if home else (),
+                    None if fewer is None else fewer / whole - 1,
+                )
             )
-        )
-        above = group.capacity if home else above
+            above = group.capacity if home else above
+            progress.advance(f"{group.capacity:,} tokens")
     return reasons
 
 
@@ -121,16 +134,21 @@ def _homes(groups: Sequence[Group], extra: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group not in extra or not shorter(group)]
 
 
-def _settings(cost: CostModel, group: Group, own: Work) -> tuple[Setting, ...]:
-    share = group.capacity / max(float(own.tokens[0]), 1.0)
-    if own.tokens[0]:
-        pack = Work(own.documents * share, own.tokens * share, own.pairs * share)
-    else:
-        pack = cost.work(np.array([group.capacity]))
-    fewest = {degree: cost.fewest_gc_layers(group.capacity, degree) for degree in cost.degrees()}
-    rank_seconds = {d: float(cost.seconds(d, k).of(pack)[0]) * d for d, k in fewest.items() if k is not None}
-    chosen = float(cost.seconds(group.sp_degree, group.gc_layers).of(pack)[0]) * group.sp_degree
-    return tuple(Setting(d, k, rank_seconds[d] / chosen - 1 if k is not None else None) for d, k in fewest.items())
+def _settings(
+    cost: CostModel, price: Price, homes: Sequence[Group], group: Group, degrees: Sequence[int]
+) -> tuple[Setting, ...]:
+    """What other degrees need and what the run takes with each."""
+    found, whole, at = [], price(tuple(homes)), homes.index(group)
+    for degree in degrees:
+        if degree == group.sp_degree:
+            continue
+        gc_layers = cost.fewest_gc_layers(group.capacity, degree)
+        slower = None
+        if gc_layers is not None:
+            changed = (*homes[:at], Group(group.capacity, degree, gc_layers), *homes[at + 1 :])
+            slower = price(changed) / whole - 1
+        found.append(Setting(degree, gc_layers, slower))
+    return tuple(found)
 
 
 def _run_seconds(cost: CostModel, samples: SamplesByLength, groups: Sequence[Group]) -> float:

@@ -102,21 +102,21 @@ def search_groups(
         group in options.get(group.capacity, []) for group in published
     ):
         starts.add(published)
-    trial = _Trial(cost, samples, max(g.sp_degree for groups in starts for g in groups))
-    best = min(sorted(starts), key=trial.seconds)
-    improved = trial.seconds(best) > NEAR * trial.least
+    trial = Trial(cost, samples, max(g.sp_degree for groups in starts for g in groups))
+    best = min(sorted(starts), key=trial.price)
+    improved = trial.price(best) > NEAR * trial.least
     while improved:
         improved = False
         for other in _neighbours(best, options, longest, alone):
             if max(g.sp_degree for g in other) > trial.world_size:
                 continue
-            if trial.left and trial.seconds(other) < trial.seconds(best) * (1 - IMPROVES):
+            if trial.left and trial.price(other) < trial.price(best) * (1 - IMPROVES):
                 best, improved = other, True
                 break
     return best
 
 
-class _Trial:
+class Trial:
     """Predicted seconds of sets of groups, by planning a sample of the lengths; remembers what it has seen."""
 
     def __init__(self, cost: CostModel, samples: SamplesByLength, highest_degree: int) -> None:
@@ -137,14 +137,18 @@ class _Trial:
         """How many more sets may be tried."""
         return MOST_TRIALS - len(self.known)
 
-    def seconds(self, groups: tuple[Group, ...]) -> float:
+    def price(self, groups: tuple[Group, ...]) -> float:
         """Seconds of the sample's micro-steps, and the toll of each group."""
+        return self.seconds(groups) * (1 + GROUP_SAVES * len(groups))
+
+    def seconds(self, groups: tuple[Group, ...]) -> float:
+        """Seconds of the sample's micro-steps."""
         if groups not in self.known:
             rng = np.random.default_rng(0)
             packed = pack_histogram(self.counts.copy(), groups, self.costs, self.world_size, rng, last=True)
             slowest = np.zeros(int(packed.micro_step.max()) + 1)
             np.maximum.at(slowest, packed.micro_step, packed.seconds)
-            self.known[groups] = float(slowest.sum()) * (1 + GROUP_SAVES * len(groups))
+            self.known[groups] = float(slowest.sum())
         return self.known[groups]
 
 
