@@ -28,11 +28,13 @@ def plan_by_hand(
     plans = []
     for setting in settings:
         made = make(lengths, cost, setting, batch_tokens, np.random.default_rng(0))
-        plans.append(_plan(name, *made, lengths, cost))
+        plans.append(_plan(name, *made, lengths, cost, batch_tokens))
     return min(plans, key=lambda plan: plan.info.metrics["predicted_s"])
 
 
-def _plan(name: str, schedule: Schedule, groups: tuple[Group, ...], lengths: Lengths, cost: CostModel) -> Plan:
+def _plan(
+    name: str, schedule: Schedule, groups: tuple[Group, ...], lengths: Lengths, cost: CostModel, batch_tokens: int
+) -> Plan:
     order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
     packs = schedule.packs.take(order)
     column = {
@@ -49,6 +51,7 @@ def _plan(name: str, schedule: Schedule, groups: tuple[Group, ...], lengths: Len
         lengths_sha256=hash_lengths(lengths),
         model=cost.model.to_json(),
         cluster=cost.cluster.to_json(),
+        settings={"global_batch_tokens": batch_tokens},
     )
     plan = Plan(
         info,

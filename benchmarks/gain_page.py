@@ -31,6 +31,9 @@ NAMES = {
     "concat": "concatenation",
 }
 COLOURS = {"hbp": PALETTE[0], "hbp-mixed": PALETTE[2], "isf": PALETTE[6], "dcp": PALETTE[1], "flexsp": PALETTE[3]}
+COLOURS |= {"lb": PALETTE[4], "sorted": PALETTE[5]}
+FAR = 0.2
+"""Relative differences above it are printed bold."""
 SETS = {
     "short-32k": "short samples only",
     "tulu3-longcite": "Tulu3 + LongCite",
@@ -57,6 +60,7 @@ def draw(gain: dict[str, Any], docs: Path) -> None:
         "peers": peers_table(rows),
         "contexts": contexts_table(rows),
         "paper": paper_table(json.loads((results / "paper.json").read_text())["rows"]),
+        "rows": published_rows(json.loads((results / "paper.json").read_text())["rows"]),
         "simulator": simulator_table(json.loads((results / "simulator.json").read_text())),
         "made": f"Planned {gain['date']} by `{gain['command']}` for {gain['model']}"
         + (f", at commit {gain['commit']}." if "commit" in gain else "."),
@@ -211,6 +215,19 @@ def paper_table(rows: Sequence[Row]) -> str:
             others = (f"{r[name]:.2f}×" for name in ("same_step", "built_in"))
             lines.append([r["table"], r["row"], published, f"{r['ours']:.2f}×", relative, *others])
     return _table(["table", "row", "published", "ours", "difference", "same step", "on `h100-nvlink`"], lines)
+
+
+def published_rows(rows: Sequence[Row]) -> str:
+    """Every other figure of the paper beside ours; those far off are bold."""
+    lines = []
+    for r in rows:
+        if r["metric"] != "speedup":
+            difference = f"{100 * r['relative']:+.0f} %" if "relative" in r else "–"
+            difference = f"**{difference}**" if abs(r.get("relative", 0)) > FAR else difference
+            published = "–" if r["published"] is None else f"{r['published']:g}"
+            row = r["row"] if r["published"] is not None else f"{r['row']} ({r.get('groups', '')})"
+            lines.append([r["table"], row, r["metric"], published, f"{r['ours']:.4g}", difference])
+    return _table(["table", "row", "figure", "published", "ours", "difference"], lines)
 
 
 def simulator_table(result: dict[str, Any]) -> str:
