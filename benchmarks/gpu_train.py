@@ -195,8 +195,7 @@ def main() -> None:
             "naive": make_plan(store.lengths, cost, strategy="concat", static=full_gc, **options),
         }
         sides = {side: measure(plan, store, weights, cost, device) for side, plan in plans.items()}
-        if not args.no_trl:
-            sides["trl"] = measure_trl(size, store, scratch, weights)
+        sides["trl"] = measure_trl(size, store, scratch, weights)
         result = {
             "command": "python benchmarks/gpu_train.py" + (" --quick" if args.quick else ""),
             "date": datetime.date.today().isoformat(),
