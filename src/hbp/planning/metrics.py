@@ -15,7 +15,8 @@ how far a step's composition is from the data's (:mod:`hbp.planning.composition`
 
 **The lower bound** is the time of a perfect run (:func:`lower_bound_seconds`): no padding, no rank that waits, every
 sample at whatever setting is cheapest for it. docs/lower-bound.md proves that no plan can beat it. In short: take a
-rank of an SP group of degree ``d`` that recomputes ``k`` layers, with memory for packs of ``C(d, k)`` tokens. It is
+rank of an SP group of degree ``d`` that recomputes ``k`` layers, with memory (and the user's leave, where `max_length`
+is given) for packs of ``C(d, k)`` tokens. It is
 taken for ``max(b, (1 - o) b + F)`` seconds, where ``b`` is what the pack computes, ``F`` FSDP's traffic and ``o`` the
 share of computing that it hides behind; so for at least ``(1 - x o) b + x F`` with any ``x`` from 0 to 1. ``b`` is a
 fixed part and a sum over the documents; a pack holds at most ``C(d, k)`` tokens, so a document of ``l`` tokens may be
@@ -66,8 +67,11 @@ def imbalance(per_rank: Float, degree: Float, micro_step: npt.NDArray[np.integer
     return float(np.mean(1 - total / (np.maximum(most, 1e-300) * world_size)))
 
 
-def lower_bound_seconds(cost: CostModel, lengths: Lengths, n_steps: int = 0) -> float:
-    """Seconds that no plan for these samples with `n_steps` optimizer steps can beat (module docstring)."""
+def lower_bound_seconds(cost: CostModel, lengths: Lengths, n_steps: int = 0, limit: int | None = None) -> float:
+    """Seconds that no plan for these samples with `n_steps` optimizer steps can beat (module docstring).
+
+    With a `limit` that the user set: no plan whose packs hold at most so many tokens.
+    """
     counts = count_lengths(lengths, int(lengths.max()))
     longest = cost.work(np.array([len(counts) - 1]))
     alone = min(
@@ -75,29 +79,29 @@ def lower_bound_seconds(cost: CostModel, lengths: Lengths, n_steps: int = 0) -> 
         for degree in cost.degrees()
         for k in np.flatnonzero(cost.longest_packs(degree) >= longest.tokens[0])[:1]
     )
-    total = rank_seconds(cost, counts) / cost.world_size
+    total = rank_seconds(cost, counts, limit) / cost.world_size
     return max(total, alone) + n_steps * cost.cluster.step_overhead_s
 
 
-def rank_seconds(cost: CostModel, counts: npt.NDArray[np.integer]) -> float:
+def rank_seconds(cost: CostModel, counts: npt.NDArray[np.integer], limit: int | None = None) -> float:
     """Seconds of all ranks together that samples take at least, if ``counts[l]`` of them have length ``l``."""
     values = np.flatnonzero(counts)
     work, weights = cost.work(values), counts[values].astype(np.float64)
-    value, slope = _charges(cost, work, weights, 0.0)
+    value, slope = _charges(cost, work, weights, limit, 0.0)
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS if slope > 0 else 0):  # the bound is concave in x: climb
         middle = (low + high) / 2
-        at_middle, slope = _charges(cost, work, weights, middle)
+        at_middle, slope = _charges(cost, work, weights, limit, middle)
         value = max(value, at_middle)
         low, high = (middle, high) if slope > 0 else (low, middle)
     return value
 
 
-def _charges(cost: CostModel, work: Work, counts: Float, x: float) -> tuple[float, float]:
+def _charges(cost: CostModel, work: Work, counts: Float, limit: int | None, x: float) -> tuple[float, float]:
     """The bound at one `x`, and its slope there."""
     best, slope = np.full(len(counts), np.inf), np.zeros(len(counts))
     for degree in cost.degrees():
-        longest = cost.longest_packs(degree)
+        longest = np.minimum(cost.longest_packs(degree), limit or np.inf)
         for k, capacity in enumerate(longest):
             if k and capacity == longest[k - 1]:
                 continue
@@ -112,15 +116,15 @@ def _charges(cost: CostModel, work: Work, counts: Float, x: float) -> tuple[floa
     return float((best * counts).sum()), float((slope * counts).sum())  # @ rounds by the number of threads
 
 
-def measure(plan: Plan, cost: CostModel) -> Metrics:
-    """Every metric of a plan that holds at least one pack."""
+def measure(plan: Plan, cost: CostModel, limit: int | None = None) -> Metrics:
+    """Every metric of a plan that holds at least one pack; `limit` is the user's, of the tokens of a pack."""
     micro, degree = plan.micro_step_index(), plan.sp_degree.astype(np.float64)
     tokens = plan.tokens().astype(np.float64)
     world = plan.info.world_size
     predicted = float(plan.micro_step_seconds().sum() + plan.n_steps * cost.cluster.step_overhead_s)
     batch = int(plan.info.settings.get("global_batch_tokens", 0)) or 1
     asked = min(plan.n_steps, -(-plan.info.n_tokens // batch))
-    efficiency = lower_bound_seconds(cost, plan.lengths, asked) / predicted
+    efficiency = lower_bound_seconds(cost, plan.lengths, asked, limit) / predicted
     return Metrics(
         pr=float(1 - tokens.sum() / plan.capacity.sum(dtype=np.float64)),
         dbr=imbalance(tokens / degree, degree, micro, world),

@@ -230,4 +230,4 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Pla
         lengths=in_plan.astype(np.int32, copy=False),
     )
     details = {**measure_order(plan), **outcome.details}
-    return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost)), details=details))
+    return replace(plan, info=replace(info, metrics=asdict(measure(plan, cost, problem.longest)), details=details))
