@@ -98,7 +98,8 @@ def cases(quick: bool) -> Iterator[tuple[Case, list[str]]]:
         return
     for gpus, network in itertools.product((8, 16, 32, 64, 128, 256, 512, 1024), NETWORKS):
         more = SLOW if gpus <= 64 else []
-        yield Case("gpus", "tulu3-longcite", max(20_000, 100 * gpus), gpus, network), usual + more
+        yield Case("gpus", "tulu3-longcite", max(20_000, 1000 * gpus), gpus, network), usual + more
+    yield Case("few", "tulu3-longcite", 25_600, 256, "100 Gb/s a node"), usual
     for context, network in itertools.product((128, 256, 512, 1024), NETWORKS):
         yield Case("contexts", "mix-1m", 20_000, 64, network, context * K), usual + SLOW
     names = [f"{gbps:g} Gb/s a GPU" if gbps < 400 else fast for gbps in GBPS] + ["NVLink throughout"]
@@ -151,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the peers on one set, 5,000 samples; nothing is kept")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--sections", default="peers,gpus,contexts,map", help="comma-separated (default all)")
+    parser.add_argument("--sections", default="peers,gpus,few,contexts,map", help="comma-separated (default all)")
     parser.add_argument("--strategies", help="only these, comma-separated")
     parser.add_argument("--fresh", action="store_true", help="plan anew what is in the file")
     parser.add_argument("--draw", action="store_true", help="only make the pictures and the page's numbers")

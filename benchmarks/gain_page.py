@@ -59,6 +59,7 @@ def draw(gain: dict[str, Any], docs: Path) -> None:
         "map": map_summary(rows),
         "peers": peers_table(rows),
         "contexts": contexts_table(rows),
+        "few": few_summary(rows),
         "paper": paper_table(json.loads((results / "paper.json").read_text())["rows"]),
         "rows": published_rows(json.loads((results / "paper.json").read_text())["rows"]),
         "simulator": simulator_table(json.loads((results / "simulator.json").read_text())),
@@ -119,7 +120,7 @@ def over(rows: Sequence[Row], section: str, field: str, label: str) -> str:
     if section == "map":
         networks[0] = "25 Gb/s a GPU"
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.3), layout="constrained")
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
         axes = figure.subplots(1, len(networks), sharey=True)
         values = sorted({r[field] for r in mine})
         for axis, network in zip(axes, networks, strict=True):
@@ -138,7 +139,7 @@ def over(rows: Sequence[Row], section: str, field: str, label: str) -> str:
             axis.set_xlabel(label)
         axes[0].set_ylabel("speed-up over best fit")
         lines = {h.get_label(): h for axis in axes for h in axis.get_lines() if not str(h.get_label()).startswith("_")}
-        figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=len(lines))
+        figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=4)
         return as_svg(figure, f"gain-{field}")
 
 
@@ -161,6 +162,16 @@ def map_summary(rows: Sequence[Row]) -> str:
     low, high = best[0], best[-1]
     place: Callable[[Row], str] = lambda r: f"{100 * r['share']:g} % long samples, {r['network']}"  # noqa: E731
     return f"From {low['speedup']:.2f}× ({place(low)}) to {high['speedup']:.2f}× ({place(high)})."
+
+
+def few_summary(rows: Sequence[Row]) -> str:
+    """What runs of a few micro-steps gain."""
+    found = {r["strategy"]: r for r in rows if r["section"] == "few"}
+    ours = found["hbp-mixed"]
+    return (
+        f"{ours['samples']:,} samples of Tulu3 + LongCite on {ours['gpus']} GPUs, {ours['network']}: `hbp-mixed` "
+        f"{ours['speedup']:.2f}×, `hbp` {found['hbp']['speedup']:.2f}× the speed of best fit."
+    )
 
 
 def peers_table(rows: Sequence[Row]) -> str:
@@ -225,7 +236,7 @@ def published_rows(rows: Sequence[Row]) -> str:
             difference = f"{100 * r['relative']:+.0f} %" if "relative" in r else "–"
             difference = f"**{difference}**" if abs(r.get("relative", 0)) > FAR else difference
             published = "–" if r["published"] is None else f"{r['published']:g}"
-            row = r["row"] if r["published"] is not None else f"{r['row']} ({r.get('groups', '')})"
+            row = f"{r['row']} ({r['groups']})" if r["row"] == "our Algorithm 1" else r["row"]
             lines.append([r["table"], row, r["metric"], published, f"{r['ours']:.4g}", difference])
     return _table(["table", "row", "figure", "published", "ours", "difference"], lines)
 
