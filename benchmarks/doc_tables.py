@@ -300,9 +300,9 @@ def train() -> str:
     for name, mix in data["mixes"].items():
         speeds = [f"{mix[side]['tokens_per_s']:,.0f}" for side in ("hbp", "naive", "trl")]
         ratios = [f"{mix[f'speedup_vs_{side}']:.2f}×" for side in ("naive", "trl")]
-        cells.append((f"{name} (`{mix['hbp']['strategy']}`)", *speeds, *ratios))
-    header = ("mix", "ours, tokens/s", "best static naive", "TRL", "over naive", "over TRL")
-    where = f"Two processes of one thread, {data['device']}, {data['date']}: `python benchmarks/train.py`.\n\n"
+        cells.append((f"{name} (`{mix['hbp']['strategy']}`)", *speeds, *ratios, mix["date"]))
+    header = ("mix", "ours, tokens/s", "best static naive", "TRL", "over naive", "over TRL", "measured")
+    where = f"Two processes of one thread, {data['device']}: `python benchmarks/train.py`.\n\n"
     return where + table(header, cells) + f"\nSwitching degrees costs {data['switch_overhead']:.1%} of a step.\n"
 
 

@@ -205,19 +205,18 @@ def main() -> None:
     mixes = QUICK if args.quick else MIXES
     wanted = args.mix or [*mixes, SWITCH]
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
-    result |= {
-        "command": "python benchmarks/train.py" + (" --quick" if args.quick else ""),
-        "date": datetime.date.today().isoformat(),
-        "processes": RANKS,
-    }
+    today = {"date": datetime.date.today().isoformat()}
+    command = "python benchmarks/train.py" + (" --quick" if args.quick else "")
+    result |= {"command": command, "processes": RANKS, **today}
     result.setdefault("mixes", {})
     with TemporaryDirectory() as scratch:
         for name in wanted:
             if name == SWITCH:
-                result[SWITCH] = measure_switching(quick=args.quick, scratch=Path(scratch))
+                result[SWITCH] = today | measure_switching(quick=args.quick, scratch=Path(scratch))
                 result["switch_overhead"], result["device"] = (result[SWITCH][x] for x in ("switch_overhead", "device"))
             elif name in mixes:
-                result["mixes"][name] = measure_mix(name, mixes[name], quick=args.quick, scratch=Path(scratch))
+                measured = measure_mix(name, mixes[name], quick=args.quick, scratch=Path(scratch))
+                result["mixes"][name] = today | measured
     for key in ("speedup_vs_naive", "speedup_vs_trl"):
         result[key] = {name: mix[key] for name, mix in result["mixes"].items()}
     if args.out:
