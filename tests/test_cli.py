@@ -173,7 +173,7 @@ def test_plan_explains_its_groups(lengths: Path, tmp_path: Path, capsys: pytest.
     assert main(["plan", *arguments]) == 0
     text = capsys.readouterr().out
     assert "home of" in text
-    assert "time with SP" in text
+    assert "the run with SP" in text
 
 
 @pytest.mark.parametrize("command", ["plan", "compare", "simulate", "report"])

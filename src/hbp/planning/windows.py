@@ -275,12 +275,13 @@ def _lay_out(
 def _order_price(
     seconds: npt.NDArray[np.float64], kind: Int, firsts: Int, groups: Sequence[Group], world: int
 ) -> tuple[float, float]:
-    """Seconds of the micro-steps as they are, and if each group's packs were sorted over the whole run instead.
+    """Seconds of the micro-steps as they are, and if each degree's packs were sorted over the whole run instead.
 
     ``firsts`` are the first packs of the micro-steps.
     """
     whole = 0.0
-    for index, group in enumerate(groups):
-        own = -np.sort(-seconds[kind == index])
-        whole += float(own[:: world // group.sp_degree].sum())
+    degree = np.array([group.sp_degree for group in groups])[kind]
+    for each in np.unique(degree):
+        own = -np.sort(-seconds[degree == each])
+        whole += float(own[:: world // each].sum())
     return float(np.maximum.reduceat(seconds, firsts).sum()), whole
