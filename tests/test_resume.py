@@ -73,7 +73,7 @@ def test_killed_and_resumed_equals_never_killed(job, never_stopped):
     done = len(steps_of(folder))
     assert 0 < done < len(steps_of(never_stopped))
     again = start(job, run, "--json")
-    out, said = again.communicate(timeout=120)
+    out, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert "hbp: resuming from" in said
     same_steps(steps_of(folder), steps_of(never_stopped))

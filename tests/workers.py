@@ -88,7 +88,7 @@ FAMILIES = {
 }
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 300) -> list[Any]:
     """``function(rank, world, *args)`` of a module's top level in `world` gloo processes; what each returned.
 
     Processes fork from one server that has imported torch and transformers, so that a launch costs no imports. A
