@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hbp.arguments import STRATEGY_NAMES
-from hbp.cli import _compared, main
+from hbp.cli import _quick_enough, main
 from hbp.planning.planner import STRATEGIES
 
 LENGTHS = np.random.default_rng(0).integers(20, 4000, 400).astype(np.int32)
@@ -97,7 +97,9 @@ def test_simulate_prices_and_what_if(lengths: Path, tmp_path: Path, capsys: pyte
     assert set(pq.read_table(timeline)["rank"].to_pylist()) == {2}
     assert set(pq.read_table(timeline)["step"].to_pylist()) == {0, 1}
     assert "--ranks 8..9" in refused(capsys, "simulate", out, *piece, "--ranks", "8..9")
+    assert "--ranks 2.." in refused(capsys, "simulate", out, *piece, "--ranks", "2..")
     assert "leave out" in refused(capsys, "simulate", out, *piece, "--gpus", "8")
+    assert "--timeline" in refused(capsys, "simulate", out, "--steps", "junk")
     assert "--price" in refused(capsys, "simulate", out, "--price", "-1")
     assert "--price inf" in refused(capsys, "simulate", out, "--price", "inf")
     assert "no cluster" in refused(capsys, "simulate", out, "--cluster", "abacus")
@@ -158,10 +160,9 @@ def test_compare_goes_on_where_a_size_does_not_fit(lengths: Path, capsys: pytest
 
 
 def test_compare_leaves_slow_strategies_to_those_who_name_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _compared(None, 1000) == list(STRATEGY_NAMES)
-    assert "lb" not in _compared(None, 1_000_000)
+    assert _quick_enough(1000) == list(STRATEGY_NAMES)
+    assert "lb" not in _quick_enough(1_000_000)
     assert "lb left out" in capsys.readouterr().err
-    assert _compared("lb", 1_000_000) == ["lb"]
 
 
 def test_plan_explains_its_groups(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +231,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert "--seed -1" in refused(capsys, "plan", *planning(lengths, *out, "--seed", "-1"))
     assert "--short-steps -1" in refused(capsys, "plan", *planning(lengths, *out, "--short-steps", "-1"))
     assert "--strategies ," in refused(capsys, "compare", *planning(lengths, "--strategies", ","))
-    assert "--strategies magic" in refused(capsys, "compare", *planning(lengths, "--strategies", "magic"))
+    nothing = ["--data", str(tmp_path / "none"), "--model", "llama-3.1-8b", "--gpus", "8"]  # names are looked at first
+    assert "--strategies magic" in refused(capsys, "compare", *nothing, "--strategies", "magic")
     assert "lengths.npy" in refused(capsys, "plan", *planning(lengths, "--out", str(lengths)))
     assert "no plan" in refused(capsys, "simulate", str(tmp_path))
     assert "neither" in refused(capsys, "report", str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from plans import hand_plan, tiny_cost
 
 from hbp import simulate as simulate_module
 from hbp.errors import HbpError
+from hbp.plan import Plan
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.simulate import (
     DAY,
@@ -156,3 +158,19 @@ def test_a_damaged_cost_model_is_one_line() -> None:
     info = dataclasses.replace(plan.info, cluster={**plan.info.cluster, "link_bytes_per_s": "fast"})
     with pytest.raises(HbpError, match="link_bytes_per_s is 'fast'"):
         rank_use(dataclasses.replace(plan, info=info))
+
+
+def test_timeline_of_few_ranks_takes_no_more_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are cut by the cells of all ranks, which are laid out, not by those that are written."""
+    plan = make_plan(np.full(400, 1000), tiny_cost(8, 1000), strategy="concat", max_length=1000)
+    laid_out = []
+    split = simulate_module.split_packs
+
+    def counted(plan: Plan, first: int, end: int) -> dict[str, Any]:
+        laid_out.append(end - first)
+        return split(plan, first, end)
+
+    monkeypatch.setattr(simulate_module, "split_packs", counted)
+    monkeypatch.setattr(simulate_module, "TIMELINE_ROWS", 16)
+    write_timeline(plan, tmp_path / "timeline.parquet", range(plan.n_steps), range(1))
+    assert len(laid_out) > 3 and max(laid_out) <= 16

@@ -69,3 +69,11 @@ def test_what_cannot_be_planned_anew_is_refused() -> None:
     named = dataclasses.replace(plan, info=dataclasses.replace(plan.info, strategy="magic"))
     with pytest.raises(HbpError, match="strategy 'magic'"):
         plan_elsewhere(named, 2)
+    for damage in (
+        {"cluster": {"name": "h100"}},
+        {"settings": {"asked": "all"}},
+        {"settings": {"asked": {"static": {"a": 1}}}},
+    ):
+        damaged = dataclasses.replace(plan, info=dataclasses.replace(plan.info, **damage))
+        with pytest.raises(HbpError, match="damaged"):
+            plan_elsewhere(damaged, 2)

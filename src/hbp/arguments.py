@@ -70,27 +70,26 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in the folder)")
 
     formatter = argparse.RawDescriptionHelpFormatter
+    job = _Parser(add_help=False)
+    job.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    job.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
     train = commands.add_parser(
         "train",
-        parents=[common],
+        parents=[common, job],
         help="run the whole job that a YAML file describes",
         formatter_class=formatter,
         description="Prepare, profile, plan and train what a YAML file describes. Alone it starts local processes;\n"
         "under torchrun it is one rank: torchrun --nproc-per-node 8 -m hbp train config.yaml",
     )
-    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
 
     profile = commands.add_parser(
         "profile",
-        parents=[common],
+        parents=[common, job],
         help="measure the cost model on this machine's devices",
         formatter_class=formatter,
         description="Measure the cost model's constants on this machine, on the engine that trains, and write a\n"
-        "profile file that `--cluster` and `cluster.name` take.",
+        "profile file that `--cluster` and `cluster.name` take. Model, data and cluster are those of CONFIG.yaml.",
     )
-    profile.add_argument("config", type=Path, metavar="CONFIG.yaml", help="as for train: its model, data and cluster")
-    profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single options")
     profile.add_argument("--out", type=Path, help="file to write (default: profile.json in run_dir)")
     profile.add_argument(
         "--layers",

@@ -77,9 +77,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.planning.planner import make_plan
     from hbp.simulate import simulate
 
-    lengths, cost = _lengths(args), _cost(args, args.gpus)
-    plan = make_plan(lengths, cost, strategy=args.strategy, **_options(args))
+    options, cost = _options(args), _cost(args, args.gpus)
+    lengths = _lengths(args)
+    plan = make_plan(lengths, cost, strategy=args.strategy, **options)
     write_plan(plan, args.out)
+    simulation = simulate(plan).to_json()
     result = {
         "plan": str(args.out),
         "strategy": plan.info.strategy,
@@ -87,7 +89,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         "dropped": len(plan.info.dropped),
         "groups": [dataclasses.asdict(group) for group in plan.info.groups],
         "metrics": dict(plan.info.metrics),
-        "simulation": simulate(plan).to_json(),
+        "simulation": simulation,
         "details": dict(plan.info.details),
     }
     reasons = []
@@ -101,7 +103,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
         groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
         table("groups", ("packing length", "SP degree", "GC layers"), groups)
-        metrics_table([(plan.info.strategy, plan.info.metrics, simulate(plan).to_json())])
+        metrics_table([(plan.info.strategy, plan.info.metrics, simulation)])
         for why in reasons:
             print(f"- {why}")
         details = {name.replace("_", " "): f"{value:.4f}" for name, value in plan.info.details.items()}
@@ -126,12 +128,13 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.simulate import simulate
     from hbp.what_if import parse_counts
 
-    sizes, rows = parse_counts(args.gpus), []
-    lengths, options = _lengths(args), _options(args)
-    names = _compared(args.strategies, len(lengths))
+    sizes, asked, options, rows = parse_counts(args.gpus), _asked_for(args.strategies), _options(args), []
+    costs = [_cost(args, gpus) for gpus in sizes]
+    lengths = _lengths(args)
+    names = asked or _quick_enough(len(lengths))
     with Progress("compare", len(names) * len(sizes)) as progress:
-        for gpus in sizes:
-            cost, first = _cost(args, gpus), None
+        for gpus, cost in zip(sizes, costs, strict=True):
+            first = None  # seconds of the first strategy
             for name in names:
                 row: dict[str, Any] = {"strategy": name, "gpus": gpus}
                 try:
@@ -140,8 +143,8 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
                     rows.append(row | {"error": str(error)})
                 else:
                     metrics = plan.info.metrics
-                    first = first or metrics["predicted_s"]
-                    speedup = first / metrics["predicted_s"]
+                    first = metrics["predicted_s"] if name == names[0] else first
+                    speedup = first / metrics["predicted_s"] if first else None
                     rows.append(row | {**metrics, **simulate(plan).to_json(), "speedup": speedup})
                 progress.advance(f"{name}, {gpus} GPUs")
     planned = [row for row in rows if "error" not in row]
@@ -161,13 +164,18 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _compared(asked: str | None, samples: int) -> list[str]:
-    """Strategies to compare: those asked for, or all that are quick enough for so many samples."""
-    if asked is not None:
-        names = [name.strip() for name in asked.split(",") if name.strip()]
-        if not names or not set(names) <= set(STRATEGY_NAMES):
-            raise HbpError(f"--strategies {asked}: give some of {','.join(STRATEGY_NAMES)}")
-        return names
+def _asked_for(strategies: str | None) -> list[str]:
+    """The names in ``--strategies``; none where all are meant."""
+    if strategies is None:
+        return []
+    names = [name.strip() for name in strategies.split(",") if name.strip()]
+    if not names or not set(names) <= set(STRATEGY_NAMES):
+        raise HbpError(f"--strategies {strategies}: give some of {','.join(STRATEGY_NAMES)}")
+    return names
+
+
+def _quick_enough(samples: int) -> list[str]:
+    """All strategies that do not take minutes for so many samples."""
     slow = [name for name, limit in SLOW_ABOVE.items() if samples > limit]
     if slow:
         print(f"hbp: {', '.join(slow)} left out, slow on {samples:,} samples; --strategies takes it", file=sys.stderr)
@@ -182,10 +190,13 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise HbpError(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    elsewhere = args.gpus is not None or args.cluster or args.global_batch_tokens is not None
+    if args.timeline is not None and elsewhere:
+        raise HbpError("--timeline plays the plan as it is; leave out --gpus, --cluster and --global-batch-tokens")
+    if args.timeline is None and (args.steps or args.ranks):
+        raise HbpError("--steps and --ranks are of --timeline; give it too")
     plans = [read_plan(folder) for folder in args.plans]
-    if args.gpus is not None or args.cluster:
-        if args.timeline is not None:
-            raise HbpError("--timeline plays the plan as it is; leave out --gpus and --cluster")
+    if elsewhere:
         return _what_if(args, plans)
     if args.timeline is not None:
         steps = _span("--steps", args.steps, plans[0].n_steps)
@@ -209,8 +220,9 @@ def _span(option: str, text: str | None, end: int) -> range:
     """What ``A..B`` names of 0 to end − 1, both ends included."""
     if text is None:
         return range(end)
-    first, _, last = text.partition("..")
-    span = range(int(first), int(last or first) + 1) if first.isdecimal() and (last or first).isdecimal() else range(0)
+    first, dots, last = text.partition("..")
+    last = last if dots else first
+    span = range(int(first), int(last) + 1) if first.isdecimal() and last.isdecimal() else range(0)
     if not span or span.stop > end:
         raise HbpError(f"{option} {text}: give A..B within 0..{end - 1}")
     return span

@@ -50,7 +50,7 @@ PART_NAMES = {
 """The parts of a rank's time and what tables and pictures call them."""
 RANK_PARTS = tuple(PART_NAMES)
 TIMELINE_ROWS = 1 << 18
-"""Of a timeline file that are made at a time."""
+"""Of a timeline file that are made at a time, of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def plan_cost_model(plan: Plan) -> CostModel | None:
 def step_seconds(plan: Plan) -> Float:
     """Predicted seconds of each optimizer step, the optimizer's own included."""
     weights = plan.micro_step_seconds().astype(np.float64)
-    return np.bincount(_step_of_micro_step(plan), weights, plan.n_steps).astype(np.float64) + _optimizer_seconds(plan)
+    return np.bincount(plan.step[_first_rows(plan)], weights, plan.n_steps).astype(np.float64) + _optimizer_seconds(
+        plan
+    )
 
 
 def simulate(plan: Plan) -> Simulation:
@@ -141,7 +143,7 @@ def simulate(plan: Plan) -> Simulation:
         strategy=plan.info.strategy,
         world_size=world,
         steps=plan.n_steps,
-        micro_steps=len(_step_of_micro_step(plan)),
+        micro_steps=len(_first_rows(plan)),
         packs=plan.n_packs,
         tokens=plan.info.n_tokens,
         seconds=seconds,
@@ -200,22 +202,41 @@ def rank_use(plan: Plan) -> RankUse:
 
 def timeline(plan: Plan, first: int, count: int, ranks: range) -> Timeline:
     """Micro-steps ``[first, first + count)``, counted over the whole plan, on these ranks."""
-    walls = plan.micro_step_seconds().astype(np.float64)
-    begin = np.concatenate([[0.0], np.cumsum(walls)])[:-1] + _optimizer_seconds(plan) * _step_of_micro_step(plan)
-    window = slice(first, min(first + count, len(walls)))
-    micro = plan.micro_step_index()
-    a, b = (int(i) for i in np.searchsorted(micro, [window.start, window.stop]))
+    return _window(plan, _clock(plan), first, first + count, ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Clock:
+    """When the micro-steps of a plan run, and where their rows are."""
+
+    row: npt.NDArray[np.int64]
+    """First row of each, and one past the last, ``[M + 1]``."""
+    begin_s: Float
+    wall_s: Float
+
+
+def _clock(plan: Plan) -> _Clock:
+    first, walls = _first_rows(plan), plan.micro_step_seconds().astype(np.float64)
+    begin = np.cumsum(walls) - walls + _optimizer_seconds(plan) * plan.step[first]
+    return _Clock(np.append(first, plan.n_packs), begin, walls)
+
+
+def _window(plan: Plan, clock: _Clock, first: int, end: int, ranks: range) -> Timeline:
+    window = slice(first, min(end, len(clock.wall_s)))
+    bounds = clock.row[window.start : window.stop + 1]
+    a, b = (int(bounds[0]), int(bounds[-1])) if len(bounds) else (0, 0)
+    micro = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     degree = plan.sp_degree[a:b].astype(np.int64)
     within = np.arange(degree.sum()) - np.repeat(np.cumsum(degree) - degree, degree)
-    whole = np.full((plan.info.world_size, max(0, window.stop - window.start)), -1, np.int64)
+    whole = np.full((plan.info.world_size, max(0, len(bounds) - 1)), -1, np.int64)
     rank = np.repeat(plan.rank_start[a:b], degree) + within
-    whole[rank, np.repeat(micro[a:b] - window.start, degree)] = np.repeat(np.arange(a, b), degree)
+    whole[rank, np.repeat(micro, degree)] = np.repeat(np.arange(a, b), degree)
     row = whole[ranks.start : ranks.stop]
     parts = {}
     for name, seconds in split_packs(plan, a, b).items():
         if seconds.any():
             parts[name] = np.where(row >= 0, seconds[np.maximum(row - a, 0)], 0.0)
-    return Timeline(begin[window], walls[window], parts, row)
+    return Timeline(clock.begin_s[window], clock.wall_s[window], parts, row)
 
 
 def write_timeline(plan: Plan, path: Path, steps: range, ranks: range) -> int:
@@ -231,17 +252,17 @@ def write_timeline(plan: Plan, path: Path, steps: range, ranks: range) -> int:
         steps: optimizer steps to write.
         ranks: ranks to write.
     """
-    step, micro = _step_of_micro_step(plan), plan.micro_step_index()
-    numbers = plan.micro_step[np.unique(micro, return_index=True)[1]]
+    clock = _clock(plan)
+    step, numbers = plan.step[clock.row[:-1]], plan.micro_step[clock.row[:-1]]
     first, end = (int(i) for i in np.searchsorted(step, [steps.start, steps.stop]))
-    size, written = max(1, TIMELINE_ROWS // max(1, len(ranks))), 0
+    size, written = max(1, TIMELINE_ROWS // plan.info.world_size), 0
     names = (*PACK_PARTS, "waiting")
     kinds = {"step": pa.int32(), "micro_step": pa.int16(), "rank": pa.int32(), "pack": pa.int64()}
     seconds = {name: pa.float64() if name == "begin_s" else pa.float32() for name in ("begin_s", "wall_s", *names)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, pa.schema({**kinds, **seconds}.items()), compression="zstd") as file:
         for at in range(first, end, size):
-            played = timeline(plan, at, min(size, end - at), ranks)
+            played = _window(plan, clock, at, min(at + size, end), ranks)
             n, drawn = len(played.wall_s), len(played.row)
             waiting = np.maximum(0.0, played.wall_s - played.busy_s())
             cells = {name: played.parts.get(name, np.zeros((drawn, n))) for name in PACK_PARTS} | {"waiting": waiting}
@@ -265,9 +286,9 @@ def _optimizer_seconds(plan: Plan) -> float:
     return float(plan.info.cluster.get("step_overhead_s", 0.0))
 
 
-def _step_of_micro_step(plan: Plan) -> npt.NDArray[np.integer]:
-    first_row = np.flatnonzero(np.diff(plan.micro_step_index(), prepend=-1))
-    return plan.step[first_row]
+def _first_rows(plan: Plan) -> npt.NDArray[np.int64]:
+    """Of each micro-step."""
+    return np.flatnonzero(np.diff(plan.micro_step_index(), prepend=-1))
 
 
 def _settings(

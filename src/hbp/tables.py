@@ -74,7 +74,7 @@ def compare_table(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{r['ave_tokens']:,.0f}",
             duration(r["predicted_s"]),
             f"{r['tokens_per_s']:,.0f}",
-            f"{r['speedup']:.2f}×",
+            "–" if r["speedup"] is None else f"{r['speedup']:.2f}×",
             f"{r['efficiency']:.3f}",
             "█" * round(r["efficiency"] * BAR),
         )

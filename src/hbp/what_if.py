@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from hbp.cost.cluster import ClusterSpec, cluster_from_json
-from hbp.cost.model_spec import ModelSpec
+from hbp.cost.cluster import ClusterSpec
 from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan
 from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.simulate import plan_cost_model
 
 
 def parse_counts(text: str) -> list[int]:
@@ -58,21 +58,24 @@ def plan_elsewhere(
         raise HbpError(
             f"the plan (strategy {info.strategy!r}) does not say how to plan it anew; make one with `hbp plan`"
         )
-    own = cluster_from_json(info.cluster)
-    where = own if cluster is None else cluster
+    own = plan_cost_model(plan)
+    assert own is not None  # info.model was looked at
+    where = cluster or own.cluster
     lengths = plan.lengths[np.argsort(plan.sample_ids, kind="stable")]
     # What was left to its default follows the samples and the world. Plans of streams say only what became of it.
     asked: Mapping[str, Any] = info.settings.get("asked") or info.settings
-    static = asked.get("static")
-    same = (gpus, where) == (info.world_size, own)
+    same = (gpus, where) == (info.world_size, own.cluster)
+    try:
+        static = Group(**asked["static"]) if same and asked.get("static") else None
+        options = {name: asked.get(name) for name in ("max_length", "short_steps", "windows")}
+    except (AttributeError, TypeError) as error:
+        raise HbpError(f"the plan's settings are damaged ({error}); make the plan again with `hbp plan`") from None
     return make_plan(
         lengths,
-        CostModel(ModelSpec.from_json(info.model), where, gpus),
+        CostModel(own.model, where, gpus),
         strategy=info.strategy,
         seed=info.seed,
-        max_length=asked.get("max_length"),
         global_batch_tokens=global_batch_tokens or (asked if same else info.settings).get("global_batch_tokens"),
-        short_steps=asked.get("short_steps"),
-        windows=asked.get("windows"),
-        static=Group(**static) if static and same else None,
+        static=static,
+        **options,
     )

@@ -29,7 +29,8 @@ def strategies_over_gpus(rows: Sequence[Mapping[str, Any]]) -> str:
             strict=True,
         ):
             for index, name in enumerate(names):
-                own = {row["gpus"]: row[quantity] for row in rows if row["strategy"] == name}
+                mine = (row for row in rows if row["strategy"] == name and row[quantity] is not None)
+                own = {row["gpus"]: row[quantity] for row in mine}
                 ours = name.startswith("hbp")
                 axis.plot(
                     list(own),
