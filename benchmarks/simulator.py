@@ -123,8 +123,7 @@ def worker(folder: Path, strategies: list[str]) -> None:
     from hbp.parallel.mesh import make_mesh
     from hbp.train.batch import micro_batch_of
     from hbp.train.launch import process_group
-    from hbp.train.loop import train
-    from hbp.train.measure.micro_batch import forward_backward
+    from hbp.train.loop import forward_backward, train
     from hbp.train.model import load_model, shard
 
     with process_group() as device:

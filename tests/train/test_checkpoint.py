@@ -18,8 +18,7 @@ from hbp.train.checkpoint import (
     newest_checkpoint,
     read_position,
 )
-from hbp.train.loop import make_optimizer
-from hbp.train.measure.micro_batch import forward_backward
+from hbp.train.loop import forward_backward, make_optimizer
 from hbp.train.model import CausalLMWithLoss, load_model, shard
 
 DOCUMENTS = random_samples([9, 4, 12], LLAMA["vocab_size"]).documents

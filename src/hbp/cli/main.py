@@ -310,8 +310,7 @@ def _check_before_launch(config: Any, *, logs: bool) -> None:
     from hbp.plan import read_plan
     from hbp.run.engine import prepare, split_samples
     from hbp.run.fit_memory import check_plan
-    from hbp.run.job import check_strategies
-    from hbp.run.preflight import check_ready
+    from hbp.run.job import check_ready, check_strategies
     from hbp.run.resume import may_resume
 
     gpus = torch.cuda.device_count()
@@ -339,8 +338,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
         arguments = ["profile", str(args.config), *args.overrides, "--out", str(out), *layers]
         launch.launch_local(arguments, config.cluster.processes)
     else:
-        from hbp.run.engine import make_engine
-        from hbp.run.profile import profile_cluster
+        from hbp.run.engine import make_engine, profile_cluster
         from hbp.train.watch import watch_others
 
         with launch.process_group() as device, watch_others():

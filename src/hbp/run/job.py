@@ -13,6 +13,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ from hbp.planning.planner import STRATEGIES
 from hbp.progress import say
 from hbp.run import resume
 from hbp.run.baseline import train_baseline
-from hbp.run.engine import Engine, make_engine
+from hbp.run.engine import Engine, make_engine, profile_cluster
 from hbp.run.fit_memory import as_planned, evaluation_plan, global_batch_tokens, plan_to_run, plan_within_memory
-from hbp.run.preflight import check_ready
-from hbp.run.profile import profile_cluster
 from hbp.run.resume import Part, Point, part_folder
 from hbp.run.training import train_strategy
 from hbp.train.launch import rank_zero_first
-from hbp.train.model import CausalLMWithLoss
+from hbp.train.logs import check_writers
+from hbp.train.model import CausalLMWithLoss, read_config
 from hbp.train.watch import watch_others
 
 
@@ -214,3 +214,20 @@ def _summary(run: Path) -> dict[str, Any] | None:
 def _write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     if dist.get_rank() == 0:
         (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def check_ready(config: Config, *, logs: bool = True) -> None:
+    """Refuse a model that cannot be trained, packages that are missing and writers that nobody is logged in to.
+
+    Args:
+        config: of the run.
+        logs: the run writes logs.
+
+    Raises:
+        HbpError: says what is missing.
+    """
+    read_config(config.model.path)
+    if config.lora.rank and find_spec("peft") is None:
+        raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
+    if logs:
+        check_writers(config.log)

@@ -29,13 +29,11 @@ from hbp.run.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, r
 from hbp.simulate import step_seconds
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model, source_dtype
-from hbp.train.launch import device_name, free_memory
-from hbp.train.logs import Writer, line_of, open_writers, read_records, scalars_of
+from hbp.train.launch import Received, device_name, free_memory, stop_signals
+from hbp.train.logs import Writer, line_of, open_writers, read_records, scalars_of, trace
 from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
-from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import CausalLMWithLoss
-from hbp.train.signals import Received, stop_signals
-from hbp.train.trace import trace
+from hbp.train.records import peak_flops_per_s, step_flops
 from hbp.train.watch import current
 
 SHOWN_SAMPLES = 8

@@ -30,10 +30,9 @@ from hbp.errors import HbpError
 from hbp.parallel.gather_kv import ALL_GATHER
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
-from hbp.train.batch import IDLE, SampleSource, make_micro_batch, micro_batches, rows_of_rank
+from hbp.train.batch import IDLE, MicroBatch, SampleSource, make_micro_batch, micro_batches, rows_of_rank
 from hbp.train.loss import global_batches
-from hbp.train.measure.micro_batch import forward_backward
-from hbp.train.model import CausalLMWithLoss
+from hbp.train.model import CausalLMWithLoss, set_gc_layers
 from hbp.train.watch import enter, leave
 
 SLOWER = 10
@@ -281,6 +280,14 @@ def train(
         if on_step(record):
             break
     return records
+
+
+def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> torch.Tensor:
+    """One micro-step: the summed loss (detached), gradients of `scale` times it left in the parameters."""
+    set_gc_layers(model, batch.gc_layers)
+    loss = model(*batch.inputs)
+    (loss * scale).backward()
+    return loss.detach()
 
 
 @contextmanager

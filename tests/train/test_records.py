@@ -6,7 +6,7 @@ import torch
 from workers import CPU, LLAMA, plan_of
 
 from hbp.cost.model_spec import spec_from_config
-from hbp.train.mfu import peak_flops_per_s, step_flops
+from hbp.train.records import peak_flops_per_s, step_flops
 
 
 def test_flops_of_steps_are_those_of_the_operators():
