@@ -22,6 +22,7 @@ from hbp.plan import JSON_NAME, Group, Plan, read_plan
 from hbp.report import figures
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
 from hbp.report.figures import Lane
+from hbp.run_log import StepRecord, read_log
 from hbp.simulate import Simulation, rank_use, simulate, step_seconds
 
 DRAWN_RANKS = 16
@@ -42,7 +43,7 @@ class _Stretch:
 
     plan: Plan
     epoch: int
-    steps: list[dict[str, Any]]
+    steps: list[StepRecord]
     """The lines of its log."""
     predicted_s: float
     """Of the steps that were taken, or, of the last stretch, of all."""
@@ -60,7 +61,7 @@ class _Part:
     result: Mapping[str, Any] | None
 
     @property
-    def steps(self) -> list[dict[str, Any]]:
+    def steps(self) -> list[StepRecord]:
         """Of all stretches."""
         return [step for stretch in self.stretches for step in stretch.steps]
 
@@ -118,21 +119,11 @@ def _part(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> _Part:
     plans = [(folder, plan), *((f, read_plan(f)) for f in later)]
     stretches = []
     for f, p in plans:
-        steps = _steps(f.parent / "steps.jsonl") if folder.name == "plan" else []
+        steps = read_log(f.parent, StepRecord) if folder.name == "plan" else []
         seconds = step_seconds(p) if f is plans[-1][0] else step_seconds(p)[: len(steps)]
         epoch = (_json(f.parent / "part.json") or {}).get("epoch", 0)
         stretches.append(_Stretch(p, epoch, steps, float(seconds.sum())))
     return _Part(plan, simulate(plan), rank_use(plan).mean_parts(), stretches, results.get(plan.info.strategy))
-
-
-def _steps(log: Path) -> list[dict[str, Any]]:
-    steps = []
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        try:
-            steps.append(json.loads(line))
-        except ValueError:  # the last line of a run that was killed while it wrote
-            break
-    return steps
 
 
 def _json(path: Path) -> Any:
@@ -161,7 +152,7 @@ def _numbers(
                 "predicted": part.simulation.to_json(),
                 "parts": dict(part.parts),
                 "steps_done": len(part.steps),
-                "tokens_done": sum(step["tokens"] for step in part.steps),
+                "tokens_done": sum(step.tokens for step in part.steps),
                 "predicted_s": sum(stretch.predicted_s for stretch in part.stretches),
                 "stretches": [_stretch(stretch) for stretch in part.stretches],
                 "tokens_per_s": tokens_per_s,
@@ -196,7 +187,7 @@ def _numbers(
 
 def _stretch(stretch: _Stretch) -> dict[str, Any]:
     info, steps = stretch.plan.info, stretch.steps
-    tokens, seconds = sum(step["tokens"] for step in steps), sum(step["seconds"] for step in steps)
+    tokens, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
     return {
         "epoch": stretch.epoch,
         "world_size": info.world_size,
@@ -207,7 +198,7 @@ def _stretch(stretch: _Stretch) -> dict[str, Any]:
         "seconds": seconds,
         "predicted_s": stretch.predicted_s,
         "tokens_per_s": tokens / seconds if seconds else None,
-        "loss": steps[-1]["loss"] if steps else None,
+        "loss": steps[-1].loss if steps else None,
     }
 
 
@@ -226,8 +217,8 @@ def _rows(plan: Plan, group: Group) -> npt.NDArray[np.bool_]:
 
 def _busy(part: _Part) -> float | None:
     """Measured share of the micro-steps' time that ranks worked."""
-    wall = sum(step.get("mean_wall_s", 0.0) for step in part.steps)  # not in an earlier version's log
-    return sum(step.get("mean_busy_s", 0.0) for step in part.steps) / wall if wall else None
+    wall = sum(step.mean_wall_s for step in part.steps)  # not in an earlier version's log
+    return sum(step.mean_busy_s for step in part.steps) / wall if wall else None
 
 
 def _predicted_speedup(parts: list[_Part]) -> float | None:
@@ -268,8 +259,8 @@ def _pictures(
     }
     curves = {
         part.plan.info.strategy: (
-            np.cumsum([s["tokens"] for s in part.steps]).tolist(),
-            [s["loss"] for s in part.steps],
+            np.cumsum([s.tokens for s in part.steps]).tolist(),
+            [s.loss for s in part.steps],
         )
         for part in parts
         if part.steps
@@ -327,15 +318,15 @@ def _measured_lane(part: _Part, group: npt.NDArray[np.int64]) -> Lane:
     busy: list[npt.NDArray[np.float64]] = []
     steps = part.stretches[0].steps
     for step in steps:
-        if not step["rank_wall_s"]:  # logged for as much as is drawn
+        if not step.rank_wall_s:  # logged for as much as is drawn
             break
-        wall_s = np.array(step["rank_wall_s"], np.float64)[:ranks]
-        begin.append(step["started_s"] + np.cumsum(wall_s, axis=1) - wall_s)
+        wall_s = np.array(step.rank_wall_s, np.float64)[:ranks]
+        begin.append(step.started_s + np.cumsum(wall_s, axis=1) - wall_s)
         wall.append(wall_s)
-        busy.append(np.array(step["rank_busy_s"], np.float64)[:ranks])
+        busy.append(np.array(step.rank_busy_s, np.float64)[:ranks])
     shown = slice(0, group.shape[1])
     begins, busies, walls = (np.concatenate(x, axis=1)[:, shown] for x in (begin, busy, wall))
-    total = float(steps[-1]["started_s"] + steps[-1]["seconds"])
+    total = float(steps[-1].started_s + steps[-1].seconds)
     done = "" if len(steps) == part.plan.n_steps else f", {len(steps)} of {part.plan.n_steps} steps"
     which = "" if len(part.stretches) == 1 else f", first of {len(part.stretches)} parts"
     title = f"{part.plan.info.strategy}, measured{which}: {total:.1f} s{done}"

@@ -9,8 +9,6 @@ Chosen steps are traced by PyTorch's own profiler, for Perfetto or ``chrome://tr
 from __future__ import annotations
 
 import configparser
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from hbp.config import LogConfig
 from hbp.errors import HbpError
-from hbp.train.loop import StepRecord
+from hbp.run_log import StepRecord
 
 Writer = Callable[[Mapping[str, float], int], None]
 """Takes scalars by name, and the step."""
@@ -156,24 +154,6 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
     if record.mfu is not None:
         values[f"{group}/mfu"] = record.mfu
     return values
-
-
-def read_records(log: Path) -> list[StepRecord]:
-    """The whole lines of a ``steps.jsonl``; the last may have been cut off with its run."""
-    records: list[StepRecord] = []
-    names = {field.name for field in dataclasses.fields(StepRecord)}
-    if log.is_file():
-        for line in log.read_text().splitlines():
-            try:
-                records.append(StepRecord(**{k: v for k, v in json.loads(line).items() if k in names}))
-            except (ValueError, TypeError):
-                break
-    return records
-
-
-def line_of(record: StepRecord) -> str:
-    """A line of ``steps.jsonl``."""
-    return json.dumps(dataclasses.asdict(record)) + "\n"
 
 
 @contextmanager
