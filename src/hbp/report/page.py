@@ -145,9 +145,7 @@ def _numbers(
         strategies.append(
             {
                 "strategy": info.strategy,
-                "groups": [
-                    asdict(g) | {"packs": _packs(part.plan, g), "tokens": _tokens(part.plan, g)} for g in info.groups
-                ],
+                "groups": _groups(part.plan),
                 "metrics": dict(info.metrics),
                 "predicted": part.simulation.to_json(),
                 "parts": dict(part.parts),
@@ -202,17 +200,12 @@ def _stretch(stretch: _Stretch) -> dict[str, Any]:
     }
 
 
-def _packs(plan: Plan, group: Group) -> int:
-    return int(_rows(plan, group).sum())
-
-
-def _tokens(plan: Plan, group: Group) -> int:
-    return int(plan.tokens()[_rows(plan, group)].sum())
-
-
-def _rows(plan: Plan, group: Group) -> npt.NDArray[np.bool_]:
-    same = (plan.capacity == group.capacity) & (plan.sp_degree == group.sp_degree)
-    return np.asarray(same & (plan.gc_layers == group.gc_layers))
+def _groups(plan: Plan) -> list[dict[str, int]]:
+    """The groups that ``plan.json`` names, with their packs and tokens."""
+    groups, of_row = plan.groups_of_rows()
+    packs, tokens = np.bincount(of_row, minlength=len(groups)), np.bincount(of_row, plan.tokens(), len(groups))
+    counted = {g: {"packs": int(n), "tokens": int(t)} for g, n, t in zip(groups, packs, tokens, strict=True)}
+    return [asdict(group) | counted[group] for group in plan.info.groups]
 
 
 def _busy(part: _Part) -> float | None:
@@ -281,14 +274,14 @@ def _group_of(plan: Plan, groups: list[Group], ranks: int, micro_steps: int) -> 
     micro = plan.micro_step_index()
     n_micro = min(micro_steps, int(micro[-1]) + 1 if len(micro) else 0)
     table = np.full((min(ranks, plan.info.world_size), n_micro), -1, np.int64)
-    number = {(g.capacity, g.sp_degree, g.gc_layers): i for i, g in enumerate(groups)}
+    own, of_row = plan.groups_of_rows()
+    number = {group: i for i, group in enumerate(groups)}
     for row in np.flatnonzero((micro < n_micro) & (plan.rank_start < len(table))):
-        start, degree = int(plan.rank_start[row]), int(plan.sp_degree[row])
-        key = (int(plan.capacity[row]), degree, int(plan.gc_layers[row]))
-        if key not in number:
-            number[key] = len(groups)
-            groups.append(Group(*key))
-        table[start : start + degree, micro[row]] = number[key]
+        start, group = int(plan.rank_start[row]), own[of_row[row]]
+        if group not in number:
+            number[group] = len(groups)
+            groups.append(group)
+        table[start : start + group.sp_degree, micro[row]] = number[group]
     return table
 
 

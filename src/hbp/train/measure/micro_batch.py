@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from hbp.cost.fit import Point
 from hbp.parallel.gather_kv import ALL_GATHER, REDUCE_SCATTER
 from hbp.parallel.mesh import ParallelMesh
-from hbp.plan import Plan
+from hbp.plan import Group, Plan
 from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
 from hbp.train.loop import forward_backward
 from hbp.train.model import CausalLMWithLoss, local_parameter_bytes
@@ -118,25 +118,26 @@ def _hold_gradients(model: CausalLMWithLoss) -> int:
 
 def measure_rows(
     model: CausalLMWithLoss, plan: Plan, samples: SampleSource, mesh: ParallelMesh, device: torch.device
-) -> dict[tuple[int, int, int], float]:
-    """Peak bytes of any rank for the fullest pack of each (capacity, SP degree, recomputed layers) of a plan.
+) -> dict[Group, float]:
+    """Peak bytes of any rank for the fullest pack of each group of a plan.
 
     Infinite for a pack for which a rank has not the memory.
     """
     peaks = {}
-    for setting, row in sorted(heaviest_rows(plan).items()):
-        _, lengths = plan.samples(row)
-        peaks[setting] = measure_point(
-            model, mesh, lengths.tolist(), setting[1], setting[2], device=device, repeats=0
-        ).peak_bytes
+    for group, row in sorted(heaviest_rows(plan).items()):
+        lengths = plan.samples(row)[1].tolist()
+        point = measure_point(model, mesh, lengths, group.sp_degree, group.gc_layers, device=device, repeats=0)
+        peaks[group] = point.peak_bytes
     return peaks
 
 
-def heaviest_rows(plan: Plan) -> dict[tuple[int, int, int], int]:
-    """The row with the most tokens of each (capacity, SP degree, recomputed layers) that a plan uses."""
+def heaviest_rows(plan: Plan) -> dict[Group, int]:
+    """The row with the most tokens of each group that a plan uses."""
+    groups, of_row = plan.groups_of_rows()
     order = np.argsort(plan.tokens(), kind="stable")
-    settings = zip(plan.capacity[order], plan.sp_degree[order], plan.gc_layers[order], strict=True)
-    return {(int(c), int(d), int(k)): int(row) for (c, d, k), row in zip(settings, order, strict=True)}
+    heaviest = np.full(len(groups), -1)
+    heaviest[of_row[order]] = order  # the last of a group's rows is what stays
+    return {group: int(row) for group, row in zip(groups, heaviest, strict=True) if row >= 0}
 
 
 def _wait(device: torch.device) -> None:
