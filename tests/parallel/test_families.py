@@ -9,20 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import Row, plan_of
 from torch import Tensor
-from workers import (
-    CPU,
-    FAMILIES,
-    LLAMA,
-    MISTRAL,
-    QWEN3,
-    Row,
-    plan_of,
-    random_samples,
-    relative_error,
-    run_ranks,
-    write_model,
-)
+from workers import CPU, FAMILIES, LLAMA, MISTRAL, QWEN3, random_samples, relative_error, run_ranks, write_model
 
 from hbp.parallel.gather_kv import make_gather
 from hbp.parallel.mesh import make_mesh

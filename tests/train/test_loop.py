@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from workers import CPU, LLAMA, Row, Samples, plan_of, run_ranks, write_config
+from plans import Row, plan_of
+from workers import CPU, LLAMA, Samples, run_ranks, write_config
 
 from hbp.config import TrainConfig
 from hbp.cost.cluster import load_cluster

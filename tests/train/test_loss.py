@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN3_MOE, plan_of, random_samples, write_model
+from plans import plan_of
+from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN3_MOE, random_samples, write_model
 
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, SequenceGroups

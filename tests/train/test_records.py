@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from workers import CPU, LLAMA, Row, plan_of
+from plans import Row, plan_of
+from workers import CPU, LLAMA
 
 from hbp.cost.model_spec import spec_from_config
 from hbp.report.explorer import MOST_CELLS, MOST_RANKS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from workers import CPU, LLAMA, Row, plan_of, random_samples, run_ranks, write_config
+from plans import Row, plan_of
+from workers import CPU, LLAMA, random_samples, run_ranks, write_config
 
 from hbp.config import TrainConfig
 from hbp.parallel.mesh import make_mesh
