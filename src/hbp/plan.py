@@ -151,6 +151,11 @@ class Plan:
                 result[a : a + PACKS_AT_A_TIME] = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=dtype)
         return result
 
+    def own_ids(self) -> IntArray:
+        """Rising ids of all samples that the plan packs or drops, int64; of a piece of a stream, its own alone."""
+        dropped = np.fromiter((sample for sample, _ in self.info.dropped), np.int64, len(self.info.dropped))
+        return np.sort(np.concatenate([self.sample_ids, dropped]))
+
     def groups_of_rows(self) -> tuple[tuple[Group, ...], IntArray]:
         """The groups of a plan, and which of them each row is of.
 

@@ -131,7 +131,9 @@ def check_plan(plan: Plan, lengths: npt.NDArray[np.int32], world_size: int) -> N
             f"the plan was made for {plan.info.world_size} ranks but {world_size} are running; "
             f"make one with `hbp plan --gpus {world_size}`"
         )
-    same = plan.info.lengths_sha256 == hash_lengths(lengths)
+    own, piece = plan.own_ids(), "stream" in plan.info.settings
+    inside = not len(own) or int(own[-1]) < len(lengths)
+    same = inside and (piece or len(own) == len(lengths)) and plan.info.lengths_sha256 == hash_lengths(lengths[own])
     if not same or not np.array_equal(plan.lengths, lengths[plan.sample_ids]):
         raise HbpError(
             f"the plan was made for other data ({plan.info.n_samples} samples) than this ({len(lengths)} samples): "
