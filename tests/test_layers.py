@@ -10,7 +10,7 @@ HEAVY = ("torch", "transformers")
 MUST_NOT_KNOW = {
     "plan.py": ("hbp.data", "hbp.cost", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
     "config.py": ("hbp.data", "hbp.cost", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
-    "simulate.py": ("hbp.data", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
+    "simulator.py": ("hbp.data", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
     "data": ("hbp.cost", "hbp.plan", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", "torch"),
     "cost": ("hbp.data", "hbp.plan", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
     "parallel": ("hbp.data", "hbp.cost", "hbp.plan", "hbp.planning", "hbp.train", "hbp.report"),

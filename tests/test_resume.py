@@ -29,7 +29,7 @@ from hbp.planning.planner import make_plan
 from hbp.prepare import Samples
 from hbp.report.page import write_report
 from hbp.resume import Part, fingerprint, remaining, run_id
-from hbp.simulate import step_seconds
+from hbp.simulator import step_seconds
 from hbp.train.checkpoint import list_checkpoints, read_position
 from hbp.train.loop import learning_rate
 

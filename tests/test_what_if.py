@@ -13,7 +13,7 @@ from hbp.cost.cluster import CLUSTERS
 from hbp.errors import HbpError
 from hbp.plan import Group, validate
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.simulate import simulate
+from hbp.simulator import simulate
 from hbp.what_if import parse_counts, plan_elsewhere
 
 
