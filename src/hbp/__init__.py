@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from hbp.parallel.ulysses import register_attention as register_attention
     from hbp.plan import Plan as Plan
     from hbp.planning.metrics import lower_bound as lower_bound
+    from hbp.planning.mixed.stream import StreamPlanner as StreamPlanner
     from hbp.planning.planner import make_plan as make_plan
-    from hbp.planning.streaming import StreamPlanner as StreamPlanner
     from hbp.simulator import simulate as simulate
     from hbp.train.batch import steps as steps
     from hbp.train.model import set_gc_layers as set_gc_layers
@@ -32,7 +32,7 @@ _HOMES = {
     "CostModel": "hbp.cost.predict",
     "HbpError": "hbp.errors",
     "Plan": "hbp.plan",
-    "StreamPlanner": "hbp.planning.streaming",
+    "StreamPlanner": "hbp.planning.mixed.stream",
     "lower_bound": "hbp.planning.metrics",
     "make_mesh": "hbp.parallel.mesh",
     "make_plan": "hbp.planning.planner",
