@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hbp.plan import Group, Plan, hash_lengths, piece_folders, read_info, read_p
 from hbp.planning.planner import make_plan
 from hbp.progress import say
 from hbp.run.engine import Engine
-from hbp.simulate import plan_cost_model
+from hbp.simulator import plan_cost_model
 from hbp.train.launch import rank_zero_first
 from hbp.train.measure.micro_batch import measure_rows
 from hbp.train.model import CausalLMWithLoss
@@ -131,13 +132,29 @@ def check_plan(plan: Plan, lengths: npt.NDArray[np.int32], world_size: int) -> N
             f"the plan was made for {plan.info.world_size} ranks but {world_size} are running; "
             f"make one with `hbp plan --gpus {world_size}`"
         )
-    own, piece = plan.own_ids(), "stream" in plan.info.settings
-    inside = not len(own) or int(own[-1]) < len(lengths)
-    same = inside and (piece or len(own) == len(lengths)) and plan.info.lengths_sha256 == hash_lengths(lengths[own])
-    if not same or not np.array_equal(plan.lengths, lengths[plan.sample_ids]):
+    inside = int(plan.sample_ids.max(initial=-1)) < len(lengths)
+    whole = plan.info.is_piece or plan.info.lengths_sha256 == hash_lengths(lengths)
+    if not inside or not whole or not np.array_equal(plan.lengths, lengths[plan.sample_ids]):
         raise HbpError(
             f"the plan was made for other data ({plan.info.n_samples} samples) than this ({len(lengths)} samples): "
             "lengths differ; make it again with `hbp plan`"
+        )
+
+
+def check_plans(plans: Sequence[Plan], lengths: npt.NDArray[np.int32], world_size: int) -> None:
+    """Refuse plans of an epoch that do not fit the ranks or the data, or together not every sample once."""
+    for plan in plans:
+        check_plan(plan, lengths, world_size)
+    if not plans[0].info.is_piece:
+        return
+    held = [plan.sample_ids for plan in plans]
+    dropped = [sample for plan in plans for sample, _ in plan.info.dropped if sample < len(lengths)]
+    times = np.bincount(np.concatenate([*held, np.array(dropped, np.int64)]), minlength=len(lengths))
+    if (times != 1).any():
+        sample = int(np.flatnonzero(times != 1)[0])
+        raise HbpError(
+            f"the pieces of the stream hold sample {sample} {times[sample]} times, of {len(lengths)} that must each be "
+            "there once; plan the whole data as one stream"
         )
 
 

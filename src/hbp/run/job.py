@@ -33,7 +33,7 @@ from hbp.run.baseline import train_baseline
 from hbp.run.engine import Engine, make_engine, prepare, profile_cluster, split_samples
 from hbp.run.fit_memory import (
     as_planned,
-    check_plan,
+    check_plans,
     evaluation_plan,
     global_batch_tokens,
     own_plan,
@@ -104,6 +104,9 @@ def _first_part(engine: Engine, folder: Path) -> Part:
     """Start anew, with the user's own plan or one that is made here."""
     own = own_plans(engine.config)
     if own:
+        with rank_zero_first() as first:
+            if first:
+                check_plans([read_plan(each) for each in own], engine.samples.lengths, engine.cost.world_size)
         plan, peak_bytes = own_plan(engine, own[0], folder)
     else:
         plan, peak_bytes = plan_within_memory(_profiled(engine, folder), engine.config.plan.strategy, folder)
@@ -256,9 +259,10 @@ def check_before_launch(config: Config, *, logs: bool = True) -> None:
     check_ready(config, logs=logs)
     store = prepare(config)
     train_ids, _ = split_samples(store.lengths, config)
-    if not resume.may_resume(config):
-        for plan in own_plans(config):
-            check_plan(read_plan(plan), np.asarray(store.lengths[train_ids]), config.cluster.processes)
+    own = own_plans(config)
+    if own and not resume.may_resume(config):
+        plans, lengths = [read_plan(plan) for plan in own], np.asarray(store.lengths[train_ids])
+        check_plans(plans, lengths, config.cluster.processes)
 
 
 def _clear(run: Path, kept: str | None) -> None:

@@ -27,7 +27,7 @@ from hbp.progress import Progress
 from hbp.run.engine import Engine
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, run_id, write_part
 from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
-from hbp.simulate import step_seconds
+from hbp.simulator import step_seconds
 from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model, source_dtype
 from hbp.train.launch import Received, device_name, free_memory, stop_signals
