@@ -13,20 +13,8 @@ from hbp.cost.cluster import CLUSTERS
 from hbp.errors import HbpError
 from hbp.plan import Group, validate
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.planning.what_if import parse_counts, plan_elsewhere
+from hbp.planning.what_if import plan_elsewhere
 from hbp.simulate import simulate
-
-
-def test_counts() -> None:
-    assert parse_counts("8..256") == [8, 16, 32, 64, 128, 256]
-    assert parse_counts("3..13") == [3, 6, 12]
-    assert parse_counts("8, 24,32") == [8, 24, 32]
-
-
-@pytest.mark.parametrize("text", ["", "0", "-4..8", "8..", "many", "16..8", "8,-1"])
-def test_wrong_counts_are_refused(text: str) -> None:
-    with pytest.raises(HbpError, match="--gpus"):
-        parse_counts(text)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -40,7 +40,7 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, An
             f"{s['utilization']:.1%}",
             duration(s["seconds"]),
             f"{s['tokens_per_s']:,.0f}",
-            f"{s['tokens_per_s'] / first:.2f}×",
+            f"{s['tokens_per_s'] / first:.2f}×" if first else "–",
         )
         for name, m, s in rows
     ]
