@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "hbp"
 FLOORS = (
-    ("errors", "progress"),
+    ("errors", "progress", "plan_info"),
     ("plan", "config", "cost", "data", "parallel"),
     ("planning", "train", "simulate"),
     ("run", "report", "integrations"),
@@ -16,6 +16,7 @@ FLOORS = (
 """From the ground up; what stands on one floor."""
 HEAVY = ("torch", "transformers")
 MUST_NOT_KNOW = {
+    "plan_info": ("progress", *HEAVY),
     "plan": ("config", "cost", "data", "parallel", *HEAVY),
     "config": ("plan", "cost", "data", "parallel", *HEAVY),
     "cost": ("plan", "config", "data", "parallel", *HEAVY),

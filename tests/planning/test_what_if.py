@@ -57,11 +57,12 @@ def test_what_cannot_be_planned_anew_is_refused() -> None:
     named = dataclasses.replace(plan, info=dataclasses.replace(plan.info, strategy="magic"))
     with pytest.raises(HbpError, match="strategy 'magic'"):
         plan_elsewhere(named, 2)
-    for damage in (
-        {"cluster": {"name": "h100"}},
-        {"settings": {"asked": "all"}},
-        {"settings": {"asked": {"static": {"a": 1}}}},
+    for damage, says in (
+        ({"cluster": {"name": "h100"}}, "does not say how to plan it anew"),  # another program's own words
+        ({"cluster": {**plan.info.cluster, "dtype_bytes": 0}}, "cluster is damaged"),
+        ({"settings": {"asked": "all"}}, "settings are damaged"),
+        ({"settings": {"asked": {"static": {"a": 1}}}}, "settings are damaged"),
     ):
         damaged = dataclasses.replace(plan, info=dataclasses.replace(plan.info, **damage))
-        with pytest.raises(HbpError, match="damaged"):
+        with pytest.raises(HbpError, match=says):
             plan_elsewhere(damaged, 2)

@@ -26,15 +26,18 @@ Bytes: :mod:`hbp.cost.memory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.cluster import ClusterSpec
+from hbp.cost.cluster import ClusterSpec, cluster_from_json
 from hbp.cost.memory import REDUCE_BYTES, moments
 from hbp.cost.model_spec import ModelSpec
+from hbp.errors import HbpError
 
 Float = npt.NDArray[np.float64]
 
@@ -90,6 +93,23 @@ class CostModel:
     model: ModelSpec
     cluster: ClusterSpec
     world_size: int
+
+    @classmethod
+    def from_json(cls, model: Mapping[str, Any], cluster: Mapping[str, Any], world_size: int) -> CostModel | None:
+        """Of the ``model`` and ``cluster`` of a ``plan.json``; None where a program that is not ours describes them in
+        its own way, by keys that are not all of ours and no others, or not at all.
+
+        Raises:
+            HbpError: they are described in our way, by a value that cannot be.
+        """
+        required = {field.name for field in fields(ClusterSpec) if field.default is MISSING}
+        ours = {field.name for field in fields(ModelSpec)} == model.keys()
+        if not ours or not required <= cluster.keys() <= {field.name for field in fields(ClusterSpec)}:
+            return None
+        try:
+            return cls(ModelSpec.from_json(model), cluster_from_json(cluster), world_size)
+        except (TypeError, ValueError) as error:
+            raise HbpError(f"the plan's cluster is damaged ({error}); make the plan again with `hbp plan`") from None
 
     def work(self, lengths: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer] | None = None) -> Work:
         """Sums over each segment ``lengths[offsets[i]:offsets[i + 1]]``; over each document alone if None."""

@@ -34,13 +34,11 @@ def plan_elsewhere(
     Raises:
         HbpError: nothing fits these devices, or the plan does not say how it was made.
     """
-    info = plan.info
-    if info.strategy not in STRATEGIES or not info.model:
+    info, own = plan.info, plan_cost_model(plan)
+    if info.strategy not in STRATEGIES or own is None:
         raise HbpError(
             f"the plan (strategy {info.strategy!r}) does not say how to plan it anew; make one with `hbp plan`"
         )
-    own = plan_cost_model(plan)
-    assert own is not None  # info.model was looked at
     where = cluster or own.cluster
     lengths = plan.lengths[np.argsort(plan.sample_ids, kind="stable")]
     # What was left to its default follows the samples and the world. Plans of streams say only what became of it.

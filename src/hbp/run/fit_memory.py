@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from hbp.config import Config
-from hbp.cost.cluster import GIB, ClusterSpec
+from hbp.cost.cluster import GIB
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, hash_lengths, read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.progress import say
 from hbp.run.engine import Engine
+from hbp.simulate import plan_cost_model
 from hbp.train.launch import rank_zero_first
 from hbp.train.measure.micro_batch import measure_rows
 from hbp.train.model import CausalLMWithLoss
@@ -106,12 +105,10 @@ def peak_bytes(engine: Engine, plan: Plan, model: CausalLMWithLoss) -> float:
 
 def as_planned(engine: Engine, plan: Plan) -> Engine:
     """With the cost model that a plan was made with, and so what was learnt of memory while it was made."""
-    cluster: Mapping[str, Any] = plan.info.cluster
-    try:
-        spec = ClusterSpec(**cluster)
-    except TypeError:  # another program's plan
+    cost = plan_cost_model(plan)
+    if cost is None:  # another program's plan
         return engine
-    return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=spec))
+    return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cost.cluster))
 
 
 def global_batch_tokens(plan: Plan, config: Config) -> int:
@@ -127,7 +124,7 @@ def check_plan(plan: Plan, lengths: npt.NDArray[np.int32], world_size: int) -> N
             f"the plan was made for {plan.info.world_size} ranks but {world_size} are running; "
             f"make one with `hbp plan --gpus {world_size}`"
         )
-    same = plan.info.lengths_sha256 == hash_lengths(lengths)
+    same = plan.info.n_samples == len(lengths) and plan.info.lengths_sha256 in ("", hash_lengths(lengths))
     if not same or not np.array_equal(plan.lengths, lengths[plan.sample_ids]):
         raise HbpError(
             f"the plan was made for other data ({plan.info.n_samples} samples) than this ({len(lengths)} samples): "
