@@ -79,7 +79,7 @@ def hand_plan(rows: list[Row], world: int, step_overhead_s: float = 0.0) -> Plan
 
 
 def write_by_hand(folder: Path, **said: Any) -> Path:
-    """A plan as another program writes it, with pyarrow and json alone: two steps on four ranks: (SP 2, 1, 1), (SP 4), then (1, 1)."""
+    """A plan as another program writes it, with pyarrow and json alone; two steps on four ranks."""
     columns = {
         "step": [0, 0, 0, 0, 1, 1],
         "micro_step": [0, 0, 0, 1, 0, 0],
