@@ -36,7 +36,7 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, An
             f"{m['abr']:.4f}",
             f"{m['cr']:.3f}",
             f"{m['ave_tokens']:,.0f}",
-            f"{m['efficiency']:.3f}",
+            f"{m['efficiency']:.3f}" if "efficiency" in m else "–",  # another program's plan
             f"{s['utilization']:.1%}",
             duration(s["seconds"]),
             f"{s['tokens_per_s']:,.0f}",
