@@ -56,11 +56,12 @@ class PlanInfo:
     world_size: int
     groups: tuple[Group, ...]
     n_samples: int
-    """Samples in the data set, dropped ones included."""
+    """Samples in the data set, dropped ones included; of a piece of a stream, those that had come by then."""
     n_tokens: int
     """Tokens in the plan."""
     lengths_sha256: str
-    """:func:`hash_lengths` of the data set that the plan was made for."""
+    """:func:`hash_lengths` of the data set that the plan was made for; of a piece of a stream, of the samples that it
+    packs, in order of their ids."""
     dropped: tuple[tuple[int, str], ...] = ()
     """Pairs of sample id and reason."""
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +71,13 @@ class PlanInfo:
     details: Mapping[str, float] = field(default_factory=dict)
     """Further figures: time imbalance, composition drift, travel from random order (docs/plan-format.md)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Options that shaped the plan (global batch, curriculum, longest packing length, windows)."""
+    """Options that shaped the plan (global batch, curriculum, longest packing length, windows). ``stream`` is there in
+    a piece of a stream: its number and the stream's steps before it."""
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether the plan holds only some samples of a stream, numbered as the stream numbers them."""
+        return "stream" in self.settings
 
 
 def read_json(folder: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp plan`."""
     from hbp.plan import write_plan
     from hbp.planning.planner import make_plan
-    from hbp.simulate import simulate
+    from hbp.simulator import simulate
 
     check_numbers(args, LEAST)
     _check_strategy(args.strategy)
@@ -181,7 +181,7 @@ def compare_rows(
         shape: further options of the plans.
     """
     from hbp.planning.planner import make_plan
-    from hbp.simulate import simulate
+    from hbp.simulator import simulate
 
     rows: list[dict[str, Any]] = []
     with Progress("compare", len(strategies) * len(costs)) as progress:
@@ -249,18 +249,13 @@ def _lengths(args: argparse.Namespace) -> Lengths:
 
 
 def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
-    from hbp.cost.cluster import GIB, load_cluster
-    from hbp.cost.model_spec import load_model_spec
     from hbp.cost.predict import CostModel
 
     if gpus < 1:
         raise HbpError(f"--gpus {gpus}: give at least 1")
-    cluster = load_cluster(args.cluster)
-    if args.memory_gib is not None:
-        if not 0 < args.memory_gib < 1e6:
-            raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
-        cluster = dataclasses.replace(cluster, memory_bytes=args.memory_gib * GIB)
-    return CostModel(load_model_spec(args.model), cluster, gpus)
+    if args.memory_gib is not None and not 0 < args.memory_gib < 1e6:
+        raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
+    return CostModel.of(args.model, args.cluster, gpus, memory_gib=args.memory_gib)
 
 
 def _shape(args: argparse.Namespace) -> dict[str, Any]:

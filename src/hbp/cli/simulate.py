@@ -76,7 +76,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _write_timeline(args: argparse.Namespace, plan: Plan) -> None:
-    from hbp.simulate import write_timeline
+    from hbp.simulator import write_timeline
 
     steps = parse_span("--steps", args.steps, plan.n_steps)
     ranks = parse_span("--ranks", args.ranks, plan.info.world_size)
@@ -86,7 +86,7 @@ def _write_timeline(args: argparse.Namespace, plan: Plan) -> None:
 
 def here(plans: Named, price: float | None) -> list[dict[str, Any]]:
     """What each plan takes on its own devices; ``speedup`` is over the first, None where that predicts no time."""
-    from hbp.simulate import detailed_json
+    from hbp.simulator import detailed_json
 
     rows = [{"plan": name, **detailed_json(plan, price)} for name, plan in plans]
     first = rows[0]["tokens_per_s"]
@@ -124,7 +124,7 @@ def elsewhere(
         price: of a device for an hour.
     """
     from hbp.planning.what_if import plan_elsewhere
-    from hbp.simulate import detailed_json
+    from hbp.simulator import detailed_json
 
     rows: list[dict[str, Any]] = []
     with Progress("what if", len(places) * len(plans)) as progress:

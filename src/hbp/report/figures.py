@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hbp.plan import Group
 from hbp.report.lanes import Lane
-from hbp.simulate import PART_NAMES
+from hbp.simulator import PART_NAMES
 
 Float = npt.NDArray[np.float64]
 
@@ -127,7 +127,7 @@ def time_parts(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str = "sec
     """What the mean rank's time goes into, one stacked bar a row, all on one axis.
 
     Args:
-        rows: name, and the amount of each part of :data:`hbp.simulate.PART_NAMES` that there is.
+        rows: name, and the amount of each part of :data:`hbp.simulator.PART_NAMES` that there is.
         unit: of the amounts.
         narrow: for a phone.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbp.plan import Group, Plan
-from hbp.simulate import Timeline, timeline
+from hbp.simulator import Timeline, timeline
 
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]

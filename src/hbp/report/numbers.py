@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hbp.errors import HbpError
 from hbp.plan import JSON_NAME, Plan, read_plan
 from hbp.report.lanes import shared_waiting
-from hbp.simulate import Simulation, rank_use, simulate, step_seconds
+from hbp.simulator import Simulation, rank_use, simulate, step_seconds
 
 DISTURBED = 0.1
 """Share of the time that no rank works, from which a measurement is no comparison. A quiet machine has up to .03."""

@@ -18,7 +18,7 @@ from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, wi
 from hbp.report.figures import Curve, Mark
 from hbp.report.lanes import Lane
 from hbp.report.numbers import Part, Run, numbers_of, read_run
-from hbp.simulate import step_seconds
+from hbp.simulator import step_seconds
 
 DRAWN_RANKS = 16
 DRAWN_MICRO_STEPS, DRAWN_NARROW = 240, 80

@@ -20,7 +20,7 @@ from hbp.plan import Group, Plan, hash_lengths, read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.progress import say
 from hbp.run.engine import Engine
-from hbp.simulate import plan_cost_model
+from hbp.simulator import plan_cost_model
 from hbp.train.launch import rank_zero_first
 from hbp.train.measure.micro_batch import measure_rows
 from hbp.train.model import CausalLMWithLoss
