@@ -150,12 +150,15 @@ class Plan:
             The groups that ``plan.json`` names, in its order, then any others that rows have (another program's plan
             may name none), rising; and the index of each row's group, int64 ``[P]``.
         """
-        columns = np.stack([self.capacity, self.sp_degree, self.gc_layers], axis=1).astype(np.int64)
-        settings, found = np.unique(columns, axis=0, return_inverse=True)
-        used = [Group(*setting) for setting in settings.tolist()]
+        # Three columns in one number: 31 bits of capacity over 16 of degree over 16 of recomputed layers.
+        capacity, degree, layers = (
+            column.astype(np.int64) for column in (self.capacity, self.sp_degree, self.gc_layers)
+        )
+        keys, of_row = np.unique(capacity << 32 | degree << 16 | layers, return_inverse=True)
+        used = [Group(key >> 32, key >> 16 & 0xFFFF, key & 0xFFFF) for key in keys.tolist()]
         groups = list(dict.fromkeys([*self.info.groups, *used]))
         number = np.array([groups.index(group) for group in used], np.int64)
-        return tuple(groups), number[found.ravel()]
+        return tuple(groups), number[of_row]
 
     def micro_step_index(self) -> IntArray:
         """Number of each row's micro-step counted over the whole plan, int64 ``[P]``, from 0."""
@@ -394,6 +397,11 @@ def imbalance(per_rank: FloatArray, degree: FloatArray, micro_step: IntArray, wo
     np.maximum.at(most, micro_step, per_rank)
     total = np.bincount(micro_step, weights=per_rank * degree, minlength=n)
     return float(np.mean(1 - total / (np.maximum(most, 1e-300) * world_size)))
+
+
+def piece_folders(folder: Path) -> list[Path]:
+    """Folders of the pieces of a planned stream, in order; empty where the folder is none."""
+    return sorted(path.parent for path in folder.glob(f"piece-*/{JSON_NAME}"))
 
 
 def _list_column(column: pa.ChunkedArray) -> tuple[IntArray, IntArray]:

@@ -62,7 +62,9 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(args.config, args.overrides)
     run = Path(config.run_dir)
     if not launch.under_torchrun():
-        _check_before_launch(config, logs=True)
+        from hbp.run.job import check_before_launch
+
+        check_before_launch(config)
         launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
         summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     else:
@@ -74,13 +76,13 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
                 return None
     from hbp.report.page import write_report
 
-    page = write_report(run).html
+    report = write_report(run)
     if not args.json:
         from hbp.cli.tables import run_table
 
-        run_table(summary)
-        print(f"report: {page}")
-    return {**summary, "report": str(page)}
+        run_table(summary, disturbed=any(s.get("disturbed", False) for s in report.numbers["strategies"]))
+        print(f"report: {report.html}")
+    return {**summary, "report": str(report.html)}
 
 
 def run_profile(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -92,7 +94,9 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any] | None:
     out = args.out or Path(config.run_dir) / "profile.json"
     check_numbers(args, {"layers": 1})
     if not launch.under_torchrun():
-        _check_before_launch(config, logs=False)
+        from hbp.run.job import check_before_launch
+
+        check_before_launch(config, logs=False)
         layers = [] if args.layers is None else ["--layers", str(args.layers)]
         arguments = ["profile", str(args.config), *args.overrides, "--out", str(out), *layers]
         launch.launch_local(arguments, config.cluster.processes)
@@ -112,8 +116,7 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _profile_here(config: Config, out: Path, layers: int | None) -> bool:
     """As one rank of several; whether this one speaks."""
-    from hbp.run.engine import make_engine
-    from hbp.run.profile import profile_cluster
+    from hbp.run.engine import make_engine, profile_cluster
     from hbp.train import launch
     from hbp.train.watch import watch_others
 
@@ -121,27 +124,3 @@ def _profile_here(config: Config, out: Path, layers: int | None) -> bool:
         heights = None if layers is None else (layers, 2 * layers)
         profile_cluster(make_engine(config, device), out, heights)
         return launch.reports_here()
-
-
-def _check_before_launch(config: Config, *, logs: bool) -> None:
-    """Find what can be wrong with the input before any process is started."""
-    import numpy as np
-    import torch
-
-    from hbp.errors import HbpError
-    from hbp.plan import read_plan
-    from hbp.run.engine import prepare, split_samples
-    from hbp.run.fit_memory import check_plan
-    from hbp.run.job import check_strategies
-    from hbp.run.preflight import check_ready
-    from hbp.run.resume import may_resume
-
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < config.cluster.processes:
-        raise HbpError(f"cluster.processes is {config.cluster.processes} but this machine has {gpus} GPUs; lower it")
-    check_strategies(config)
-    check_ready(config, logs=logs)
-    store = prepare(config)
-    train_ids, _ = split_samples(store.lengths, config)
-    if config.plan.path is not None and not may_resume(config):
-        check_plan(read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes)

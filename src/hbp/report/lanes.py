@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hbp.plan import Group, Plan
+from hbp.run_log import StepRecord
 from hbp.simulator import Timeline, timeline
 
 Float = npt.NDArray[np.float64]
@@ -49,7 +49,7 @@ def predicted(plan: Plan, title: str, groups: Sequence[Group], ranks: int, micro
 
 
 def measured(
-    plan: Plan, title: str, groups: Sequence[Group], ranks: int, micro_steps: int, log: Sequence[Mapping[str, Any]]
+    plan: Plan, title: str, groups: Sequence[Group], ranks: int, micro_steps: int, log: Sequence[StepRecord]
 ) -> Lane:
     """The same of a run, from the lines of its log; of as many micro-steps as it has rank by rank.
 
@@ -57,13 +57,13 @@ def measured(
         ValueError: it has none.
     """
     ranks = min(ranks, plan.info.world_size)
-    logged = [step for step in log if step.get("rank_wall_s")]
-    walls = [np.array(step["rank_wall_s"], np.float64)[:ranks] for step in logged]
-    begins = [step["started_s"] + np.cumsum(wall, axis=1) - wall for step, wall in zip(logged, walls, strict=True)]
-    busy = [np.array(step["rank_busy_s"], np.float64)[:ranks] for step in logged]
+    logged = [step for step in log if step.rank_wall_s]
+    walls = [np.array(step.rank_wall_s, np.float64)[:ranks] for step in logged]
+    begins = [step.started_s + np.cumsum(wall, axis=1) - wall for step, wall in zip(logged, walls, strict=True)]
+    busy = [np.array(step.rank_busy_s, np.float64)[:ranks] for step in logged]
     begin_s, busy_s, wall_s = (np.concatenate(x, axis=1)[:, :micro_steps] for x in (begins, busy, walls))
     played = timeline(plan, 0, begin_s.shape[1], range(ranks))
-    end_s = float(log[-1]["started_s"] + log[-1]["seconds"])
+    end_s = log[-1].started_s + log[-1].seconds
     return Lane(title, begin_s, busy_s, wall_s, _groups(plan, played, groups), end_s)
 
 
@@ -72,7 +72,7 @@ def _groups(plan: Plan, played: Timeline, groups: Sequence[Group]) -> Int:
     return np.where(played.row >= 0, number[np.maximum(played.row, 0)], -1)
 
 
-def shared_waiting(log: Sequence[Mapping[str, Any]]) -> float | None:
+def shared_waiting(log: Sequence[StepRecord]) -> float | None:
     """Share of the logged micro-steps' time in which no rank at all worked; None where nothing is logged rank by rank.
 
     Ranks wait for the slowest, which works: so on a machine that runs nothing else this is a few per cent (exchanges,
@@ -80,8 +80,8 @@ def shared_waiting(log: Sequence[Mapping[str, Any]]) -> float | None:
     """
     waited = walls = 0.0
     for step in log:
-        if step.get("rank_wall_s"):
-            wall, busy = (np.array(step[name], np.float64) for name in ("rank_wall_s", "rank_busy_s"))
+        if step.rank_wall_s:
+            wall, busy = (np.array(seconds, np.float64) for seconds in (step.rank_wall_s, step.rank_busy_s))
             waited += float((wall - busy).min(axis=0).sum())
             walls += float(wall.max(axis=0).sum())
     return waited / walls if walls else None

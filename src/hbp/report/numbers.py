@@ -18,6 +18,7 @@ import numpy.typing as npt
 from hbp.errors import HbpError
 from hbp.plan import JSON_NAME, Plan, read_plan
 from hbp.report.lanes import shared_waiting
+from hbp.run_log import EvalRecord, StepRecord, read_log
 from hbp.simulator import Simulation, rank_use, simulate, step_seconds
 
 DISTURBED = 0.1
@@ -30,7 +31,7 @@ class Stretch:
 
     plan: Plan
     epoch: int
-    steps: list[dict[str, Any]]
+    steps: list[StepRecord]
     """The lines of its log."""
     predicted_s: float
     """Of the steps that were taken, or, of the last stretch, of all."""
@@ -45,12 +46,12 @@ class Part:
     parts: Mapping[str, float]
     """Seconds of each part of the mean rank's time."""
     stretches: list[Stretch]
-    evaluations: list[dict[str, Any]]
+    evaluations: list[EvalRecord]
     """The lines of the log of its held-out losses."""
     result: Mapping[str, Any] | None
 
     @property
-    def steps(self) -> list[dict[str, Any]]:
+    def steps(self) -> list[StepRecord]:
         """Of all stretches."""
         return [step for stretch in self.stretches for step in stretch.steps]
 
@@ -103,24 +104,13 @@ def _part(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Part:
     plans = [(folder, plan), *((f, read_plan(f)) for f in later)]
     stretches = []
     for f, p in plans:
-        steps = _lines(f.parent / "steps.jsonl") if folder.name == "plan" else []
+        steps = read_log(f.parent, StepRecord) if folder.name == "plan" else []
         seconds = step_seconds(p) if f is plans[-1][0] else step_seconds(p)[: len(steps)]
         epoch = (_json(f.parent / "part.json") or {}).get("epoch", 0)
         stretches.append(Stretch(p, epoch, steps, float(seconds.sum())))
-    evaluations = _lines(folder.parent / "eval.jsonl") if folder.name == "plan" else []
+    evaluations = read_log(folder.parent, EvalRecord) if folder.name == "plan" else []
     result = results.get(plan.info.strategy)
     return Part(plan, simulate(plan), rank_use(plan).mean_parts(), stretches, evaluations, result)
-
-
-def _lines(log: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; the last may have been cut off with its run."""
-    lines = []
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
 
 
 def _json(path: Path) -> Any:
@@ -172,7 +162,7 @@ def _strategy(part: Part) -> dict[str, Any]:
         "predicted": part.simulation.to_json(),
         "parts": dict(part.parts),
         "steps_done": len(part.steps),
-        "tokens_done": sum(step["tokens"] for step in part.steps),
+        "tokens_done": sum(step.tokens for step in part.steps),
         "predicted_s": sum(stretch.predicted_s for stretch in part.stretches),
         "stretches": [_stretch(stretch) for stretch in part.stretches],
         **{name: done.get(name) for name in MEASURED},
@@ -188,7 +178,7 @@ MEASURED = ("tokens_per_s", "seconds", "final_train_loss", "eval_loss", "peak_by
 
 def _stretch(stretch: Stretch) -> dict[str, Any]:
     info, steps = stretch.plan.info, stretch.steps
-    tokens, seconds = sum(step["tokens"] for step in steps), sum(step["seconds"] for step in steps)
+    tokens, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
     return {
         "epoch": stretch.epoch,
         "world_size": info.world_size,
@@ -199,14 +189,14 @@ def _stretch(stretch: Stretch) -> dict[str, Any]:
         "seconds": seconds,
         "predicted_s": stretch.predicted_s,
         "tokens_per_s": tokens / seconds if seconds else None,
-        "loss": steps[-1]["loss"] if steps else None,
+        "loss": steps[-1].loss if steps else None,
     }
 
 
 def _busy(part: Part) -> float | None:
     """Measured share of the micro-steps' time that ranks worked."""
-    wall = sum(step.get("mean_wall_s", 0.0) for step in part.steps)  # not in an earlier version's log
-    return sum(step.get("mean_busy_s", 0.0) for step in part.steps) / wall if wall else None
+    wall = sum(step.mean_wall_s for step in part.steps)  # not in an earlier version's log
+    return sum(step.mean_busy_s for step in part.steps) / wall if wall else None
 
 
 def _predicted_speedup(parts: list[Part]) -> float | None:

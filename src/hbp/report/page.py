@@ -18,6 +18,7 @@ from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, wi
 from hbp.report.figures import Curve, Mark
 from hbp.report.lanes import Lane
 from hbp.report.numbers import Part, Run, numbers_of, read_run
+from hbp.run_log import StepRecord
 from hbp.simulator import step_seconds
 
 DRAWN_RANKS = 16
@@ -124,11 +125,10 @@ def pictures(run: Run, groups: list[Group]) -> dict[str, str]:
     }
     trained = [(number, part) for number, part in enumerate(run.parts) if part.steps]
     if trained:
-        losses = [_curve(number, part, "loss") for number, part in trained]
+        losses = [_curve(number, part, [step.loss for step in part.steps]) for number, part in trained]
         losses += [_evaluations(number, part) for number, part in trained if part.evaluations]
         drawn["loss"] = figures.curves(losses, "loss of the step", "loss")
-    if any("lr" in part.steps[0] for _, part in trained):
-        rates = [_curve(number, part, "lr") for number, part in trained if "lr" in part.steps[0]]
+        rates = [_curve(number, part, [step.lr for step in part.steps]) for number, part in trained]
         drawn["rate"] = figures.curves(rates, "learning rate", "rate")
     if run.profile:
         points = [(p, (p["sp_degree"], p["gc_layers"] > 0)) for p in run.profile["points"]]
@@ -139,13 +139,12 @@ def pictures(run: Run, groups: list[Group]) -> dict[str, str]:
     return drawn
 
 
-def _curve(number: int, part: Part, name: str) -> Curve:
-    tokens = np.cumsum([step["tokens"] for step in part.steps]).tolist()
-    return Curve(part.plan.info.strategy, tokens, [step[name] for step in part.steps], number)
+def _curve(number: int, part: Part, values: list[float]) -> Curve:
+    return Curve(part.plan.info.strategy, np.cumsum([step.tokens for step in part.steps]).tolist(), values, number)
 
 
 def _evaluations(number: int, part: Part) -> Curve:
-    tokens, losses = ([line[name] for line in part.evaluations] for name in ("tokens", "eval_loss"))
+    tokens, losses = zip(*((record.tokens, record.eval_loss) for record in part.evaluations), strict=True)
     return Curve(f"{part.plan.info.strategy}, held out", tokens, losses, number, dashed=True)
 
 
@@ -163,17 +162,17 @@ def _lanes(run: Run, groups: list[Group], micro_steps: int) -> list[Lane]:
     return found
 
 
-def _log(part: Part) -> list[dict[str, Any]]:
+def _log(part: Part) -> list[StepRecord]:
     return part.stretches[0].steps
 
 
 def _logged(part: Part) -> bool:
-    return any(step.get("rank_wall_s") for step in _log(part))
+    return any(step.rank_wall_s for step in _log(part))
 
 
 def _measured_title(part: Part) -> str:
     steps = _log(part)
-    total = float(steps[-1]["started_s"] + steps[-1]["seconds"])
+    total = steps[-1].started_s + steps[-1].seconds
     done = "" if len(steps) == part.plan.n_steps else f", {len(steps)} of {part.plan.n_steps} steps"
     which = "" if len(part.stretches) == 1 else f", first of {len(part.stretches)} parts"
     return f"{part.plan.info.strategy}, measured{which}: {total:.1f} s{done}"
