@@ -101,7 +101,7 @@ def _finish(draft: _Draft, samples: list[Encoded]) -> None:
         return
     if len(samples) == 2 and all(layout.learnt is None for layout in draft.layouts):
         # Both answers begin where the first of them does: a token more in one than in the other would tell them apart.
-        begin = min(int(np.argmax(sample.loss_mask)) for sample in samples if sample.loss_mask.any())
+        begin = min(int(np.argmax(sample.loss_mask)) for sample in samples)
         for sample in samples:
             sample.loss_mask[begin:] = 1
     draft.done = Outcome(tuple(samples), len(samples) == 2, notes=tuple(dict.fromkeys(draft.notes)))

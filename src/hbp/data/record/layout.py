@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from hbp.data.record.fields import check_nothing_left_out, fit_to_template, passed_over
+from hbp.data.record.fields import check_nothing_left_out, check_own_words, fit_to_template, passed_over
 from hbp.data.record.formats import Answer, Pair, Reading, Sample, Talk, Text, Tokens
 from hbp.data.record.messages import Chat, Message, text_of
 from hbp.data.record.templates import Rendering, Span, compile_template, render, template_text
@@ -56,9 +58,7 @@ def _talk(chat: Chat, tokenizer: Any, reading: Reading) -> tuple[Layout, list[st
     scene = _scene(chat, tokenizer, reading)
     if scene is None:
         return _without_template(chat, tokenizer)
-    whole = scene.drawn
-    spans = learnt_spans(scene.chat, whole, scene.draw, marked=scene.marked, bos=scene.bos)
-    return Layout(whole.text, raw=False, learnt=tuple(spans)), scene.notes
+    return Layout(scene.drawn.text, raw=False, learnt=_spans(scene, tokenizer)), scene.notes
 
 
 def _answer(answer: Answer, tokenizer: Any, reading: Reading) -> tuple[Layout, list[str]]:
@@ -72,9 +72,7 @@ def _answer(answer: Answer, tokenizer: Any, reading: Reading) -> tuple[Layout, l
     spans: tuple[Span, ...] | None = None
     # All that the model adds to the prompt, as TRL has it; what others say within a longer completion is not learnt.
     if len(scene.chat.messages) > number + 1 or not scene.chat.learnt[number]:
-        spans = tuple(
-            learnt_spans(scene.chat, scene.drawn, scene.draw, marked=scene.marked, bos=scene.bos, first=number)
-        )
+        spans = _spans(scene, tokenizer, number)
     prompt = scene.draw(scene.chat.messages[:number], True).text if number else ""
     return Layout(scene.drawn.text, raw=False, learnt=spans, prompt=prompt), scene.notes
 
@@ -89,6 +87,29 @@ class _Scene:
     marked: bool
     bos: str
     notes: list[str]
+
+
+def _spans(scene: _Scene, tokenizer: Any, first: int = 0) -> tuple[Span, ...]:
+    """What is learnt, from a message on; notes what does not end so that the model learns to stop there."""
+    spans = learnt_spans(scene.chat, scene.drawn, scene.draw, marked=scene.marked, bos=scene.bos, first=first)
+    if not scene.marked:
+        check_own_words(scene.chat, scene.drawn, spans)
+    for begin, end in spans:
+        closing = _CLOSING.search(scene.drawn.text, max(begin, end - 64), end)
+        if closing is None or closing.group(1) not in _added_tokens(tokenizer):
+            scene.notes.append(
+                "the chat template ends a turn without a token of its own: the model learns no stop there"
+            )
+            break
+    return tuple(spans)
+
+
+_CLOSING = re.compile(r"([<\[][^<>\[\]\s]*[>\]])\s*\Z")
+
+
+@lru_cache(maxsize=4)
+def _added_tokens(tokenizer: Any) -> frozenset[str]:
+    return frozenset(tokenizer.get_added_vocab())
 
 
 def _scene(chat: Chat, tokenizer: Any, reading: Reading) -> _Scene | None:
@@ -153,6 +174,7 @@ def _ended(text: str, tokenizer: Any) -> str:
     return text + str(end)
 
 
+@lru_cache(maxsize=4)
 def adds_end(tokenizer: Any) -> bool:
     """Whether the tokenizer itself puts its end token behind every text."""
     ids = tokenizer("a")["input_ids"]
