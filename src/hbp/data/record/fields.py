@@ -23,12 +23,12 @@ from hbp.errors import HbpError
 
 _NAMES = """
     id _id idx index uid uuid row_id sample_id example_id conversation_id conv_id dialog_id dialogue_id prompt_id
-    question_id turn_id message_id parent_id tool_call_id name hash md5 sha256 __index_level_0__ dataset dataset_name
-    source source_id origin subset split category categories task task_id task_name task_type type topic subject domain
-    tag tags label_source lang language locale country license url urls title path file filename meta metadata
-    extra_info timestamp time created created_at updated_at date model model_name generator annotator author user_id
-    score scores rating ratings quality difficulty reward score_chosen score_rejected margin toxicity moderation redacted length
-    num_tokens token_count n_tokens num_turns turns turn
+    question_id turn_id message_id parent_id tool_call_id name hash md5 sha256 __index_level_0__ dataset
+    dataset_name source source_id origin subset split category categories task task_id task_name task_type type
+    topic subject domain tag tags label_source lang language locale country license url urls title path file
+    filename meta metadata extra_info timestamp time created created_at updated_at date model model_name generator
+    annotator author user_id score scores rating ratings quality difficulty reward score_chosen score_rejected
+    margin toxicity moderation redacted length num_tokens token_count n_tokens num_turns turns turn
 """
 PASSED_OVER = frozenset(_NAMES.split())
 """Fields that name, place or score a record or message and say nothing that could be learnt."""

@@ -33,6 +33,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning; a template reads one of them, data sets use any, transformers fills in the others."""
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TURN = "hbp_turn"
+PROMPT = "add_generation_prompt"
 Span = tuple[int, int]
 
 
@@ -120,6 +121,8 @@ class Template:
     """What it reads besides its own: ``messages``, ``tools``, ``enable_thinking`` and so on."""
     fields: frozenset[str] | None
     """Every name that it could look up in a message; none: it may read all, since it writes messages out whole."""
+    steady: bool
+    """Its generation prompt is the same behind any messages."""
 
     def reads(self, field: str) -> bool:
         """Whether a message's field may have an effect."""
@@ -155,10 +158,10 @@ def compile_template(text: str) -> Template:
     environment = _compile_jinja_template(text).environment
     tree = environment.parse(text)
     variables = frozenset(meta.find_undeclared_variables(tree))
-    fields = _fields(tree)
+    fields, steady = _fields(tree), _steady(tree, variables)
     tree = _NoteTurns().visit(tree)
     tree.set_environment(environment)
-    return Template(environment.from_string(tree), bool(_MARK.search(text)), variables, fields)
+    return Template(environment.from_string(tree), bool(_MARK.search(text)), variables, fields, steady)
 
 
 class _NoteTurns(NodeTransformer):
@@ -198,6 +201,25 @@ def _fields(tree: nodes.Template) -> frozenset[str] | None:
     return frozenset(names | {c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)})
 
 
+def _steady(tree: nodes.Template, variables: frozenset[str]) -> bool:
+    """Whether every mention of ``add_generation_prompt`` stands in a condition that looks at no message.
+
+    Such a condition stands at the top of the template or right in a loop there (``loop.last``), and it and what hangs
+    on it name only what the template is given besides messages, tools and documents.
+    """
+    harmless = variables - {"messages", "tools", "documents"} | {"loop", PROMPT}
+    top = [node for part in tree.body for node in ([part, *part.body] if isinstance(part, nodes.For) else [part])]
+    conditions = [node for node in top if isinstance(node, (nodes.If, nodes.Output)) and _mentions(node, {PROMPT})]
+    apart = {id(name) for node in conditions for name in node.find_all(nodes.Name)}
+    if any(n.name == PROMPT and id(n) not in apart for n in tree.find_all(nodes.Name)):
+        return False
+    return all(name.name in harmless for node in conditions for name in node.find_all(nodes.Name))
+
+
+def _mentions(node: nodes.Node, names: set[str]) -> bool:
+    return any(name.name in names for name in node.find_all(nodes.Name))
+
+
 def render(
     template: Template,
     special_tokens: Mapping[str, Any],
@@ -233,7 +255,7 @@ def render(
         return ""
 
     marked: list[Span] = []
-    given = {**special_tokens, **(variables or {}), _TURN: note, "add_generation_prompt": add_generation_prompt}
+    given = {**special_tokens, **(variables or {}), _TURN: note, PROMPT: add_generation_prompt}
     environment: Any = template.program.environment
     with environment.activate_tracker(blocks, marked):
         for block in template.program.generate(messages=seen, tools=tools, documents=documents, **given):
