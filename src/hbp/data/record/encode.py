@@ -129,7 +129,7 @@ def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
         numbers = [i for i, layout in enumerate(ready) if layout.raw is raw]
         if not numbers:
             continue
-        asked = [i for i in numbers if ready[i].prompt]
+        asked = [i for i in numbers if ready[i].prompt is not None]
         # Prompts ride along: one call for all texts.
         out = tokenizer(
             [ready[i].text for i in numbers] + [ready[i].prompt for i in asked],
@@ -144,7 +144,7 @@ def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
             layout = ready[i]
             mask = np.ones(len(ids[place]), np.uint8)
             if layout.prompt is not None:
-                mask[: _shared(prompts.get(i, ids[place][:0]), ids[place])] = 0
+                mask[: _shared(prompts[i], ids[place])] = 0
             if layout.learnt is not None:
                 mask &= _reached(layout.learnt, _offsets(out, place)) if layout.learnt else 0
             samples[i] = Encoded(ids[place], mask)

@@ -119,7 +119,7 @@ def _call(call: Mapping[str, Any], form: Arguments) -> dict[str, Any]:
     return dict(call)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _content_form(text: str, tokens: tuple[tuple[str, str], ...]) -> Literal["as given", "text", "parts"]:
     said = "probe"
     as_text = _tried(text, tokens, [{"role": "user", "content": said}])
@@ -129,7 +129,7 @@ def _content_form(text: str, tokens: tuple[tuple[str, str], ...]) -> Literal["as
     return "parts" if as_parts is not None and said in as_parts else "as given"
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _arguments_form(text: str, tokens: tuple[tuple[str, str], ...]) -> Arguments:
     def called(arguments: Any) -> str | None:
         function = {"name": "probe", "arguments": arguments}

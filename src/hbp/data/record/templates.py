@@ -144,7 +144,7 @@ class Rendering:
     """Where the last loop over messages ended."""
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def compile_template(text: str) -> Template:
     """Compile a template with calls that note each message's place in the text.
 

@@ -87,9 +87,10 @@ def _own_text(scene: Scene, number: int) -> Span:
     if header is None or not turn.startswith(header):
         header = _header(scene, number, begin, end)
     header = header[: _unthought(header)]
-    at = turn.find(header) if number == 0 else 0  # a default system prompt may stand in the first turn, too
-    if at >= 0 and turn.startswith(header, at):
-        begin += at + len(header)
+    if number == 0 and not turn.startswith(header):
+        # A default system prompt may stand in the first turn, too, and no line break before it.
+        header = header if header in turn else header.lstrip()
+        begin += turn.find(header) + len(header) if header in turn else 0
     else:
         begin += _shared(turn, header)
     if begin == 0 and whole.text.startswith(scene.bos):
