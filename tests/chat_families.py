@@ -300,7 +300,7 @@ def trimmed() -> PreTrainedTokenizerFast:
 def metaspace() -> PreTrainedTokenizerFast:
     """Like Llama 2's: spaces are part of words, unknown characters fall back to bytes, a begin token is added."""
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     bpe.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,15 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 from chat_families import AFTER_THE_END, FAMILIES, TOKENIZERS, TOOLS, byte_level, unmarked
+from transformers import PreTrainedTokenizerBase
 
 from hbp.data.record import Encoded, encode_records
 
 Talk = list[dict[str, Any]]
+
+
+EXACT = "char_to_token" not in inspect.getsource(PreTrainedTokenizerBase.apply_chat_template)
+"""Older transformers lose spans that begin or end where no token does."""
 
 
 def user(content: str) -> dict[str, Any]:
@@ -90,9 +96,10 @@ def compare(family: str, tokenizer: Any, talk: Talk, **fields: Any) -> bool:
     assert marked is not None and plain is not None
     for sample in (marked, plain):
         np.testing.assert_array_equal(sample.input_ids, wanted["input_ids"])
-    np.testing.assert_array_equal(marked.loss_mask, wanted["assistant_masks"])
+    if EXACT:
+        np.testing.assert_array_equal(marked.loss_mask, wanted["assistant_masks"])
     if family not in AFTER_THE_END:
-        np.testing.assert_array_equal(plain.loss_mask, wanted["assistant_masks"])
+        np.testing.assert_array_equal(plain.loss_mask, marked.loss_mask)
     return True
 
 
@@ -117,9 +124,9 @@ def test_tools_and_calls(family: str, talk: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3", "harmony"])
-def test_reasoning_in_a_field_of_its_own(family: str) -> None:
-    talk = [user("q1"), assistant("a1", reasoning_content="r1"), user("q2"), assistant("a2", reasoning_content="r2")]
+@pytest.mark.parametrize(("family", "field"), [("qwen3", "reasoning_content"), ("harmony", "thinking")])
+def test_reasoning_in_a_field_of_its_own(family: str, field: str) -> None:
+    talk = [user("q1"), assistant("a1", **{field: "r1"}), user("q2"), assistant("a2", **{field: "r2"})]
     tokenizer = byte_level()
     assert compare(family, tokenizer, talk)
     (outcome,) = encode_records([{"messages": talk}], tokenizer)

@@ -86,9 +86,7 @@ def _spans(scene: Scene, tokenizer: Any, first: int = 0) -> tuple[Span, ...]:
     for begin, end in spans:
         closing = _CLOSING.search(scene.whole.text, max(begin, end - 64), end)
         if closing is None or closing.group(1) not in _added_tokens(tokenizer):
-            scene.notes.append(
-                "the chat template ends a turn without a token of its own: the model learns no stop there"
-            )
+            scene.notes.append("the chat template ends turns without a token of their own: no stop is learnt")
             break
     return tuple(spans)
 

@@ -191,7 +191,7 @@ def _fields(tree: nodes.Template) -> frozenset[str] | None:
     turns = {
         loop.target.name
         for loop in tree.find_all(nodes.For)
-        if isinstance(loop.target, nodes.Name) and any("messages" in n.name for n in loop.iter.find_all(nodes.Name))
+        if isinstance(loop.target, nodes.Name) and _mentions_messages(loop.iter)
     }
     whole = [f.node for f in tree.find_all(nodes.Filter) if f.name in ("tojson", "items", "string", "dictsort")]
     whole += [g.node for g in tree.find_all(nodes.Getattr) if g.attr in ("items", "values")]
@@ -199,6 +199,10 @@ def _fields(tree: nodes.Template) -> frozenset[str] | None:
         return None
     names = {node.attr for node in tree.find_all(nodes.Getattr)}
     return frozenset(names | {c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)})
+
+
+def _mentions_messages(node: nodes.Node) -> bool:
+    return any("messages" in n.name for n in (node, *node.find_all(nodes.Name)) if isinstance(n, nodes.Name))
 
 
 def _steady(tree: nodes.Template, variables: frozenset[str]) -> bool:
@@ -209,15 +213,15 @@ def _steady(tree: nodes.Template, variables: frozenset[str]) -> bool:
     """
     harmless = variables - {"messages", "tools", "documents"} | {"loop", PROMPT}
     top = [node for part in tree.body for node in ([part, *part.body] if isinstance(part, nodes.For) else [part])]
-    conditions = [node for node in top if isinstance(node, (nodes.If, nodes.Output)) and _mentions(node, {PROMPT})]
+    conditions = [
+        node
+        for node in top
+        if isinstance(node, (nodes.If, nodes.Output)) and any(name.name == PROMPT for name in node.find_all(nodes.Name))
+    ]
     apart = {id(name) for node in conditions for name in node.find_all(nodes.Name)}
     if any(n.name == PROMPT and id(n) not in apart for n in tree.find_all(nodes.Name)):
         return False
     return all(name.name in harmless for node in conditions for name in node.find_all(nodes.Name))
-
-
-def _mentions(node: nodes.Node, names: set[str]) -> bool:
-    return any(name.name in names for name in node.find_all(nodes.Name))
 
 
 def render(
