@@ -27,6 +27,7 @@ from hbp.planning.planner import STRATEGIES
 from hbp.progress import say
 from hbp.run import resume
 from hbp.run.baseline import train_baseline
+from hbp.run.data import say_summary
 from hbp.run.engine import Engine, make_engine
 from hbp.run.fit_memory import as_planned, evaluation_plan, global_batch_tokens, plan_to_run, plan_within_memory
 from hbp.run.preflight import check_ready
@@ -55,6 +56,7 @@ def _run(config: Config, device: torch.device) -> dict[str, Any]:
     ours = check_strategies(config)
     run, engine = Path(config.run_dir), make_engine(config, device)
     fingerprint = engine.samples.store.fingerprint
+    say_summary(config, engine.samples.store)
     found = resume.find(config, ours, fingerprint)
     summary = _summary(run) if found.trained else None
     dist.barrier()  # every rank has read what was there
