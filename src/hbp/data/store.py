@@ -412,12 +412,13 @@ def read_details(folder: Path) -> dict[str, Any]:
     return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else {}
 
 
-def open_store(folder: Path) -> TokenStore:
+def open_store(folder: str | Path) -> TokenStore:
     """Open a store for reading.
 
     Raises:
         HbpError: missing, half-written or damaged.
     """
+    folder = Path(folder)
     for name in ("store.json", "index.parquet", SHARDS):
         if not (folder / name).exists():
             raise HbpError(f"{folder} is not a token store ({name} is missing)")
