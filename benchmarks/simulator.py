@@ -76,9 +76,9 @@ QUICK = Size(24, 2, 6_000, 1536, 3072, 0.18 * GIB, 2, (8, 2))
 
 def run_for_real(processes: int, strategies: list[str], size: Size) -> list[dict[str, Any]]:
     """Profile, plan and train with so many processes; one row a strategy."""
-    from hbp.data.stdlib_sft import train_tokenizer, write_dataset
     from hbp.data.build import build_store, recipe_of
     from hbp.data.sources import Source
+    from hbp.data.stdlib_sft import train_tokenizer, write_dataset
     from hbp.train.launch import CPU_ENVIRONMENT
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Sources → store: the same whatever the number of processes, nothing made twice, what cannot be used named or counted."""
+"""Sources → store: the same for any number of processes, nothing made twice, what cannot be used named or counted."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_an_error_in_another_process_is_the_same_and_leaves_the_old_store(
     folder, sources = tmp_path / "store", [Source(str(source))]
     before = contents(build_store(folder, sources, recipe, piece_bytes=500))
     source.write_text(source.read_text() + "{\n")
-    with pytest.raises(HbpError, match="source.jsonl line 46 is not JSON"):
+    with pytest.raises(HbpError, match=r"source\.jsonl line 46 is not JSON"):
         build_store(folder, sources, recipe, piece_bytes=500, processes=2)
     assert contents(open_store(folder)) == before
 

@@ -18,7 +18,7 @@ from hbp.errors import HbpError
 ray = pytest.importorskip("ray")
 pytest.importorskip("transformers")
 
-from hbp.data.ray_data import pieces_on
+from hbp.data.ray_data import pieces_on  # noqa: E402
 
 
 @pytest.fixture(scope="module")

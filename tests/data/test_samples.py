@@ -56,7 +56,7 @@ def test_sources_for_evaluation_are_what_is_held_out(tmp_path: Path) -> None:
     store = store_of(tmp_path, {ONCE: 4, SourceEntry("eval", held_out=True, times=1.0): 6})
     assert split(store) == ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])
     assert split(store, max_length=4)[1] == [5, 6, 7, 8]
-    with pytest.raises(HbpError, match="every sample of data.eval_source is longer than data.max_length=8"):
+    with pytest.raises(HbpError, match=r"every sample of data\.eval_source is longer than data\.max_length=8"):
         split_samples(
             store_of(tmp_path / "b", {ONCE: 1, SourceEntry("eval", held_out=True, times=1.0): 2}, [1, 9, 9]),
             seed=0, eval_samples=0, max_length=8,
