@@ -57,6 +57,18 @@ class DataConfig(_Section):
     tokenizer: str | None = Field(
         None, description="Hugging Face tokenizer folder or name; none: the model's (`stdlib` trains its own)"
     )
+    chat_template: str | None = Field(
+        None,
+        description="a Jinja file; `training`: TRL's training version of the tokenizer's own template; or a template "
+        "that TRL ships, such as `qwen3_training`; none: the tokenizer's own",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="where a field has another name than ours, as {messages: dialog, answer: response}"
+    )
+    roles: dict[str, str] = Field({}, description="where a role has a name that is not known, as {bot: assistant}")
+    ignore: tuple[str, ...] = Field(
+        (), description="fields of records and messages that are left out on purpose; others that nothing reads end it"
+    )
     max_length: int | None = Field(
         None,
         ge=1,

@@ -101,7 +101,7 @@ def _finish(draft: _Draft, samples: list[Encoded]) -> None:
         return
     if len(samples) == 2 and all(layout.learnt is None for layout in draft.layouts):
         # Both answers begin where the first of them does: a token more in one than in the other would tell them apart.
-        begin = min(int(np.argmax(sample.loss_mask)) for sample in samples if sample.loss_mask.any())
+        begin = min(int(np.argmax(sample.loss_mask)) for sample in samples)
         for sample in samples:
             sample.loss_mask[begin:] = 1
     draft.done = Outcome(tuple(samples), len(samples) == 2, notes=tuple(dict.fromkeys(draft.notes)))
@@ -129,7 +129,7 @@ def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
         numbers = [i for i, layout in enumerate(ready) if layout.raw is raw]
         if not numbers:
             continue
-        asked = [i for i in numbers if ready[i].prompt]
+        asked = [i for i in numbers if ready[i].prompt is not None]
         # Prompts ride along: one call for all texts.
         out = tokenizer(
             [ready[i].text for i in numbers] + [ready[i].prompt for i in asked],
@@ -144,7 +144,7 @@ def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
             layout = ready[i]
             mask = np.ones(len(ids[place]), np.uint8)
             if layout.prompt is not None:
-                mask[: _shared(prompts.get(i, ids[place][:0]), ids[place])] = 0
+                mask[: _shared(prompts[i], ids[place])] = 0
             if layout.learnt is not None:
                 mask &= _reached(layout.learnt, _offsets(out, place)) if layout.learnt else 0
             samples[i] = Encoded(ids[place], mask)

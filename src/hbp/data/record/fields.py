@@ -2,8 +2,8 @@
 
 Before rendering: what the template never reads is refused (tools on a template that has no tools), identifiers and
 scores are passed over with a note, and two things are put into the form that the template takes, found out by trying:
-parts of text, which most templates cannot add to a string, and a call's arguments, which some take as an object and
-write as JSON and others as the JSON text (written once more, the model would learn quotes within quotes).
+content, which most templates take as text and a few as parts of text, and a call's arguments, which some take as an
+object and write as JSON and others as the JSON text (written once more, the model would learn quotes within quotes).
 
 After rendering: a message, call or tool of which the text holds no trace is refused, reasoning that the template left
 out is noted.
@@ -12,23 +12,23 @@ out is noted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from hbp.data.record.messages import Chat, Message, text_of
-from hbp.data.record.templates import REASONING, Rendering, compile_template, render
+from hbp.data.record.templates import REASONING, Rendering, Span, compile_template, render
 from hbp.errors import HbpError
 
 _NAMES = """
     id _id idx index uid uuid row_id sample_id example_id conversation_id conv_id dialog_id dialogue_id prompt_id
-    question_id turn_id message_id parent_id tool_call_id name hash md5 sha256 __index_level_0__ dataset dataset_name
-    source source_id origin subset split category categories task task_id task_name task_type type topic subject domain
-    tag tags label_source lang language locale country license url urls title path file filename meta metadata extra_info
-    timestamp time created created_at updated_at date model model_name generator annotator author user_id score scores
-    rating ratings quality difficulty reward score_chosen score_rejected margin toxicity moderation redacted length
-    num_tokens token_count n_tokens num_turns turns turn
+    question_id turn_id message_id parent_id tool_call_id name hash md5 sha256 __index_level_0__ dataset
+    dataset_name source source_id origin subset split category categories task task_id task_name task_type type
+    topic subject domain tag tags label_source lang language locale country license url urls title path file
+    filename meta metadata extra_info timestamp time created created_at updated_at date model model_name generator
+    annotator author user_id score scores rating ratings quality difficulty reward score_chosen score_rejected
+    margin toxicity moderation redacted length num_tokens token_count n_tokens num_turns turns turn
 """
 PASSED_OVER = frozenset(_NAMES.split())
 """Fields that name, place or score a record or message and say nothing that could be learnt."""
@@ -92,11 +92,15 @@ def _mend(key: str) -> str:
 def _fitted(message: Message, text: str, tokens: tuple[tuple[str, str], ...], ignore: tuple[str, ...]) -> Message:
     if any(key in message for key in ignore):
         message = {key: value for key, value in message.items() if key in ("role", "content") or key not in ignore}
-    if isinstance(message.get("content"), list) and not _reads_parts(text, tokens):
-        message = {**message, "content": text_of(message["content"])}
+    content = message.get("content")
+    if content and (form := _content_form(text, tokens)) != "as given":
+        if form == "text" and isinstance(content, list):
+            message = {**message, "content": text_of(content)}
+        if form == "parts" and isinstance(content, str):
+            message = {**message, "content": [{"type": "text", "text": content}]}
     if "tool_calls" in message:
-        form = _arguments_form(text, tokens)
-        message = {**message, "tool_calls": [_call(call, form) for call in message["tool_calls"]]}
+        taken = _arguments_form(text, tokens)
+        message = {**message, "tool_calls": [_call(call, taken) for call in message["tool_calls"]]}
     return message
 
 
@@ -115,14 +119,17 @@ def _call(call: Mapping[str, Any], form: Arguments) -> dict[str, Any]:
     return dict(call)
 
 
-@lru_cache(maxsize=16)
-def _reads_parts(text: str, tokens: tuple[tuple[str, str], ...]) -> bool:
-    whole = _tried(text, tokens, [{"role": "user", "content": "a part"}])
-    parts = _tried(text, tokens, [{"role": "user", "content": [{"type": "text", "text": "a part"}]}])
-    return parts is not None and parts == whole
+@lru_cache(maxsize=64)
+def _content_form(text: str, tokens: tuple[tuple[str, str], ...]) -> Literal["as given", "text", "parts"]:
+    said = "probe"
+    as_text = _tried(text, tokens, [{"role": "user", "content": said}])
+    as_parts = _tried(text, tokens, [{"role": "user", "content": [{"type": "text", "text": said}]}])
+    if as_text is not None and said in as_text:
+        return "as given" if as_parts == as_text else "text"
+    return "parts" if as_parts is not None and said in as_parts else "as given"
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _arguments_form(text: str, tokens: tuple[tuple[str, str], ...]) -> Arguments:
     def called(arguments: Any) -> str | None:
         function = {"name": "probe", "arguments": arguments}
@@ -152,7 +159,8 @@ def check_nothing_left_out(chat: Chat, rendering: Rendering) -> list[str]:
     text = rendering.text
     for number, message in enumerate(chat.messages):
         said = text_of(message.get("content")).strip()
-        if said and number not in rendering.written and said not in text:
+        part = text[slice(*rendering.turns[number])] if number in rendering.turns else text
+        if not _trace(said.split("</think>")[-1] if message["role"] == "assistant" else said, part):
             raise HbpError(
                 f"has message {number} ({message['role']}), which the chat template leaves out; take another template "
                 "(data.chat_template) or remove it"
@@ -174,6 +182,31 @@ def check_nothing_left_out(chat: Chat, rendering: Rendering) -> list[str]:
         if isinstance(name, str) and name not in text:
             raise HbpError(f"has the tool {name!r}, which the chat template leaves out; take another template")
     return notes
+
+
+def _trace(said: str, part: str) -> bool:
+    """Whether a text is there, be it trimmed, escaped or changed in places: its longest word is."""
+    if said.strip() in part:
+        return True
+    word = max(said.split(), key=len)
+    return word in part or json.dumps(word, ensure_ascii=False)[1:-1] in part
+
+
+def check_own_words(chat: Chat, rendering: Rendering, spans: Sequence[Span]) -> None:
+    """A template may write a tool's answer into the turn of the assistant that called it.
+
+    Raises:
+        HbpError: what a tool said would be learnt.
+    """
+    for number, message in enumerate(chat.messages):
+        if number in rendering.written or message["role"] in ("system", "developer", "user", "assistant"):
+            continue
+        said = text_of(message.get("content")).strip()
+        if said and any(said in rendering.text[begin:end] for begin, end in spans):
+            raise HbpError(
+                f"has message {number} ({message['role']}), which the chat template writes into the assistant's turn; "
+                "take a template with {% generation %} marks (data.chat_template)"
+            )
 
 
 def _reasoning_in(message: Message, said: str, text: str) -> bool:

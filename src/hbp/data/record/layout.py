@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from hbp.data.record.fields import check_nothing_left_out, fit_to_template, passed_over
+from hbp.data.record.fields import check_nothing_left_out, check_own_words, fit_to_template, passed_over
 from hbp.data.record.formats import Answer, Pair, Reading, Sample, Talk, Text, Tokens
 from hbp.data.record.messages import Chat, Message, text_of
 from hbp.data.record.templates import Rendering, Span, compile_template, render, template_text
-from hbp.data.record.turns import Draw, learnt_spans
+from hbp.data.record.turns import Scene, generation_prompt, learnt_spans
 from hbp.errors import HbpError
 
 
@@ -56,9 +59,7 @@ def _talk(chat: Chat, tokenizer: Any, reading: Reading) -> tuple[Layout, list[st
     scene = _scene(chat, tokenizer, reading)
     if scene is None:
         return _without_template(chat, tokenizer)
-    whole = scene.drawn
-    spans = learnt_spans(scene.chat, whole, scene.draw, marked=scene.marked, bos=scene.bos)
-    return Layout(whole.text, raw=False, learnt=tuple(spans)), scene.notes
+    return Layout(scene.whole.text, raw=False, learnt=_spans(scene, tokenizer)), scene.notes
 
 
 def _answer(answer: Answer, tokenizer: Any, reading: Reading) -> tuple[Layout, list[str]]:
@@ -72,26 +73,33 @@ def _answer(answer: Answer, tokenizer: Any, reading: Reading) -> tuple[Layout, l
     spans: tuple[Span, ...] | None = None
     # All that the model adds to the prompt, as TRL has it; what others say within a longer completion is not learnt.
     if len(scene.chat.messages) > number + 1 or not scene.chat.learnt[number]:
-        spans = tuple(
-            learnt_spans(scene.chat, scene.drawn, scene.draw, marked=scene.marked, bos=scene.bos, first=number)
-        )
+        spans = _spans(scene, tokenizer, number)
     prompt = scene.draw(scene.chat.messages[:number], True).text if number else ""
-    return Layout(scene.drawn.text, raw=False, learnt=spans, prompt=prompt), scene.notes
+    return Layout(scene.whole.text, raw=False, learnt=spans, prompt=prompt), scene.notes
 
 
-@dataclass(frozen=True, eq=False)
-class _Scene:
-    """A conversation fitted to its template, and its rendering."""
+def _spans(scene: Scene, tokenizer: Any, first: int = 0) -> tuple[Span, ...]:
+    """What is learnt, from a message on; notes what does not end so that the model learns to stop there."""
+    spans = learnt_spans(scene, first)
+    if not scene.marked:
+        check_own_words(scene.chat, scene.whole, spans)
+    for begin, end in spans:
+        closing = _CLOSING.search(scene.whole.text, max(begin, end - 64), end)
+        if closing is None or closing.group(1) not in _added_tokens(tokenizer):
+            scene.notes.append("the chat template ends turns without a token of their own: no stop is learnt")
+            break
+    return tuple(spans)
 
-    chat: Chat
-    drawn: Rendering
-    draw: Draw
-    marked: bool
-    bos: str
-    notes: list[str]
+
+_CLOSING = re.compile(r"([<\[][^<>\[\]\s]*[>\]])\s*\Z")
 
 
-def _scene(chat: Chat, tokenizer: Any, reading: Reading) -> _Scene | None:
+@lru_cache(maxsize=4)
+def _added_tokens(tokenizer: Any) -> frozenset[str]:
+    return frozenset(tokenizer.get_added_vocab())
+
+
+def _scene(chat: Chat, tokenizer: Any, reading: Reading) -> Scene | None:
     """None where the tokenizer has no template."""
     try:
         text = template_text(tokenizer, chat.tools)
@@ -114,11 +122,24 @@ def _scene(chat: Chat, tokenizer: Any, reading: Reading) -> _Scene | None:
         )
 
     try:
-        drawn = draw(fitted.messages, False)
+        whole = draw(fitted.messages, False)
     except Exception as error:  # raises whatever its author chose
         raise HbpError(f"is refused by the chat template ({_reason(error)}); roles: {_roles(chat)}") from None
-    notes += check_nothing_left_out(fitted, drawn)
-    return _Scene(fitted, drawn, draw, template.marked, str(tokens.get("bos_token", "")), notes)
+    notes += check_nothing_left_out(fitted, whole)
+    prompt = None
+    if template.steady and not template.marked:
+        named = tuple(sorted((key, str(value)) for key, value in tokens.items()))
+        prompt = _steady_prompt(text, named, json.dumps(fitted.variables, sort_keys=True, default=str))
+    return Scene(fitted, whole, draw, template.marked, prompt, str(tokens.get("bos_token", "")), notes)
+
+
+@lru_cache(maxsize=64)
+def _steady_prompt(text: str, tokens: tuple[tuple[str, str], ...], variables: str) -> str | None:
+    def draw(messages: Sequence[Message], prompted: bool) -> Rendering:
+        given = json.loads(variables)
+        return render(compile_template(text), dict(tokens), messages, variables=given, add_generation_prompt=prompted)
+
+    return generation_prompt(draw)
 
 
 def _reason(error: Exception) -> str:
@@ -153,6 +174,7 @@ def _ended(text: str, tokenizer: Any) -> str:
     return text + str(end)
 
 
+@lru_cache(maxsize=4)
 def adds_end(tokenizer: Any) -> bool:
     """Whether the tokenizer itself puts its end token behind every text."""
     ids = tokenizer("a")["input_ids"]

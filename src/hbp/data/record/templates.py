@@ -33,6 +33,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning; a template reads one of them, data sets use any, transformers fills in the others."""
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TURN = "hbp_turn"
+PROMPT = "add_generation_prompt"
 Span = tuple[int, int]
 
 
@@ -120,6 +121,8 @@ class Template:
     """What it reads besides its own: ``messages``, ``tools``, ``enable_thinking`` and so on."""
     fields: frozenset[str] | None
     """Every name that it could look up in a message; none: it may read all, since it writes messages out whole."""
+    steady: bool
+    """Its generation prompt is the same behind any messages."""
 
     def reads(self, field: str) -> bool:
         """Whether a message's field may have an effect."""
@@ -141,7 +144,7 @@ class Rendering:
     """Where the last loop over messages ended."""
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def compile_template(text: str) -> Template:
     """Compile a template with calls that note each message's place in the text.
 
@@ -155,10 +158,10 @@ def compile_template(text: str) -> Template:
     environment = _compile_jinja_template(text).environment
     tree = environment.parse(text)
     variables = frozenset(meta.find_undeclared_variables(tree))
-    fields = _fields(tree)
+    fields, steady = _fields(tree), _steady(tree, variables)
     tree = _NoteTurns().visit(tree)
     tree.set_environment(environment)
-    return Template(environment.from_string(tree), bool(_MARK.search(text)), variables, fields)
+    return Template(environment.from_string(tree), bool(_MARK.search(text)), variables, fields, steady)
 
 
 class _NoteTurns(NodeTransformer):
@@ -188,7 +191,7 @@ def _fields(tree: nodes.Template) -> frozenset[str] | None:
     turns = {
         loop.target.name
         for loop in tree.find_all(nodes.For)
-        if isinstance(loop.target, nodes.Name) and any("messages" in n.name for n in loop.iter.find_all(nodes.Name))
+        if isinstance(loop.target, nodes.Name) and _mentions_messages(loop.iter)
     }
     whole = [f.node for f in tree.find_all(nodes.Filter) if f.name in ("tojson", "items", "string", "dictsort")]
     whole += [g.node for g in tree.find_all(nodes.Getattr) if g.attr in ("items", "values")]
@@ -196,6 +199,29 @@ def _fields(tree: nodes.Template) -> frozenset[str] | None:
         return None
     names = {node.attr for node in tree.find_all(nodes.Getattr)}
     return frozenset(names | {c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str)})
+
+
+def _mentions_messages(node: nodes.Node) -> bool:
+    return any("messages" in n.name for n in (node, *node.find_all(nodes.Name)) if isinstance(n, nodes.Name))
+
+
+def _steady(tree: nodes.Template, variables: frozenset[str]) -> bool:
+    """Whether every mention of ``add_generation_prompt`` stands in a condition that looks at no message.
+
+    Such a condition stands at the top of the template or right in a loop there (``loop.last``), and it and what hangs
+    on it name only what the template is given besides messages, tools and documents.
+    """
+    harmless = variables - {"messages", "tools", "documents"} | {"loop", PROMPT}
+    top = [node for part in tree.body for node in ([part, *part.body] if isinstance(part, nodes.For) else [part])]
+    conditions = [
+        node
+        for node in top
+        if isinstance(node, (nodes.If, nodes.Output)) and any(name.name == PROMPT for name in node.find_all(nodes.Name))
+    ]
+    apart = {id(name) for node in conditions for name in node.find_all(nodes.Name)}
+    if any(n.name == PROMPT and id(n) not in apart for n in tree.find_all(nodes.Name)):
+        return False
+    return all(name.name in harmless for node in conditions for name in node.find_all(nodes.Name))
 
 
 def render(
@@ -233,7 +259,7 @@ def render(
         return ""
 
     marked: list[Span] = []
-    given = {**special_tokens, **(variables or {}), _TURN: note, "add_generation_prompt": add_generation_prompt}
+    given = {**special_tokens, **(variables or {}), _TURN: note, PROMPT: add_generation_prompt}
     environment: Any = template.program.environment
     with environment.activate_tracker(blocks, marked):
         for block in template.program.generate(messages=seen, tools=tools, documents=documents, **given):

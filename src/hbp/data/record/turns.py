@@ -5,13 +5,15 @@ A template with ``{% generation %}`` marks says so. In any other, a turn's part 
 generation prompt behind the messages before it. A generation prompt may go on into a think block that it opens for the
 model; what is thought belongs to the turn all the same, as in TRL's training templates.
 
-Cost: one more rendering of the messages before it for each of the assistant's turns.
+Cost: one more rendering of the messages before it for each of the assistant's turns, unless the template's generation
+prompt looks at no message (most do not): then one in all.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from hbp.data.record.messages import Chat, Message, text_of
 from hbp.data.record.templates import Rendering, Span
@@ -22,26 +24,38 @@ Draw = Callable[[Sequence[Message], bool], Rendering]
 THINK = re.compile(r"<[^<>\s]*(?:think|thought|reason)[^<>]*>|\[THINK\]|<\|channel\|?>", re.IGNORECASE)
 
 
-def learnt_spans(
-    chat: Chat, whole: Rendering, draw: Draw, *, marked: bool, bos: str = "", first: int = 0
-) -> list[Span]:
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A conversation fitted to its template, and its rendering."""
+
+    chat: Chat
+    whole: Rendering
+    draw: Draw
+    """Renders a part of the conversation, with its tools and variables."""
+    marked: bool
+    """The template has ``{% generation %}`` marks."""
+    prompt: str | None
+    """The generation prompt, where it is the same behind any messages."""
+    bos: str
+    """Text of the begin token."""
+    notes: list[str]
+
+
+def learnt_spans(scene: Scene, first: int = 0) -> list[Span]:
     """Spans ``[begin, end)`` of the text that are learnt, in order.
 
     Args:
-        chat: the conversation; its ``learnt`` says which turns.
-        whole: its rendering.
-        draw: renders parts of it, with the same tools and variables.
-        marked: the template has ``{% generation %}`` marks.
-        bos: text of the begin token.
+        scene: its chat's ``learnt`` says which turns.
         first: message from which on turns are learnt.
 
     Raises:
         HbpError: the template does not let the assistant's text be told apart.
     """
+    chat, whole = scene.chat, scene.whole
     spoken = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     wanted = [i for i in spoken if chat.learnt[i] and i >= first]
-    if not marked:
-        return [_own_text(chat, whole, draw, i, bos) for i in wanted]
+    if not scene.marked:
+        return [_own_text(scene, i) for i in wanted]
     if wanted == spoken:
         return whole.marked
     unwanted = [i for i in spoken if i not in wanted]
@@ -51,38 +65,37 @@ def learnt_spans(
     return [(a, b) for a, b in whole.marked if not any(begin <= a < end for begin, end in outside)]
 
 
-def _own_text(chat: Chat, whole: Rendering, draw: Draw, number: int, bos: str) -> Span:
-    message = chat.messages[number]
-    before = _before(chat, draw, number)
-    if number not in whole.turns or not _holds(whole, number, message):
-        return _by_prefixes(chat, whole, draw, number, before)
+def generation_prompt(draw: Draw) -> str | None:
+    """What the template adds behind a question for the model to go on; none where it can render no question alone."""
+    asked: list[Message] = [{"role": "user", "content": "a"}]
+    try:
+        before, whole = draw(asked, True), draw(asked, False)
+    except Exception:  # a template raises what its author chose
+        return None
+    return _more(before, whole, 0)
+
+
+def _own_text(scene: Scene, number: int) -> Span:
+    whole = scene.whole
+    if number not in whole.turns or not _holds(whole, number, scene.chat.messages[number]):
+        return _by_prefixes(scene, number)
     begin, end = whole.turns[number]
-    if number == len(chat.messages) - 1:
+    if number == len(scene.chat.messages) - 1:
         end = len(whole.text)
     turn = whole.text[begin:end]
-    if before is not None and begin <= len(before.text) <= end and whole.text.startswith(before.text):
-        header = turn[: len(before.text) - begin]
-        return begin + _unthought(header), end
-    header = _header(chat, whole, draw, number, before)
+    header = scene.prompt
+    if header is None or not turn.startswith(header):
+        header = _header(scene, number, begin, end)
     header = header[: _unthought(header)]
-    at = turn.find(header) if number == 0 else 0  # a default system prompt may stand in the first turn, too
-    if at >= 0 and turn.startswith(header, at):
-        begin += at + len(header)
+    if number == 0 and not turn.startswith(header):
+        # A default system prompt may stand in the first turn, too, and no line break before it.
+        header = header if header in turn else header.lstrip()
+        begin += turn.find(header) + len(header) if header in turn else 0
     else:
         begin += _shared(turn, header)
-    if bos and whole.text.startswith(bos, begin) and begin == 0:
-        begin += len(bos)
+    if begin == 0 and whole.text.startswith(scene.bos):
+        begin = len(scene.bos)
     return begin, end
-
-
-def _before(chat: Chat, draw: Draw, number: int) -> Rendering | None:
-    """What the model would be given to say this turn; none where the template cannot render it."""
-    if number == 0:
-        return None
-    try:
-        return draw(chat.messages[:number], True)
-    except Exception:  # raises what its author chose; the header is then found another way
-        return None
 
 
 def _holds(whole: Rendering, number: int, message: Message) -> bool:
@@ -91,23 +104,39 @@ def _holds(whole: Rendering, number: int, message: Message) -> bool:
     return text_of(message.get("content")).split("</think>")[-1].strip() in whole.text[begin:end]
 
 
-def _header(chat: Chat, whole: Rendering, draw: Draw, number: int, before: Rendering | None) -> str:
-    """The generation prompt alone, from a rendering that is no beginning of the whole."""
+def _header(scene: Scene, number: int, begin: int, end: int) -> str:
+    """What the template writes to have the model say this turn."""
+    whole = scene.whole
+    before = _before(scene, number)
     if before is None:  # the first turn: its header is that of any other
-        asked: list[Message] = [{"role": "user", "content": "a"}]
-        try:
-            before, whole, number = draw(asked, True), draw(asked, False), 1
-        except Exception:  # as above
-            return ""
-    tail = before.text[before.end :]
-    if number - 1 in whole.turns and number - 1 in before.turns:
-        last, same = (part.text[slice(*part.turns[number - 1])] for part in (before, whole))
-        if last.startswith(same):  # what the last message's own part has more of belongs to the prompt, too
-            return last[len(same) :] + tail
-    if tail:
-        return tail
-    without = draw(chat.messages[:number], False).text
+        return generation_prompt(scene.draw) or ""
+    if whole.text.startswith(before.text) and begin <= len(before.text) <= end:
+        return whole.text[begin : len(before.text)]
+    more = _more(before, whole, number - 1)
+    if more is not None:
+        return more
+    without = scene.draw(scene.chat.messages[:number], False).text
     return before.text[_shared(before.text, without) :]
+
+
+def _before(scene: Scene, number: int) -> Rendering | None:
+    """What the model would be given to say this turn; none where the template cannot render it."""
+    if number == 0:
+        return None
+    try:
+        return scene.draw(scene.chat.messages[:number], True)
+    except Exception:  # raises what its author chose; the header is then found another way
+        return None
+
+
+def _more(before: Rendering, whole: Rendering, last: int) -> str | None:
+    """What a rendering with generation prompt has behind its last message, and that message's part has more of."""
+    tail = before.text[before.end :]
+    if last in whole.turns and last in before.turns:
+        prompted, plain = (part.text[slice(*part.turns[last])] for part in (before, whole))
+        if prompted.startswith(plain):
+            return prompted[len(plain) :] + tail
+    return tail or None
 
 
 def _unthought(header: str) -> int:
@@ -121,12 +150,13 @@ def _shared(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _by_prefixes(chat: Chat, whole: Rendering, draw: Draw, number: int, before: Rendering | None) -> Span:
+def _by_prefixes(scene: Scene, number: int) -> Span:
     """For a template that does not write message by message: what a turn adds to the text before it."""
-    after = draw(chat.messages[: number + 1], False)
-    if before is None or not (whole.text.startswith(before.text) and whole.text.startswith(after.text)):
+    before, text = _before(scene, number), scene.whole.text
+    after = scene.draw(scene.chat.messages[: number + 1], False).text
+    if before is None or not (text.startswith(before.text) and text.startswith(after)):
         raise HbpError(
             f"has message {number} (assistant), whose own text cannot be told apart in what the chat template makes of "
             "it; take a template with {% generation %} marks (data.chat_template)"
         )
-    return len(before.text), len(after.text)
+    return len(before.text), len(after)
