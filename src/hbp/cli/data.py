@@ -52,7 +52,7 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
     store, config = _store(args)
     by_source = count(store, config.max_length, config.too_long)
     every, shown = total(by_source), spread(store, args.limit)
-    tokenizer = load(store.tokenizer, getattr(config, "chat_template", None)) if shown else None
+    tokenizer = load(store.tokenizer, config.chat_template) if shown else None
     if args.json:
         return {
             "samples": [sample_json(store, index, tokenizer) for index in shown],

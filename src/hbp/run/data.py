@@ -84,9 +84,8 @@ def cached_store(data: DataConfig, tokenizer: str) -> TokenStore:
 
 
 def _recipe(data: DataConfig, tokenizer: str) -> Recipe:
-    columns, roles, ignore = (getattr(data, name, {}) for name in ("columns", "roles", "ignore"))
-    reading = Reading(tuple(dict(columns).items()), tuple(dict(roles).items()), tuple(ignore))
-    return recipe_of(tokenizer, getattr(data, "chat_template", None), reading)
+    reading = Reading(tuple(data.columns.items()), tuple(data.roles.items()), data.ignore)
+    return recipe_of(tokenizer, data.chat_template, reading)
 
 
 def _build(folder: Path, sources: Sequence[Source], recipe: Recipe, data: DataConfig) -> TokenStore:
