@@ -142,8 +142,10 @@ def make_shard(piece: Piece, job: Job) -> Made:
     name = f"{content_of(piece)}-{job.recipe.identity}.arrow"
     path = job.folder / name
     info = read_shard_info(path)
-    if info is None and job.cache is not None and (info := read_shard_info(job.cache / name)) is not None:
-        share(job.cache / name, path)
+    if info is None and job.cache is not None and read_shard_info(job.cache / name) is not None:
+        with suppress(OSError):  # another run may have just taken it away
+            share(job.cache / name, path)
+            info = read_shard_info(path)
     if info is None:
         bad = _Bad(piece, job.skip_bad)
         info = write_shard(path, _rows(piece, job.recipe, bad), bad.said)

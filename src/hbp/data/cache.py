@@ -28,7 +28,10 @@ def share(have: Path, want: Path) -> None:
     try:
         os.link(have, want)
     except FileExistsError:
-        return
+        if have.samefile(want):
+            return
+        want.unlink()  # a damaged one
+        share(have, want)
     except OSError:
         partial = want.with_name(f"{want.name}{PARTIAL}{socket.gethostname()}-{os.getpid()}")
         shutil.copyfile(have, partial)
