@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
 from hbp.report.explorer import MOST_CELLS, MOST_RANKS
 from hbp.train.export import export_model
+from hbp.train.logs import line_of, scalars_of
 from hbp.train.loop import (
     TIMELINE_CELLS,
     TIMELINE_RANKS,
@@ -76,7 +78,10 @@ def run_training(rank: int, world: int, plans: dict[str, Plan], config_folder: s
         if out and name == "planned":
             result["eval"] = evaluate(model, plan, SAMPLES, SAMPLES.loss_tokens, mesh, CPU)
             export_model(model, Path(out))
-            result["weights"] = {n.removeprefix("lm."): p.full_tensor().detach() for n, p in model.named_parameters()}
+            result["weights"] = {n.removeprefix("lm."): p.full_tensor().clone() for n, p in model.named_parameters()}
+            silent = Samples([(ids, np.zeros_like(mask)) for ids, mask in SAMPLES.documents])
+            result["nothing"] = evaluate(model, plan, silent, silent.loss_tokens, mesh, CPU)
+            result["step"] = train(model, plan, silent, silent.loss_tokens, mesh, CONFIG, CPU, lambda r: True)[0]
     return records, result
 
 
@@ -174,6 +179,14 @@ def test_exported_model_is_the_trained_one(runs):
     with torch.no_grad():
         total = float(sum(document_loss(model, i) for i in range(len(SAMPLES.documents))))
     assert total / SAMPLES.loss_tokens.sum() == pytest.approx(result["eval"], rel=1e-5)
+
+
+def test_a_loss_over_nothing_is_none(runs):
+    _, _, result, _ = runs
+    assert result["nothing"] is None
+    assert (result["step"].loss, result["step"].loss_tokens) == (None, 0)
+    assert "train/loss" not in scalars_of(result["step"])
+    assert json.loads(line_of(result["step"]))["loss"] is None
 
 
 def test_groups_of_step():

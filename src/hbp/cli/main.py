@@ -74,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.plan import write_plan
-    from hbp.planning.planner import make_plan
+    from hbp.planning.pairs import plan_with_pairs
     from hbp.simulator import simulate
 
     options, cost = _options(args), _cost(args, args.gpus)
-    lengths = _lengths(args)
-    plan = make_plan(lengths, cost, strategy=args.strategy, **options)
+    lengths, pair = _data(args)
+    plan = plan_with_pairs(lengths, pair, cost, strategy=args.strategy, **options)
     write_plan(plan, args.out)
     simulation = simulate(plan).to_json()
     result = {
@@ -123,14 +123,14 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
-    from hbp.planning.planner import make_plan
+    from hbp.planning.pairs import plan_with_pairs
     from hbp.planning.what_if import parse_counts
     from hbp.progress import Progress
     from hbp.simulator import simulate
 
     sizes, asked, options, rows = parse_counts(args.gpus), _asked_for(args.strategies), _options(args), []
     costs = [_cost(args, gpus) for gpus in sizes]
-    lengths = _lengths(args)
+    lengths, pair = _data(args)
     names = asked or _quick_enough(len(lengths))
     with Progress("compare", len(names) * len(sizes)) as progress:
         for gpus, cost in zip(sizes, costs, strict=True):
@@ -138,7 +138,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
             for name in names:
                 row: dict[str, Any] = {"strategy": name, "gpus": gpus}
                 try:
-                    plan = make_plan(lengths, cost, strategy=name, **options)
+                    plan = plan_with_pairs(lengths, pair, cost, strategy=name, **options)
                 except HbpError as error:
                     rows.append(row | {"error": str(error)})
                 else:
@@ -304,11 +304,10 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _check_before_launch(config: Any, *, logs: bool) -> None:
     """Find what can be wrong with the input before any process is started."""
-    import numpy as np
     import torch
 
     from hbp.plan import read_plan
-    from hbp.run.engine import prepare, split_samples
+    from hbp.run.data import check_model, choose, prepare
     from hbp.run.fit_memory import check_plan
     from hbp.run.job import check_strategies
     from hbp.run.preflight import check_ready
@@ -320,9 +319,10 @@ def _check_before_launch(config: Any, *, logs: bool) -> None:
     check_strategies(config)
     check_ready(config, logs=logs)
     store = prepare(config)
-    train_ids, _ = split_samples(store.lengths, config)
+    samples, held_out = choose(config, store)
+    check_model(config, store, (samples, held_out))
     if config.plan.path is not None and not may_resume(config):
-        check_plan(read_plan(Path(config.plan.path)), np.asarray(store.lengths[train_ids]), config.cluster.processes)
+        check_plan(read_plan(Path(config.plan.path)), samples.lengths, config.cluster.processes)
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -360,24 +360,23 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     return {"profile": str(out), "page": str(page), **profile}
 
 
-def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
-    import numpy as np
-
-    from hbp.data.store import open_store, read_lengths
+def _data(args: argparse.Namespace) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_] | None]:
+    """Lengths of the samples, and for those of a store whether each begins a preference pair."""
+    from hbp.data.store import CHOSEN, open_store, read_lengths
 
     if args.lengths is not None:
-        return read_lengths(args.lengths)
+        return read_lengths(args.lengths), None
     if (Path(args.data) / "store.json").is_file():
-        return np.asarray(open_store(Path(args.data)).lengths)
+        store = open_store(Path(args.data))
+        return store.lengths, store.part == CHOSEN
+    from hbp.config import DataConfig
     from hbp.cost.known_models import KNOWN_MODELS
-    from hbp.data.sources import source_fingerprint
-    from hbp.data.tokenize import prepare_store
+    from hbp.run.data import cached_store
 
     if args.tokenizer is None and args.model in KNOWN_MODELS:
         raise HbpError(f"--data needs --tokenizer DIR: the built-in {args.model} is dimensions only")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hbp"
-    folder = cache / source_fingerprint(args.data, tokenizer := args.tokenizer or args.model)[:16]
-    return np.asarray(prepare_store(args.data, tokenizer, folder).lengths)
+    store = cached_store(DataConfig(source=args.data), args.tokenizer or args.model)
+    return store.lengths, store.part == CHOSEN
 
 
 def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
@@ -408,7 +407,14 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _show_data(args: argparse.Namespace) -> dict[str, Any]:
+    from hbp.cli.data import data
+
+    return data(args)
+
+
 COMMANDS = {
+    "data": _show_data,
     "plan": _plan,
     "compare": _compare,
     "simulate": _simulate,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hbp.cli import data
 from hbp.errors import HbpError
 
 STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed")
@@ -64,6 +65,8 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     simulate.add_argument(
         "--global-batch-tokens", type=int, metavar="TOKENS", help='"what if": of a step (default: as the plan)'
     )
+
+    data.add_parser(commands, common)
 
     report = commands.add_parser("report", parents=[common], help="write the HTML page of a run or a plan")
     report.add_argument("target", type=Path, metavar="RUN|PLAN", help="folder of a run or of a plan")

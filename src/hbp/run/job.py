@@ -27,8 +27,9 @@ from hbp.planning.planner import STRATEGIES
 from hbp.progress import say
 from hbp.run import resume
 from hbp.run.baseline import train_baseline
+from hbp.run.data import say_summary
 from hbp.run.engine import Engine, make_engine
-from hbp.run.fit_memory import as_planned, evaluation_plan, global_batch_tokens, plan_to_run, plan_within_memory
+from hbp.run.fit_memory import as_planned, evaluation_plans, global_batch_tokens, plan_to_run, plan_within_memory
 from hbp.run.preflight import check_ready
 from hbp.run.profile import profile_cluster
 from hbp.run.resume import Part, Point, part_folder
@@ -55,6 +56,7 @@ def _run(config: Config, device: torch.device) -> dict[str, Any]:
     ours = check_strategies(config)
     run, engine = Path(config.run_dir), make_engine(config, device)
     fingerprint = engine.samples.store.fingerprint
+    say_summary(config, engine.samples.store)
     found = resume.find(config, ours, fingerprint)
     summary = _summary(run) if found.trained else None
     dist.barrier()  # every rank has read what was there
@@ -72,7 +74,7 @@ def _run(config: Config, device: torch.device) -> dict[str, Any]:
             run / ours,
             part,
             lambda last, model: _next_epoch(last, engine, run / ours, model),
-            evaluation_plan(engine),
+            evaluation_plans(engine),
             point=found.point,
             keeps_state=True,
         )
@@ -161,7 +163,7 @@ def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]
         return summary
     plan = read_plan(part_folder(run / ours, parts.index(alike[-1])) / "plan")
     engine = as_planned(engine, plan)
-    result, trials = train_baseline(engine, baseline, plan, evaluation_plan(engine), run)
+    result, trials = train_baseline(engine, baseline, plan, evaluation_plans(engine), run)
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,

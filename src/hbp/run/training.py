@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hbp.data.samples import Samples
 from hbp.errors import RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress
@@ -39,6 +40,8 @@ from hbp.train.trace import trace
 from hbp.train.watch import current
 
 SHOWN_SAMPLES = 8
+EvalPlans = Mapping[str, tuple[Plan, Samples]]
+"""What is evaluated, by source."""
 
 
 @dataclass
@@ -49,7 +52,7 @@ class _Run:
     folder: Path
     model: CausalLMWithLoss
     optimizer: torch.optim.Optimizer
-    eval_plan: Plan | None
+    eval_plans: EvalPlans
     tokens_total: int
     peak_flops: float | None
     received: Received
@@ -68,21 +71,30 @@ class _Run:
     evaluated: tuple[int, int] = (0, 0)
     """Step and tokens at which the held-out loss was last taken."""
     eval_loss: float | None = None
+    eval_by_source: dict[str, float | None] = field(default_factory=dict)
     stopped_by: int = 0
 
     def evaluate(self) -> float | None:
-        """Loss of the held-out samples; logged."""
-        if self.eval_plan is None:
+        """Loss of the held-out samples, of all and by source; logged."""
+        if not self.eval_plans:
             return None
         if self.step and self.evaluated[0] == self.step and self.eval_loss is not None:
             return self.eval_loss  # the last step's turn came, and the end of training too
-        held_out, engine = self.engine.held_out, self.engine
-        loss = evaluate(self.model, self.eval_plan, held_out, held_out.loss_tokens, engine.mesh, engine.device)
+        engine, summed, targets = self.engine, 0.0, 0
+        for name, (plan, samples) in self.eval_plans.items():
+            own = evaluate(self.model, plan, samples, samples.loss_tokens, engine.mesh, engine.device)
+            count = int(samples.loss_tokens.sum())
+            summed, targets = summed + (own or 0.0) * count, targets + count
+            self.eval_by_source[name] = own
+        several = self.eval_by_source if len(self.eval_by_source) > 1 else {}
+        loss = next(iter(self.eval_by_source.values())) if not several else summed / targets if targets else None
         self.evaluated, self.eval_loss = (self.step, self.tokens), loss
-        self.write({"eval/loss": loss})
+        scalars = {"eval/loss": loss} | {f"eval/{name}/loss": own for name, own in several.items()}
+        self.write({name: value for name, value in scalars.items() if value is not None})
         if dist.get_rank() == 0:
+            more = {"eval_loss_by_source": several} if several else {}
             with (self.folder / "eval.jsonl").open("a") as log:
-                log.write(json.dumps({"run_step": self.step, "tokens": self.tokens, "eval_loss": loss}) + "\n")
+                log.write(json.dumps({"run_step": self.step, "tokens": self.tokens, "eval_loss": loss, **more}) + "\n")
         return loss
 
     def write(self, scalars: Mapping[str, float]) -> None:
@@ -119,7 +131,7 @@ def train_strategy(
     folder: Path,
     part: Part,
     next_part: Callable[[Part, CausalLMWithLoss], Part],
-    eval_plan: Plan | None,
+    eval_plans: EvalPlans,
     *,
     point: Point | None = None,
     keeps_state: bool = False,
@@ -131,7 +143,7 @@ def train_strategy(
         folder: of the strategy; gets its steps, checkpoints and model.
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
         next_part: makes the part of the next epoch; gets the last one, and the model to try packs with.
-        eval_plan: of the held-out samples.
+        eval_plans: of the held-out samples, by source.
         point: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
 
@@ -152,7 +164,7 @@ def train_strategy(
         total = point.position.tokens_total if point else part.plan.info.n_tokens * config.epochs
         peak = [peak_flops_per_s(engine.device)]
         dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
-        run = _Run(engine, folder, model, optimizer, eval_plan, total, peak[0], received)
+        run = _Run(engine, folder, model, optimizer, eval_plans, total, peak[0], received)
         if point:
             load_checkpoint(point.checkpoint, model, optimizer, engine.config.seed)
             run.step, run.tokens = point.position.run_step, point.position.tokens
@@ -177,12 +189,12 @@ def train_strategy(
         run.save(part, part.plan.n_steps)  # whatever becomes of the export
         if run.checkpoints:
             run.checkpoints.close()
-        eval_loss = run.evaluate()
+        eval_loss, by_source = run.evaluate(), dict(run.eval_by_source)
         if config.export:
             export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
         del run, model, optimizer
         free_memory()
-    return _result(engine, folder, part, records, eval_loss)
+    return {**_result(engine, folder, part, records, eval_loss), "eval_loss_by_source": by_source}
 
 
 def _begin_part(part: Part) -> None:
@@ -262,7 +274,7 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
             run.write(scalars_of(record))
             run.traced()
             progress.advance(
-                f"step {record.step + 1}/{plan.n_steps} {record.group} loss {record.loss:.3f} "
+                f"step {record.step + 1}/{plan.n_steps} {record.group} loss {_shown(record.loss)} "
                 f"{record.tokens_per_s:,.0f} tok/s",
                 record.tokens,
             )
@@ -283,6 +295,10 @@ def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> l
             )  # fmt: skip
         except StepFailed as failed:
             raise _rank_failed(failed, part) from failed.__cause__
+
+
+def _shown(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
@@ -328,7 +344,8 @@ def _result(
     each = [_part_result(plan, own) for plan, own in zip(plans, parts, strict=True)]
     records = [record for own in parts for record in own]
     seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
-    tail = records[-max(1, len(records) // 10) :]
+    learnt = [record for record in records if record.loss is not None and record.loss_tokens]
+    tail = learnt[-max(1, len(learnt) // 10) :]
     info = plans[0].info
     return {
         "strategy": info.strategy,
@@ -342,7 +359,7 @@ def _result(
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "predicted_s": sum(own["predicted_s"] for own in each),
-        "final_train_loss": float(np.average([r.loss for r in tail], weights=[max(r.loss_tokens, 1) for r in tail])),
+        "final_train_loss": _mean_loss(tail),
         "eval_loss": eval_loss,
         "peak_bytes": part.peak_bytes,
         "groups": [dataclasses.asdict(group) for group in info.groups],
@@ -350,6 +367,15 @@ def _result(
         "parts": each,
         "by_group": by_group(records),
     }
+
+
+def _mean_loss(records: Sequence[StepRecord]) -> float | None:
+    """Over the loss tokens of some steps; None if they have none."""
+    losses = [(record.loss, record.loss_tokens) for record in records if record.loss is not None]
+    if not losses:
+        return None
+    values, tokens = zip(*losses, strict=True)
+    return float(np.average(values, weights=tokens))
 
 
 def _part_result(plan: Plan, records: Sequence[StepRecord]) -> dict[str, Any]:

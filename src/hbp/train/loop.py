@@ -49,8 +49,8 @@ class StepRecord:
     """What one optimizer step did, the same on all ranks; a line of ``steps.jsonl``. Its size is that of no cluster."""
 
     step: int
-    loss: float
-    """Of the global batch, as `train.loss` defines it."""
+    loss: float | None
+    """Of the global batch, as `train.loss` defines it; None of one in which nothing is learnt."""
     grad_norm: float
     lr: float
     tokens: int
@@ -256,7 +256,7 @@ def train(
         tflops, mfu = _efficiency(efficiency, step, seconds * world_size)
         record = StepRecord(
             step=step,
-            loss=float(gathered[:, 0].sum()),
+            loss=float(gathered[:, 0].sum()) if steps[step].loss_tokens else None,
             grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
             lr=lr,
             tokens=tokens,
@@ -338,9 +338,11 @@ def evaluate(
     loss_tokens: npt.NDArray[np.integer],
     mesh: ParallelMesh,
     device: torch.device,
-) -> float:
-    """Mean cross entropy over the loss tokens of a plan's samples."""
-    total = 0.0
+) -> float | None:
+    """Mean cross entropy over the loss tokens of a plan's samples; None if they have none."""
+    total, targets = 0.0, int(loss_tokens[plan.sample_ids].sum())
+    if not targets:
+        return None
     mesh.prepare(plan.sp_degree.tolist())
     model.eval()
     with torch.no_grad():
@@ -349,7 +351,7 @@ def evaluate(
                 batch = make_micro_batch(plan, row, samples, mesh, dist.get_rank(), device)
                 total += float(model(batch.input_ids, batch.position_ids, batch.labels, batch.layout))
     model.train()
-    return float(_gather([total], device).sum()) / max(int(loss_tokens[plan.sample_ids].sum()), 1)
+    return float(_gather([total], device).sum()) / targets
 
 
 def groups_of_step(plan: Plan, step: int) -> str:
