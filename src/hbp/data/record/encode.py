@@ -1,4 +1,4 @@
-"""Records → token ids and loss masks, many at a time, since a tokenizer is fastest on many texts.
+"""Records → token ids and loss masks, many at a time.
 
 Where a token meets the border of what is learnt, it is learnt if any of its characters is (as
 ``apply_chat_template(return_assistant_tokens_mask=True)``); behind a prompt, from the first token on that the prompt
@@ -8,7 +8,7 @@ alone does not have (as TRL's ``SFTTrainer``), so words that run over the border
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -21,6 +21,8 @@ from hbp.data.record.formats import Reading, Tokens, read_record
 from hbp.data.record.layout import Layout, layouts
 from hbp.errors import HbpError
 
+CALL_CHARACTERS = 1 << 17
+"""Of one call to the tokenizer; with 3 million in a call each takes a quarter longer (measured)."""
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -124,16 +126,12 @@ def _finish_alone(draft: _Draft, tokenizer: Any) -> None:
 
 def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
     """Tokens and masks of layouts, in order."""
-    samples: list[Encoded | None] = [None] * len(ready)
-    for raw in (True, False):
-        numbers = [i for i, layout in enumerate(ready) if layout.raw is raw]
-        if not numbers:
-            continue
+    samples: dict[int, Encoded] = {}
+    for numbers in _calls(ready):
         asked = [i for i in numbers if ready[i].prompt is not None]
-        # Prompts ride along: one call for all texts.
-        out = tokenizer(
+        out = tokenizer(  # prompts ride along
             [ready[i].text for i in numbers] + [ready[i].prompt for i in asked],
-            add_special_tokens=raw,
+            add_special_tokens=ready[numbers[0]].raw,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
@@ -148,7 +146,24 @@ def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
             if layout.learnt is not None:
                 mask &= _reached(layout.learnt, _offsets(out, place)) if layout.learnt else 0
             samples[i] = Encoded(ids[place], mask)
-    return [sample for sample in samples if sample is not None]
+    return [samples[i] for i in range(len(ready))]
+
+
+def _calls(ready: Sequence[Layout]) -> Iterator[list[int]]:
+    """Numbers of layouts that are tokenized in one call: of a kind, and about as much text as processor caches hold."""
+    for raw in (True, False):
+        call: list[int] = []
+        held = 0
+        for i, layout in enumerate(ready):
+            if layout.raw is not raw:
+                continue
+            call.append(i)
+            held += len(layout.text) + len(layout.prompt or "")
+            if held >= CALL_CHARACTERS:
+                yield call
+                call, held = [], 0
+        if call:
+            yield call
 
 
 def _shared(prompt: npt.NDArray[np.int32], whole: npt.NDArray[np.int32]) -> int:
