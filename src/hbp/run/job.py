@@ -56,7 +56,8 @@ def _run(config: Config, device: torch.device) -> dict[str, Any]:
     ours = check_strategies(config)
     run, engine = Path(config.run_dir), make_engine(config, device)
     fingerprint = engine.samples.store.fingerprint
-    say_summary(config, engine.samples.store)
+    if dist.get_rank() == 0:
+        say_summary(config, engine.samples.store)
     found = resume.find(config, ours, fingerprint)
     summary = _summary(run) if found.trained else None
     dist.barrier()  # every rank has read what was there
