@@ -2,16 +2,13 @@
 
 from hbp.data.record.encode import Encoded, Outcome, encode_records
 from hbp.data.record.formats import Reading
-from hbp.data.record.length import TooLong, fit_length
 from hbp.data.record.templates import load_tokenizer, template_fingerprint
 
 __all__ = [
     "Encoded",
     "Outcome",
     "Reading",
-    "TooLong",
     "encode_records",
-    "fit_length",
     "load_tokenizer",
     "template_fingerprint",
 ]
