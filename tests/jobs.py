@@ -22,7 +22,7 @@ from hbp.config import Config, load_config
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.errors import HbpError, Stopped
 from hbp.run.job import run_job
-from hbp.train.signals import Received
+from hbp.train.launch import Received
 
 WORDS = ("pack", "rank", "step", "token", "plan", "group", "wait")
 

@@ -132,7 +132,9 @@ class ClusterConfig(_Section):
 class PlanConfig(_Section):
     """How the samples are packed."""
 
-    path: str | None = Field(None, description="run this plan folder instead of making one")
+    path: str | None = Field(
+        None, description="run this plan folder instead of making one, or the pieces of a planned stream that are in it"
+    )
     strategy: str = Field("hbp-mixed", description="see `hbp plan --help`")
     baseline: str | None = Field(
         None, description="also train this strategy on the same samples and compare, such as `concat`"

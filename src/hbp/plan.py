@@ -176,6 +176,23 @@ class Plan:
                 result[a : a + PACKS_AT_A_TIME] = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=dtype)
         return result
 
+    def groups_of_rows(self) -> tuple[tuple[Group, ...], IntArray]:
+        """The groups of a plan, and which of them each row is of.
+
+        Returns:
+            The groups that ``plan.json`` names, in its order, then any others that rows have (another program's plan
+            may name none), rising; and the index of each row's group, int64 ``[P]``.
+        """
+        # Three columns in one number: 31 bits of capacity over 16 of degree over 16 of recomputed layers.
+        capacity, degree, layers = (
+            column.astype(np.int64) for column in (self.capacity, self.sp_degree, self.gc_layers)
+        )
+        keys, of_row = np.unique(capacity << 32 | degree << 16 | layers, return_inverse=True)
+        used = [Group(key >> 32, key >> 16 & 0xFFFF, key & 0xFFFF) for key in keys.tolist()]
+        groups = list(dict.fromkeys([*self.info.groups, *used]))
+        number = np.array([groups.index(group) for group in used], np.int64)
+        return tuple(groups), number[of_row]
+
     def micro_step_index(self) -> IntArray:
         """Number of each row's micro-step counted over the whole plan, int64 ``[P]``, from 0."""
         if not self.n_packs:
@@ -362,6 +379,11 @@ def read_plan(folder: Path) -> Plan:
     plan = Plan(info, sample_offsets=ids[0], sample_ids=ids[1], lengths=lengths[1], **scalars)
     validate(plan)
     return plan
+
+
+def piece_folders(folder: Path) -> list[Path]:
+    """Folders of the pieces of a planned stream, in order; empty where the folder is none."""
+    return sorted(path.parent for path in folder.glob(f"piece-*/{JSON_NAME}"))
 
 
 def _list_column(column: pa.ChunkedArray) -> tuple[IntArray, IntArray]:

@@ -17,6 +17,7 @@ from hbp.errors import HbpError
 from hbp.plan import Plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.report.page import write_report
+from hbp.run_log import StepRecord
 from hbp.simulator import step_seconds
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
@@ -44,20 +45,27 @@ def _steps(plan: Plan, slower: float) -> list[dict[str, object]]:
         wall = walls[np.unique(micro[plan.step == step])]
         busy = np.tile(wall, (WORLD, 1)) * np.array([1.0, 0.5, 1.0, 1.0])[:, None]
         seconds = float(wall.sum())
-        lines.append(
-            {
-                "step": step,
-                "loss": 8 / (step + 1),
-                "tokens": int(plan.tokens()[plan.step == step].sum()),
-                "started_s": began,
-                "seconds": seconds,
-                "mean_wall_s": seconds,
-                "mean_busy_s": float(busy.sum(axis=1).mean()),
-                # The last steps are beyond what is logged rank by rank.
-                "rank_wall_s": np.tile(wall, (WORLD, 1)).tolist() if step < plan.n_steps - 2 else [],
-                "rank_busy_s": busy.tolist() if step < plan.n_steps - 2 else [],
-            }
+        tokens, logged = int(plan.tokens()[plan.step == step].sum()), step < plan.n_steps - 2
+        record = StepRecord(
+            step=step,
+            loss=8 / (step + 1),
+            grad_norm=1.0,
+            lr=1e-3,
+            tokens=tokens,
+            loss_tokens=tokens,
+            started_s=began,
+            seconds=seconds,
+            tokens_per_s=tokens / seconds,
+            group="2048/SP1/GC0",
+            skew=0.5,
+            slowest_rank=0,
+            mean_wall_s=seconds,
+            mean_busy_s=float(busy.sum(axis=1).mean()),
+            # The last steps are beyond what is logged rank by rank.
+            rank_wall_s=np.tile(wall, (WORLD, 1)).tolist() if logged else [],
+            rank_busy_s=busy.tolist() if logged else [],
         )
+        lines.append(dataclasses.asdict(record))
         began += seconds
     return lines
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from workers import LLAMA, plan_of, run_ranks, write_config
+from plans import plan_of
+from workers import LLAMA, run_ranks, write_config
 
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.errors import HbpError

@@ -281,7 +281,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     config = load_config(args.config, args.overrides)
     run = Path(config.run_dir)
     if not launch.under_torchrun():
-        _check_before_launch(config, logs=True)
+        from hbp.run.job import check_before_launch
+
+        check_before_launch(config)
         launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
         summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     else:
@@ -302,29 +304,6 @@ def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     return {**summary, "report": str(page)}
 
 
-def _check_before_launch(config: Any, *, logs: bool) -> None:
-    """Find what can be wrong with the input before any process is started."""
-    import torch
-
-    from hbp.plan import read_plan
-    from hbp.run.data import check_model, choose, prepare
-    from hbp.run.fit_memory import check_plan
-    from hbp.run.job import check_strategies
-    from hbp.run.preflight import check_ready
-    from hbp.run.resume import may_resume
-
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < config.cluster.processes:
-        raise HbpError(f"cluster.processes is {config.cluster.processes} but this machine has {gpus} GPUs; lower it")
-    check_strategies(config)
-    check_ready(config, logs=logs)
-    store = prepare(config)
-    samples, held_out = choose(config, store)
-    check_model(config, store, (samples, held_out))
-    if config.plan.path is not None and not may_resume(config):
-        check_plan(read_plan(Path(config.plan.path)), samples.lengths, config.cluster.processes)
-
-
 def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     from hbp.config import load_config
     from hbp.train import launch
@@ -334,13 +313,14 @@ def _profile(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.layers is not None and args.layers < 1:
         raise HbpError(f"--layers {args.layers}: give at least 1")
     if not launch.under_torchrun():
-        _check_before_launch(config, logs=False)
+        from hbp.run.job import check_before_launch
+
+        check_before_launch(config, logs=False)
         layers = [] if args.layers is None else ["--layers", str(args.layers)]
         arguments = ["profile", str(args.config), *args.overrides, "--out", str(out), *layers]
         launch.launch_local(arguments, config.cluster.processes)
     else:
-        from hbp.run.engine import make_engine
-        from hbp.run.profile import profile_cluster
+        from hbp.run.engine import make_engine, profile_cluster
         from hbp.train.watch import watch_others
 
         with launch.process_group() as device, watch_others():

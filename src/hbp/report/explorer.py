@@ -40,12 +40,12 @@ def predicted_lane(plan: Plan, title: str, groups: Sequence[Group]) -> dict[str,
     rows, where = np.unique(played.row, return_index=True)
     spent = np.array([seconds.ravel()[where] for seconds in played.parts.values()])  # [parts, rows]
     tokens, documents = plan.tokens(), np.diff(plan.sample_offsets)
-    number = {(g.capacity, g.sp_degree, g.gc_layers): index for index, g in enumerate(groups)}
+    own, of_row = plan.groups_of_rows()
+    number = {group: index for index, group in enumerate(groups)}
     packs = []
     for row, seconds in zip(rows.tolist(), spent.T, strict=True):
         if row >= 0:
-            key = (int(plan.capacity[row]), int(plan.sp_degree[row]), int(plan.gc_layers[row]))
-            packs.append([number[key], int(tokens[row]), int(documents[row]), *_seconds(seconds)])
+            packs.append([number[own[of_row[row]]], int(tokens[row]), int(documents[row]), *_seconds(seconds)])
     idle = int((rows < 0).any())  # counted among the rows, has no pack
     return {
         "title": title,

@@ -172,13 +172,14 @@ def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) 
         return as_svg(figure, "lengths")
 
 
-def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
-    """Training loss over tokens, one curve a strategy."""
+def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]) -> str:
+    """Training loss over tokens, one curve a strategy, with a gap where nothing was learnt."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 3.2), layout="constrained")
         axis = figure.subplots()
         for index, (name, (tokens, loss)) in enumerate(curves.items()):
-            axis.plot(tokens, loss, color=PALETTE[index], linewidth=1.8, label=name, marker="o", markersize=2.5)
+            known = np.array(loss, float)
+            axis.plot(tokens, known, color=PALETTE[index], linewidth=1.8, label=name, marker="o", markersize=2.5)
         axis.xaxis.set_major_formatter(FuncFormatter(_count))
         axis.set_xlabel("tokens trained on")
         axis.set_ylabel("loss of the step")

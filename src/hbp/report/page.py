@@ -22,6 +22,7 @@ from hbp.plan import JSON_NAME, Group, Plan, read_plan
 from hbp.report import figures
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
 from hbp.report.figures import Lane
+from hbp.run_log import StepRecord, read_log
 from hbp.simulator import Simulation, rank_use, simulate, step_seconds
 
 DRAWN_RANKS = 16
@@ -42,7 +43,7 @@ class _Stretch:
 
     plan: Plan
     epoch: int
-    steps: list[dict[str, Any]]
+    steps: list[StepRecord]
     """The lines of its log."""
     predicted_s: float
     """Of the steps that were taken, or, of the last stretch, of all."""
@@ -60,7 +61,7 @@ class _Part:
     result: Mapping[str, Any] | None
 
     @property
-    def steps(self) -> list[dict[str, Any]]:
+    def steps(self) -> list[StepRecord]:
         """Of all stretches."""
         return [step for stretch in self.stretches for step in stretch.steps]
 
@@ -118,21 +119,11 @@ def _part(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> _Part:
     plans = [(folder, plan), *((f, read_plan(f)) for f in later)]
     stretches = []
     for f, p in plans:
-        steps = _steps(f.parent / "steps.jsonl") if folder.name == "plan" else []
+        steps = read_log(f.parent, StepRecord) if folder.name == "plan" else []
         seconds = step_seconds(p) if f is plans[-1][0] else step_seconds(p)[: len(steps)]
         epoch = (_json(f.parent / "part.json") or {}).get("epoch", 0)
         stretches.append(_Stretch(p, epoch, steps, float(seconds.sum())))
     return _Part(plan, simulate(plan), rank_use(plan).mean_parts(), stretches, results.get(plan.info.strategy))
-
-
-def _steps(log: Path) -> list[dict[str, Any]]:
-    steps = []
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        try:
-            steps.append(json.loads(line))
-        except ValueError:  # the last line of a run that was killed while it wrote
-            break
-    return steps
 
 
 def _json(path: Path) -> Any:
@@ -154,14 +145,12 @@ def _numbers(
         strategies.append(
             {
                 "strategy": info.strategy,
-                "groups": [
-                    asdict(g) | {"packs": _packs(part.plan, g), "tokens": _tokens(part.plan, g)} for g in info.groups
-                ],
+                "groups": _groups(part.plan),
                 "metrics": dict(info.metrics),
                 "predicted": part.simulation.to_json(),
                 "parts": dict(part.parts),
                 "steps_done": len(part.steps),
-                "tokens_done": sum(step["tokens"] for step in part.steps),
+                "tokens_done": sum(step.tokens for step in part.steps),
                 "predicted_s": sum(stretch.predicted_s for stretch in part.stretches),
                 "stretches": [_stretch(stretch) for stretch in part.stretches],
                 "tokens_per_s": tokens_per_s,
@@ -196,7 +185,7 @@ def _numbers(
 
 def _stretch(stretch: _Stretch) -> dict[str, Any]:
     info, steps = stretch.plan.info, stretch.steps
-    tokens, seconds = sum(step["tokens"] for step in steps), sum(step["seconds"] for step in steps)
+    tokens, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
     return {
         "epoch": stretch.epoch,
         "world_size": info.world_size,
@@ -207,27 +196,22 @@ def _stretch(stretch: _Stretch) -> dict[str, Any]:
         "seconds": seconds,
         "predicted_s": stretch.predicted_s,
         "tokens_per_s": tokens / seconds if seconds else None,
-        "loss": steps[-1]["loss"] if steps else None,
+        "loss": steps[-1].loss if steps else None,
     }
 
 
-def _packs(plan: Plan, group: Group) -> int:
-    return int(_rows(plan, group).sum())
-
-
-def _tokens(plan: Plan, group: Group) -> int:
-    return int(plan.tokens()[_rows(plan, group)].sum())
-
-
-def _rows(plan: Plan, group: Group) -> npt.NDArray[np.bool_]:
-    same = (plan.capacity == group.capacity) & (plan.sp_degree == group.sp_degree)
-    return np.asarray(same & (plan.gc_layers == group.gc_layers))
+def _groups(plan: Plan) -> list[dict[str, int]]:
+    """The groups that ``plan.json`` names, with their packs and tokens."""
+    groups, of_row = plan.groups_of_rows()
+    packs, tokens = np.bincount(of_row, minlength=len(groups)), np.bincount(of_row, plan.tokens(), len(groups))
+    counted = {g: {"packs": int(n), "tokens": int(t)} for g, n, t in zip(groups, packs, tokens, strict=True)}
+    return [asdict(group) | counted[group] for group in plan.info.groups]
 
 
 def _busy(part: _Part) -> float | None:
     """Measured share of the micro-steps' time that ranks worked."""
-    wall = sum(step.get("mean_wall_s", 0.0) for step in part.steps)  # not in an earlier version's log
-    return sum(step.get("mean_busy_s", 0.0) for step in part.steps) / wall if wall else None
+    wall = sum(step.mean_wall_s for step in part.steps)  # not in an earlier version's log
+    return sum(step.mean_busy_s for step in part.steps) / wall if wall else None
 
 
 def _predicted_speedup(parts: list[_Part]) -> float | None:
@@ -268,8 +252,8 @@ def _pictures(
     }
     curves = {
         part.plan.info.strategy: (
-            np.cumsum([s["tokens"] for s in part.steps]).tolist(),
-            [s["loss"] for s in part.steps],
+            np.cumsum([s.tokens for s in part.steps]).tolist(),
+            [s.loss for s in part.steps],
         )
         for part in parts
         if part.steps
@@ -290,14 +274,14 @@ def _group_of(plan: Plan, groups: list[Group], ranks: int, micro_steps: int) -> 
     micro = plan.micro_step_index()
     n_micro = min(micro_steps, int(micro[-1]) + 1 if len(micro) else 0)
     table = np.full((min(ranks, plan.info.world_size), n_micro), -1, np.int64)
-    number = {(g.capacity, g.sp_degree, g.gc_layers): i for i, g in enumerate(groups)}
+    own, of_row = plan.groups_of_rows()
+    number = {group: i for i, group in enumerate(groups)}
     for row in np.flatnonzero((micro < n_micro) & (plan.rank_start < len(table))):
-        start, degree = int(plan.rank_start[row]), int(plan.sp_degree[row])
-        key = (int(plan.capacity[row]), degree, int(plan.gc_layers[row]))
-        if key not in number:
-            number[key] = len(groups)
-            groups.append(Group(*key))
-        table[start : start + degree, micro[row]] = number[key]
+        start, group = int(plan.rank_start[row]), own[of_row[row]]
+        if group not in number:
+            number[group] = len(groups)
+            groups.append(group)
+        table[start : start + group.sp_degree, micro[row]] = number[group]
     return table
 
 
@@ -327,15 +311,15 @@ def _measured_lane(part: _Part, group: npt.NDArray[np.int64]) -> Lane:
     busy: list[npt.NDArray[np.float64]] = []
     steps = part.stretches[0].steps
     for step in steps:
-        if not step["rank_wall_s"]:  # logged for as much as is drawn
+        if not step.rank_wall_s:  # logged for as much as is drawn
             break
-        wall_s = np.array(step["rank_wall_s"], np.float64)[:ranks]
-        begin.append(step["started_s"] + np.cumsum(wall_s, axis=1) - wall_s)
+        wall_s = np.array(step.rank_wall_s, np.float64)[:ranks]
+        begin.append(step.started_s + np.cumsum(wall_s, axis=1) - wall_s)
         wall.append(wall_s)
-        busy.append(np.array(step["rank_busy_s"], np.float64)[:ranks])
+        busy.append(np.array(step.rank_busy_s, np.float64)[:ranks])
     shown = slice(0, group.shape[1])
     begins, busies, walls = (np.concatenate(x, axis=1)[:, shown] for x in (begin, busy, wall))
-    total = float(steps[-1]["started_s"] + steps[-1]["seconds"])
+    total = float(steps[-1].started_s + steps[-1].seconds)
     done = "" if len(steps) == part.plan.n_steps else f", {len(steps)} of {part.plan.n_steps} steps"
     which = "" if len(part.stretches) == 1 else f", first of {len(part.stretches)} parts"
     title = f"{part.plan.info.strategy}, measured{which}: {total:.1f} s{done}"
