@@ -10,8 +10,11 @@ import pytest
 pytest.importorskip("transformers")
 
 from chat_families import FAMILIES, byte_level, metaspace, trimmed, unmarked
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hbp.data.record import Encoded, encode_records
+from hbp.data.record.formats import SHAPES
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -192,6 +195,32 @@ def test_a_template_that_fails(template: Any, why: str) -> None:
     tokenizer.chat_template = template
     (outcome,) = encode_records([{"messages": [U, A]}], tokenizer)
     assert why in str(outcome.error) and "\n" not in str(outcome.error)
+
+
+def test_a_template_that_fails_on_a_part_alone() -> None:
+    """Here on prompts that do not end with the assistant, which is all that there are."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if messages[-1].role != 'assistant' %}{{ raise_exception('the last must answer') }}{% endif %}"
+    )
+    (outcome,) = encode_records([{"prompt": [U], "completion": [A]}], tokenizer)
+    assert outcome.error == "is refused by the chat template (the last must answer)"
+
+
+scalars = st.none() | st.booleans() | st.integers(-2, 9) | st.floats(0, 1) | st.sampled_from(["", "a", "{}", "user"])
+keys = st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "function", "name", "weight"])
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=4), max_leaves=8)
+FIELDS = sorted({key for needed, besides in SHAPES for key in (*needed, *besides)} | {"id", "label"})
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), values, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_any_record_is_encoded_or_refused(record: Any) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = FAMILIES["qwen2.5"]
+    (outcome,) = encode_records([record], tokenizer)
+    assert (outcome.error is None) == bool(outcome.samples)
 
 
 def test_a_second_template_for_tools() -> None:

@@ -165,6 +165,14 @@ def test_a_stop_that_is_not_learnt_is_noted() -> None:
     assert outcome(bare, {"messages": [U, A]}).notes == (note,)
 
 
+def test_nulls_of_parquet_are_noted() -> None:
+    call = {"type": "function", "function": {"name": "get", "arguments": {"key": "value", "other": None}}}
+    talk = [U, {**TALK_WITH_CALL[1], "tool_calls": [call]}, TALK_WITH_CALL[2], A]
+    (note,) = outcome(FAMILIES["qwen2.5"], {"messages": talk}).notes
+    assert note.startswith("tools or calls hold null")
+    assert outcome(FAMILIES["qwen2.5"], {"messages": TALK_WITH_CALL}).notes == ()
+
+
 def test_tools_as_text_say_the_same() -> None:
     wanted = text(FAMILIES["qwen2.5"], {"messages": [U, A], "tools": [TOOL]})
     assert text(FAMILIES["qwen2.5"], {"messages": [U, A], "tools": json.dumps([TOOL])}) == wanted

@@ -68,9 +68,20 @@ def fit_to_template(
             number = next(i for i, message in enumerate(chat.messages) if key in message)
             raise HbpError(f"has `{key}` in message {number}, which the chat template never reads; {_mend(key)}")
         notes.append(f"the chat template never reads `{key}` of messages")
+    if _holds_null(chat.tools) or any(_holds_null(message.get("tool_calls")) for message in chat.messages):
+        notes.append(
+            "tools or calls hold null, as Parquet has where other records have a field; JSON text has none"
+        )
     tokens = tuple(sorted((key, str(value)) for key, value in special_tokens.items()))
     messages = [_fitted(message, text, tokens, ignore) for message in chat.messages]
     return replace(chat, messages=messages, variables={**chat.variables, **read}, fields={}), notes
+
+
+def _holds_null(value: Any) -> bool:
+    """Whether an object somewhere within has a field that is null."""
+    if isinstance(value, Mapping):
+        return any(one is None or _holds_null(one) for one in value.values())
+    return isinstance(value, list) and any(map(_holds_null, value))
 
 
 def passed_over(fields: Mapping[str, Any]) -> list[str]:

@@ -41,6 +41,15 @@ def layouts(sample: Sample, tokenizer: Any, reading: Reading) -> tuple[list[Layo
     Raises:
         HbpError: the template cannot lay it out; does not say where the record stands.
     """
+    try:
+        return _layouts(sample, tokenizer, reading)
+    except HbpError:
+        raise
+    except Exception as error:  # a template may refuse a part of a conversation of which it takes the whole
+        raise HbpError(f"is refused by the chat template ({_reason(error)})") from None
+
+
+def _layouts(sample: Sample, tokenizer: Any, reading: Reading) -> tuple[list[Layout], list[str]]:
     if isinstance(sample, Pair):
         chosen, notes = _answer(sample.chosen, tokenizer, reading)
         rejected, more = _answer(sample.rejected, tokenizer, reading)
