@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import spec_from_config
@@ -93,3 +97,22 @@ def _plan(rows: Sequence[tuple[Any, ...]], lengths: np.ndarray, world: int) -> P
         sample_ids=sample_ids,
         lengths=lengths[sample_ids].astype(np.int32),
     )
+
+
+def write_by_hand(folder: Path, **said: Any) -> Path:
+    """A plan as another program writes it, with pyarrow and json alone; two steps on four ranks."""
+    columns = {
+        "step": [0, 0, 0, 0, 1, 1],
+        "micro_step": [0, 0, 0, 1, 0, 0],
+        "rank_start": [0, 2, 3, 0, 0, 1],
+        "sp_degree": [2, 1, 1, 4, 1, 1],
+        "gc_layers": [0, 0, 0, 0, 0, 0],
+        "capacity": [100, 50, 50, 200, 50, 50],
+        "sample_ids": [[0, 1], [2, 3], [4], [5, 6], [7], [8, 9, 10]],
+        "lengths": [[60, 30], [40, 10], [45], [150, 20], [50], [25, 5, 7]],
+        "predicted_s": [1.0, 1.0, 1.0, 2.0, 1.0, 1.0],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "plan.parquet")
+    (folder / "plan.json").write_text(json.dumps({"schema_version": 1, "world_size": 4, **said}))
+    return folder

@@ -108,7 +108,7 @@ PLAN = plan_of([(0, 0, 0, 1, 0, [2, 0]), (0, 0, 1, 1, 0, [1]), (1, 0, 0, 2, 0, [
 
 def test_global_batches_of_a_plan():
     assert global_batches(PLAN, TARGETS, "sum") == [GlobalBatch("sum", 11, 5, 2), GlobalBatch("sum", 9, 5, 2)]
-    with pytest.raises(HbpError, match="no loss 'mean': give one of ave-token, token-mean, sample-mean, sum"):
+    with pytest.raises(HbpError, match="no loss 'mean': give one of ave-token, sample-mean, sum"):
         global_batches(PLAN, TARGETS, "mean")
 
 
@@ -118,7 +118,6 @@ def test_losses_are_over_the_global_batch(loss):
     entropies = {0: [1.0, 2.0, 6.0], 1: [], 2: [5.0, 1.0]}  # by loss token, wherever it was packed
     want = {
         "ave-token": 15 / 5,
-        "token-mean": 15 / 5,
         "sample-mean": (9 / 3 + 6 / 2) / 2,  # the sample without loss tokens does not count
         "sum": 15,
     }[loss]

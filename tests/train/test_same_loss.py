@@ -75,6 +75,5 @@ def test_same_curve_under_every_plan(runs, name, loss):
 def test_losses_are_different_losses(runs):
     """So that agreement between plans is not agreement between losses."""
     curve = {loss: np.array(runs[ONE_RANK, loss])[:, 0] for loss in LOSSES}
-    assert np.array_equal(curve["ave-token"], curve["token-mean"])  # two names of one
     assert (np.abs(curve["sample-mean"] / curve["ave-token"] - 1) > 5 * TOLERANCE).all()
     assert (curve["sum"] > 10 * curve["ave-token"]).all()

@@ -5,9 +5,8 @@ more than one in a full pack, so the loss depends on the packing. Here every tok
 from the whole step alone (:class:`GlobalBatch`), each rank sums weight × cross entropy, and FSDP's mean over ranks is
 undone by a factor of the world size:
 
-- ``ave-token``, ``token-mean``: 1 ÷ loss tokens of the global batch, every token alike. The paper's Ave-Token divides a
-  rank's sum by the mean loss tokens a rank, which is this. A token mean over the global batch is the same number, so
-  the two names mean one loss here.
+- ``ave-token``: 1 ÷ loss tokens of the global batch, every token alike. The paper's Ave-Token divides a rank's sum by
+  the mean loss tokens a rank, which is this, and so is a token mean over the global batch.
 - ``sample-mean``: 1 ÷ (loss tokens of the sample × samples with any), every sample alike.
 - ``sum``: 1.
 
@@ -54,7 +53,7 @@ from hbp.plan import Plan
 
 IGNORE = -100
 CHUNK = 1024
-LOSSES = ("ave-token", "token-mean", "sample-mean", "sum")
+LOSSES = ("ave-token", "sample-mean", "sum")
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,7 @@ def fit_to_template(
             raise HbpError(f"has `{key}` in message {number}, which the chat template never reads; {_mend(key)}")
         notes.append(f"the chat template never reads `{key}` of messages")
     if _holds_null(chat.tools) or any(_holds_null(message.get("tool_calls")) for message in chat.messages):
-        notes.append(
-            "tools or calls hold null, as Parquet has where other records have a field; JSON text has none"
-        )
+        notes.append("tools or calls hold null, as Parquet has where other records have a field; JSON text has none")
     tokens = tuple(sorted((key, str(value)) for key, value in special_tokens.items()))
     messages = [_fitted(message, text, tokens, ignore) for message in chat.messages]
     return replace(chat, messages=messages, variables={**chat.variables, **read}, fields={}), notes
