@@ -116,3 +116,18 @@ def test_what_cannot_be_used_is_refused_or_listed(
     ):
         assert main(["data", *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_preference_pairs_are_planned_side_by_side(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from hbp.plan import read_plan
+
+    rows = [{"prompt": "Say.", "chosen": "pack " * (1 + i % 9), "rejected": "rank " * (1 + i % 4)} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--data", str(tmp_path / "pairs.jsonl"), "--tokenizer", str(folder / "tokenizer")]
+    plan = tmp_path / "plan"
+    assert main(["plan", *data, "--model", "llama-3.1-8b", "--gpus", "4", "--out", str(plan), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 80
+    ids = read_plan(plan).sample_ids.reshape(-1, 2)
+    assert (ids[:, 1] == ids[:, 0] + 1).all() and (ids[:, 0] % 2 == 0).all()

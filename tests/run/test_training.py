@@ -17,9 +17,8 @@ from hbp.config import Config
 from hbp.data.store import open_store
 from hbp.run.engine import Engine
 from hbp.run.job import run_job
-from hbp.run.training import _mean_loss, by_group
-from hbp.train.logs import read_records
-from hbp.train.loop import StepRecord
+from hbp.run.training import _mean
+from hbp.run_log import EvalRecord, StepRecord, by_group, read_log
 from hbp.train.model import CausalLMWithLoss
 
 
@@ -81,7 +80,7 @@ def test_held_out_loss_is_taken_every_few_steps_and_at_the_end(run):
 def test_held_out_loss_by_source_adds_up_to_that_of_all(run):
     folder, result = run
     by_source = result["eval_loss_by_source"]
-    assert json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])["eval_loss_by_source"] == by_source
+    assert read_log(folder, EvalRecord)[-1].eval_loss_by_source == by_source
     store = open_store(folder.parent / "store")
     assert [source.name for source in store.sources] == ["a", "b", "c", "dee"]
     tokens = {name: int(store.loss_tokens[store.source == n].sum()) for n, name in ((2, "c"), (3, "dee"))}
@@ -91,12 +90,9 @@ def test_held_out_loss_by_source_adds_up_to_that_of_all(run):
     assert by_source["c"] != by_source["dee"]
 
 
-def test_train_loss_is_over_loss_tokens_alone():
-    def step(loss: float | None, tokens: int) -> StepRecord:
-        return StepRecord(0, loss, 1.0, 1.0, 9, tokens, 0.0, 1.0, 9.0, "g", 0.0, 0, 1.0, 1.0, 1)
-
-    assert _mean_loss([step(2.0, 30), step(None, 0), step(4.0, 10)]) == pytest.approx(2.5)
-    assert _mean_loss([step(None, 0)]) is None and _mean_loss([]) is None
+def test_a_mean_loss_is_over_loss_tokens_alone():
+    assert _mean([(2.0, 30), (9.0, 0), (4.0, 10)]) == pytest.approx(2.5)
+    assert _mean([]) is _mean([(0.0, 0)]) is None
 
 
 def test_trace_shows_the_model_of_every_rank(run):
@@ -111,7 +107,7 @@ def test_trace_shows_the_model_of_every_rank(run):
 
 def test_efficiency_is_logged(run):
     folder, result = run
-    records = read_records(folder / "steps.jsonl")
+    records = read_log(folder, StepRecord)
     assert all(0 < record.mfu < 1.5 for record in records)
     assert all(0 <= record.skew <= 1 for record in records)
     assert all(record.memory_bytes > 2**20 for record in records)

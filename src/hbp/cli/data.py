@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hbp.cli.usage import Commands
 from hbp.errors import HbpError
 
 if TYPE_CHECKING:
@@ -21,13 +22,13 @@ SHOWN_CHARS = 4000
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command to the parser of all."""
+def add_parser(commands: Commands) -> None:
+    """Declare the command."""
     data = commands.add_parser(
         "data",
-        parents=[common],
         help="show what the model will see: tokens, which of them are learnt, counts, what is left out and why",
     )
+    data.set_defaults(run=run_data)
     data.add_argument("source", metavar="SOURCE|CONFIG.yaml", help="file, folder, hub name, or the data of a run")
     data.add_argument("--tokenizer", metavar="NAME|DIR", help="needed unless SOURCE is a run's YAML file")
     data.add_argument("--limit", type=int, default=5, metavar="N", help="samples to show (default 5)")
@@ -42,8 +43,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
 
 
-def data(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokenize, through the cache, and show."""
+def run_data(args: argparse.Namespace) -> dict[str, Any]:
+    """`hbp data`: tokenize, through the cache, and show."""
     from hbp.data.build import load
     from hbp.data.look import count, runs_of, sample_json, spread, total
 

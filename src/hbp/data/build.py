@@ -13,6 +13,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
+import threading
 import time
 from collections import Counter as Tally
 from collections import deque
@@ -377,10 +379,7 @@ def _in_processes(processes: int, pieces: Iterator[Piece], job: Job) -> Iterator
     if len(first) < 2:  # nothing to share out
         yield from _here(iter(first), job)
         return
-    # Not forked from this process, which may hold threads of torch or CUDA.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hbp.data.build", "transformers.models.auto.tokenization_auto"])
-    with ProcessPoolExecutor(processes, context, _start_worker) as pool:
+    with ProcessPoolExecutor(processes, _context(), _start_worker) as pool:
         waiting: deque[tuple[Piece, Future[Made]]] = deque()
 
         def next_done() -> tuple[Piece, Made]:
@@ -400,6 +399,16 @@ def _in_processes(processes: int, pieces: Iterator[Piece], job: Job) -> Iterator
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _context() -> Any:
+    """How processes start: forked from this one, which costs nothing, unless it has other threads or uses CUDA."""
+    torch = sys.modules.get("torch")
+    if sys.platform == "linux" and threading.active_count() == 1 and not (torch and torch.cuda.is_initialized()):
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hbp.data.build", "transformers.models.auto.tokenization_auto"])
+    return context
 
 
 def _chain(first: Iterable[Piece], rest: Iterator[Piece]) -> Iterator[Piece]:
