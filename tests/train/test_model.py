@@ -88,7 +88,7 @@ def test_vocabulary(tmp_path):
     assert fresh.lm.get_input_embeddings().weight.shape[0] == 100
     folder = write_model(tmp_path / "saved", LLAMA)
     assert load_model(folder, vocab_size=60).lm.config.vocab_size == 64
-    with pytest.raises(HbpError, match=r"tokenizer has 65 tokens but .* embeds 64"):
+    with pytest.raises(HbpError, match=r"tokenizer.s ids go up to 64 but .* embeds 64 \(ids up to 63\)"):
         load_model(folder, vocab_size=65)
 
 

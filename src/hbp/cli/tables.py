@@ -170,7 +170,7 @@ def run_table(summary: Mapping[str, Any], *, disturbed: bool = False) -> None:
                 settings,
                 f"{r['tokens_per_s']:,.0f}",
                 f"{r['seconds']:.1f}",
-                f"{r['final_train_loss']:.3f}",
+                "–" if r["final_train_loss"] is None else f"{r['final_train_loss']:.3f}",
                 "–" if r["eval_loss"] is None else f"{r['eval_loss']:.3f}",
                 f"{r['peak_bytes'] / 2**30:.3f}",
                 f"{r['metrics']['abr']:.3f}",

@@ -181,8 +181,8 @@ def read_config(name_or_folder: str, vocab_size: int | None = None) -> Any:
         config.vocab_size = vocab_size
     if vocab_size and config.vocab_size < vocab_size:
         raise HbpError(
-            f"the tokenizer has {vocab_size} tokens but {name_or_folder!r} embeds {config.vocab_size}; "
-            "use the model's own tokenizer"
+            f"the tokenizer's ids go up to {vocab_size - 1} but {name_or_folder!r} embeds {config.vocab_size} (ids up "
+            f"to {config.vocab_size - 1}); use the model's own tokenizer"
         )
     return config
 
