@@ -94,9 +94,7 @@ def by_our_engine(rank: int, world: int, folder: str, case: Case) -> dict[str, A
     total, done = sum(each.info.n_tokens for each in plans), 0
     for each in plans:
         start = Start(0, done, total)
-        records += train(
-            model, each, SAMPLES, SAMPLES.loss_tokens, mesh, config, CPU, optimizer=optimizer, start=start
-        )
+        records += train(model, each, SAMPLES, SAMPLES.loss_tokens, mesh, config, CPU, optimizer=optimizer, start=start)
         done += each.info.n_tokens
     return {
         "losses": [record.loss for record in records],
@@ -157,9 +155,7 @@ def trainer_of(
     plans = kwargs.pop("plan", None) or plans_of(case, world)
     with _sharded_on_cpu() if case.wrapping == "plugin" else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield kind(
-            model, args, plan=plans, train_dataset=dataset, loss=case.loss, lr_by=case.lr_by, **kwargs
-        )
+        yield kind(model, args, plan=plans, train_dataset=dataset, loss=case.loss, lr_by=case.lr_by, **kwargs)
     _forget_accelerate()
 
 
@@ -172,7 +168,9 @@ def arguments(case: Case, out: str) -> Any:
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant"}
     if case.lr_by == "tokens":
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-    plugin = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, **WRAP}} if case.wrapping == "plugin" else {}
+    plugin = (
+        {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, **WRAP}} if case.wrapping == "plugin" else {}
+    )
     options = {k: v for k, v in case.options.items() if k != "resume_from_checkpoint"}
     defaults: dict[str, Any] = {
         "output_dir": out,
@@ -193,7 +191,7 @@ def arguments(case: Case, out: str) -> Any:
     return Arguments(**{**defaults, **schedule, **plugin, **options})
 
 
-WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
 
 
 def _with_adapters(model: Any, first: dict[str, torch.Tensor]) -> Any:
