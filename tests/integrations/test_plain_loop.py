@@ -1,4 +1,4 @@
-"""The example of a loop of one's own, as its docstring starts it, trains as `hbp train`'s engine does by the same plan."""
+"""The example of a loop of one's own, started as its docstring says, trains as `hbp train`'s engine does."""
 
 from __future__ import annotations
 

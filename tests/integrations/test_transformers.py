@@ -1,4 +1,4 @@
-"""What a trainer does around its steps, when it follows a plan: epochs, checkpoints, evaluation, callbacks, refusals."""
+"""What a trainer does around its steps when it follows a plan: epochs, checkpoints, evaluation, refusals."""
 
 from __future__ import annotations
 

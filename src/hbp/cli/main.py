@@ -79,7 +79,13 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
     options, cost = _options(args), _cost(args, args.gpus)
     lengths = _lengths(args)
-    plan = make_plan(lengths, cost, strategy=args.strategy, **options)
+    if args.sp is None and args.gc is None and not args.equal_micro_steps:
+        plan = make_plan(lengths, cost, strategy=args.strategy, **options)
+    else:
+        from hbp.planning.one_setting import one_setting_plan
+
+        one = {"sp_degree": args.sp, "gc_layers": args.gc, "equal_micro_steps": args.equal_micro_steps}
+        plan = one_setting_plan(lengths, cost, strategy=args.strategy, **one, **options)
     write_plan(plan, args.out)
     simulation = simulate(plan).to_json()
     result = {
@@ -274,6 +280,19 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     return {"report": str(report.html), "numbers": report.numbers}
 
 
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from hbp.data.store import open_store
+    from hbp.integrations.export import export_plan
+    from hbp.plan import read_plan
+
+    layout = export_plan(read_plan(args.plan), open_store(args.data), args.to, args.out)
+    if not args.json:
+        print(f"{layout.rows:,} rows of up to {layout.longest_row:,} tokens → {args.out}; set {layout.to} to")
+        for name, value in layout.settings.items():
+            print(f"  {name}: {value}")
+    return {"export": str(args.out), **vars(layout)}
+
+
 def _train(args: argparse.Namespace) -> dict[str, Any] | None:
     from hbp.config import load_config
     from hbp.train import launch
@@ -413,6 +432,7 @@ COMMANDS = {
     "compare": _compare,
     "simulate": _simulate,
     "report": _report,
+    "export": _export,
     "train": _train,
     "profile": _profile,
 }

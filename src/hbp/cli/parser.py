@@ -31,6 +31,11 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
     plan.add_argument("--strategy", default="hbp-mixed", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp-mixed)")
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
+    plan.add_argument("--sp", type=int, metavar="N", help="one SP degree for every pack, for trainers that need one")
+    plan.add_argument("--gc", type=int, metavar="K", help="one number of recomputed layers for every pack")
+    plan.add_argument(
+        "--equal-micro-steps", action="store_true", help="as many micro-steps in every optimizer step (hbp export)"
+    )
     plan.add_argument("--explain", action="store_true", help="say why each group is there and runs as it does")
 
     compare = commands.add_parser("compare", parents=[common], help="plan with every strategy, one table")
@@ -64,6 +69,17 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     simulate.add_argument(
         "--global-batch-tokens", type=int, metavar="TOKENS", help='"what if": of a step (default: as the plan)'
     )
+
+    export = commands.add_parser("export", parents=[common], help="write a plan's packs as data for other trainers")
+    export.add_argument("plan", type=Path, metavar="PLAN", help="plan folder, of one setting: hbp plan --sp --gc")
+    export.add_argument(
+        "--to",
+        required=True,
+        metavar="NAME",
+        help="datasets (TRL), llama-factory, automodel (NeMo) or bridge (Megatron)",
+    )
+    export.add_argument("--data", type=Path, required=True, metavar="STORE", help="token store that the plan is of")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
     report = commands.add_parser("report", parents=[common], help="write the HTML page of a run or a plan")
     report.add_argument("target", type=Path, metavar="RUN|PLAN", help="folder of a run or of a plan")
