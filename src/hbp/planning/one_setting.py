@@ -22,6 +22,9 @@ from hbp.planning.packs import Lengths
 from hbp.planning.planner import make_plan, to_plan
 from hbp.planning.strategy import Problem
 
+BASELINES = ("bfd", "isf")
+"""Tried beside our own packer"""
+
 
 def one_setting_plan(
     lengths: Lengths,
@@ -45,7 +48,7 @@ def one_setting_plan(
         sp_degree: of every pack; None: the lowest at which the packing length fits memory.
         gc_layers: of every pack; None: the fewest with which it fits.
         equal_micro_steps: as many micro-steps in every step but the last.
-        strategy: `hbp-mixed`, or a baseline with one setting.
+        strategy: `hbp-mixed` (the fastest of ours and :data:`BASELINES`), or a baseline with one setting.
         seed: of every random choice.
         max_length: packing length; None: the longest sample.
         global_batch_tokens: tokens of an optimizer step; None: one micro-step.
@@ -57,24 +60,26 @@ def one_setting_plan(
     if not len(lengths):
         raise HbpError("there are no samples to plan; give data with at least one")
     group = _group(cost, max_length or int(lengths.max()), sp_degree, gc_layers)
+    options |= {"seed": seed, "global_batch_tokens": global_batch_tokens}
     if strategy == "hbp-mixed":
-        plan = _mixed(lengths, cost, group, seed, global_batch_tokens, windows)
+        mixed = _mixed(lengths, cost, group, seed, global_batch_tokens, windows)
+        found = [mixed, *(make_plan(lengths, cost, strategy=name, static=group, **options) for name in BASELINES)]
     else:
-        plan = make_plan(
-            lengths,
-            cost,
-            strategy=strategy,
-            seed=seed,
-            global_batch_tokens=global_batch_tokens,
-            static=group,
-            **options,
-        )
-    used = sorted({(int(d), int(k)) for d, k in zip(plan.sp_degree, plan.gc_layers, strict=True)})
-    if len(used) > 1:
+        found = [make_plan(lengths, cost, strategy=strategy, static=group, **options)]
+    found = [plan for plan in found if _settings(plan) == {(group.sp_degree, group.gc_layers)}]
+    if not found:
         raise HbpError(f"{strategy} has no plan of one setting; give --strategy hbp-mixed or bfd")
+    plan = min(found, key=lambda plan: plan.info.metrics["predicted_s"])
     asked = {"sp": sp_degree, "gc": gc_layers, "equal_micro_steps": equal_micro_steps}
     plan = replace(plan, info=replace(plan.info, settings={**plan.info.settings, "one_setting": asked}))
     return with_equal_micro_steps(plan, cost) if equal_micro_steps else plan
+
+
+def _settings(plan: Plan) -> set[tuple[int, int]]:
+    """The SP degrees and recomputed layers that a plan uses together."""
+    return {
+        (int(key) >> 16, int(key) & 0xFFFF) for key in np.unique(plan.sp_degree.astype(np.int64) << 16 | plan.gc_layers)
+    }
 
 
 def _group(cost: CostModel, capacity: int, sp_degree: int | None, gc_layers: int | None) -> Group:
