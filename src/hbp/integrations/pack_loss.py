@@ -19,8 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hbp.train.batch import MicroBatch
-from hbp.train.loss import summed_cross_entropy
-from hbp.train.router_loss import RouterLoss
+from hbp.train.loss import RouterLoss, summed_cross_entropy
 
 ARGUMENT = "hbp_batch"
 """Name of the micro-batch among the model's arguments"""
