@@ -35,8 +35,7 @@ from hbp.parallel.mesh import make_mesh
 from hbp.parallel.varlen import document_attention, make_documents
 from hbp.plan import Plan
 from hbp.planning.planner import make_plan
-from hbp.run.engine import Engine
-from hbp.run.profile import profile_cluster
+from hbp.run.engine import Engine, profile_cluster
 
 OURS = "bench_documents"
 

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from workers import CPU, LLAMA, Row, plan_of, random_samples
+from plans import Row, plan_of
+from workers import CPU, LLAMA, random_samples
 
 from hbp.config import LoraConfig, TrainConfig
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan
-from hbp.train.loop import train
+from hbp.train.loop import Learner, Start, train
 from hbp.train.lora import add_adapters
 from hbp.train.model import load_sharded
 
@@ -88,13 +89,11 @@ def by_our_engine(rank: int, world: int, folder: str, case: Case) -> dict[str, A
     config = TrainConfig(lr=LR, warmup=0, final_lr=final, weight_decay=0, loss=case.loss)
     records = []
     plans = [plans_of(case, world)[min(epoch, case.plans - 1)] for epoch in range(int(case.epochs))]
-    from hbp.train.loop import Start, make_optimizer
-
-    optimizer = make_optimizer(model, config)
+    learner = Learner.of(model, mesh, config, CPU)
     total, done = sum(each.info.n_tokens for each in plans), 0
     for each in plans:
         start = Start(0, done, total)
-        records += train(model, each, SAMPLES, SAMPLES.loss_tokens, mesh, config, CPU, optimizer=optimizer, start=start)
+        records += train(learner, each, SAMPLES, start=start)
         done += each.info.n_tokens
     return {
         "losses": [record.loss for record in records],

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 from integrations.following import LR, _forget_accelerate, tokenizer
-from workers import CPU, LLAMA, plan_of, random_samples, run_ranks, write_model
+from plans import plan_of
+from workers import CPU, LLAMA, random_samples, run_ranks, write_model
 
 from hbp.config import TrainConfig
 from hbp.errors import HbpError
 from hbp.integrations.export import VARIANTS, export_plan
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan
-from hbp.train.loop import train
+from hbp.train.loop import Learner, train
 from hbp.train.model import load_sharded
 
 datasets = pytest.importorskip("datasets")
@@ -207,7 +208,7 @@ def by_trl(rank: int, world: int, folder: str, exported: str, out: str) -> dict[
     mesh = make_mesh(world, [], "cpu")
     ours = load_sharded(folder, mesh.world, CPU)
     config = TrainConfig(lr=LR, warmup=0, final_lr=1.0, weight_decay=0)
-    records = train(ours, plan(world), SAMPLES, SAMPLES.loss_tokens, mesh, config, CPU)
+    records = train(Learner.of(ours, mesh, config, CPU), plan(world), SAMPLES)
     return {
         "trl": [entry["loss"] for entry in logs],
         "hbp": [record.loss for record in records],

@@ -17,7 +17,7 @@ from hbp.config import TrainConfig
 from hbp.data.chat import Encoded
 from hbp.data.store import write_store
 from hbp.parallel.mesh import make_mesh
-from hbp.train.loop import train
+from hbp.train.loop import Learner, train
 from hbp.train.model import load_sharded
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_loop.py"
@@ -27,7 +27,7 @@ def by_our_engine(rank: int, world: int, folder: str) -> tuple[list[float], list
     mesh = make_mesh(world, [], "cpu", LLAMA["num_attention_heads"])
     model = load_sharded(folder, mesh.world, CPU)
     config = TrainConfig(lr=1e-3, warmup=0, final_lr=1.0)
-    records = train(model, plan(world), SAMPLES, SAMPLES.loss_tokens, mesh, config, CPU)
+    records = train(Learner.of(model, mesh, config, CPU), plan(world), SAMPLES)
     return [record.loss for record in records], [record.grad_norm for record in records]
 
 

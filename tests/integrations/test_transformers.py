@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from integrations.following import SAMPLES, Case, full_state, plan, rows_of_samples, trainer_of
-from workers import LLAMA, plan_of, random_samples, run_ranks, write_model
+from plans import plan_of
+from workers import LLAMA, random_samples, run_ranks, write_model
 
 from hbp.errors import HbpError
 
