@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(PIP_FLAGS) -r constraints-cpu.txt
-	$(BIN)/pip install --quiet $(PIP_FLAGS) -e '.[train,lora,log,dev]' -c constraints-cpu.txt
+	$(BIN)/pip install --quiet $(PIP_FLAGS) -e '.[train,lora,trainers,log,dev]' -c constraints-cpu.txt
 	touch $@
 
 quickstart: install

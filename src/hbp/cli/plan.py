@@ -41,6 +41,11 @@ def add_parser(commands: Commands) -> None:
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
     plan.add_argument("--strategy", default="hbp-mixed", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp-mixed)")
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
+    plan.add_argument("--sp", type=int, metavar="N", help="one SP degree for every pack, for trainers that need one")
+    plan.add_argument("--gc", type=int, metavar="K", help="one number of recomputed layers for every pack")
+    plan.add_argument(
+        "--equal-micro-steps", action="store_true", help="as many micro-steps in every optimizer step (hbp export)"
+    )
     plan.add_argument("--explain", action="store_true", help="say why each group is there and runs as it does")
     compare = commands.add_parser("compare", help="plan with every strategy, one table")
     compare.set_defaults(run=run_compare)
@@ -97,7 +102,15 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     check_numbers(args, LEAST)
     _check_strategy(args.strategy)
     cost, (lengths, pair) = _cost(args, args.gpus), _samples(args)
-    plan = plan_with_pairs(lengths, pair, cost, strategy=args.strategy, **_shape(args))
+    if args.sp is None and args.gc is None and not args.equal_micro_steps:
+        plan = plan_with_pairs(lengths, pair, cost, strategy=args.strategy, **_shape(args))
+    else:
+        from hbp.planning.one_setting import one_setting_plan
+
+        if pair is not None:
+            raise HbpError("--sp, --gc and --equal-micro-steps do not know preference pairs; leave them out")
+        one = {"sp_degree": args.sp, "gc_layers": args.gc, "equal_micro_steps": args.equal_micro_steps}
+        plan = one_setting_plan(lengths, cost, strategy=args.strategy, **one, **_shape(args))
     write_plan(plan, args.out)
     result = {
         "plan": str(args.out),

@@ -143,7 +143,7 @@ def micro_batches(
 
     def stage(row: int, step: GlobalBatch | None) -> MicroBatch:
         batch = make_micro_batch(plan, row, samples, mesh, rank, torch.device("cpu"), step)
-        return _pinned(batch) if device.type == "cuda" else batch
+        return pinned(batch) if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, "micro-batches") as thread:
         waiting: deque[Future[MicroBatch]] = deque()
@@ -210,7 +210,8 @@ def count_loss_tokens(plan: Plan, samples: SampleSource) -> npt.NDArray[np.integ
     return counts
 
 
-def _pinned(batch: MicroBatch) -> MicroBatch:
+def pinned(batch: MicroBatch) -> MicroBatch:
+    """The same in pinned host memory, which a CUDA device copies from while it computes."""
     weights = None if batch.weights is None else batch.weights.pin_memory()
     ids, positions, labels = (x.pin_memory() for x in (batch.input_ids, batch.position_ids, batch.labels))
     return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights)

@@ -33,7 +33,7 @@ Off unless the configuration says ``output_router_logits``, as in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,13 +99,18 @@ def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str =
 
 
 def summed_cross_entropy(
-    hidden_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, weights_T: Tensor | None = None, chunk: int = CHUNK
+    hidden_TE: Tensor,
+    projection: Tensor | Callable[[Tensor], Tensor],
+    labels_T: Tensor,
+    weights_T: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """Cross entropy in float32, summed over the tokens that have a label.
 
     Args:
         hidden_TE: last hidden states ``[T, E]``.
-        weight_VE: vocabulary projection ``[V, E]``.
+        projection: weights of the vocabulary projection ``[V, E]``, or a function from hidden states to logits where
+            it is more than a product (an adapter on it, a bias).
         labels_T: next token of each position ``[T]`` int64, ``-100`` for none. Already shifted within documents.
         weights_T: what each token counts, float32 ``[T]``; none: 1.
         chunk: tokens whose logits exist at a time.
@@ -117,14 +122,16 @@ def summed_cross_entropy(
     weights = [None] * -(-len(labels_T) // chunk) if weights_T is None else weights_T.split(chunk)
     for inputs in zip(hidden_TE.split(chunk), labels_T.split(chunk), weights, strict=True):
         if torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_loss, weight_VE, *inputs, use_reentrant=False)
+            total = total + checkpoint(_chunk_loss, projection, *inputs, use_reentrant=False)
         else:
-            total = total + _chunk_loss(weight_VE, *inputs)
+            total = total + _chunk_loss(projection, *inputs)
     return total
 
 
-def _chunk_loss(projection: Tensor, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    logits = (hidden @ projection.T).float()
+def _chunk_loss(
+    projection: Tensor | Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, weights: Tensor | None
+) -> Tensor:
+    logits = (hidden @ projection.T if isinstance(projection, Tensor) else projection(hidden)).float()
     if weights is None:
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none") @ weights
