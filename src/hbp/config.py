@@ -57,9 +57,10 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
-    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = Field(
+    attention: Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"] = Field(
         "auto",
-        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
+        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn; "
+        "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
     )
     compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
     offload_activations: bool = Field(

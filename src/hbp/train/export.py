@@ -20,15 +20,17 @@ from torch.distributed.tensor import DTensor
 from hbp.train.launch import PREPARE_TIMEOUT, rank_zero_first
 from hbp.train.lora import frozen_names, has_adapters, save_adapters
 from hbp.train.model import CausalLMWithLoss, read_config
-from hbp.train.weights import INDEX
+from hbp.train.stored import INDEX, WEIGHTS, checkpoint_folder, stored_dtype
 
 SHARD_BYTES = 5 * 10**9
-WEIGHTS = "model.safetensors"
 
 
 def source_dtype(name_or_folder: str) -> torch.dtype:
-    """What a model's configuration says that its weights are in; float32 where it says nothing."""
-    dtype = read_config(name_or_folder).dtype or torch.float32
+    """What transformers would load a model's weights in: as its configuration says, else as the first of them is."""
+    dtype = read_config(name_or_folder).dtype
+    if dtype is None:
+        folder = checkpoint_folder(name_or_folder)
+        return torch.float32 if folder is None else stored_dtype(folder)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 

@@ -17,13 +17,14 @@ The vocabulary projection runs in chunks that are recomputed in backward, so tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hbp.errors import HbpError
@@ -77,16 +78,22 @@ def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str =
 
 
 def summed_cross_entropy(
-    hidden_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, weights_T: Tensor | None = None, chunk: int = CHUNK
+    hidden_TE: Tensor,
+    projection: Tensor | nn.Module,
+    labels_T: Tensor,
+    weights_T: Tensor | None = None,
+    chunk: int = CHUNK,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Cross entropy in float32, summed over the tokens that have a label.
 
     Args:
         hidden_TE: last hidden states ``[T, E]``.
-        weight_VE: vocabulary projection ``[V, E]``.
+        projection: to the vocabulary: ``[V, E]``, or a module that has more than that (a bias, adapters).
         labels_T: next token of each position ``[T]`` int64, ``-100`` for none. Already shifted within documents.
         weights_T: what each token counts, float32 ``[T]``; none: 1.
         chunk: tokens whose logits exist at a time.
+        finish: what the family does to logits after the projection (scale, softcap), in float32.
 
     Returns:
         Scalar float32.
@@ -95,14 +102,21 @@ def summed_cross_entropy(
     weights = [None] * -(-len(labels_T) // chunk) if weights_T is None else weights_T.split(chunk)
     for inputs in zip(hidden_TE.split(chunk), labels_T.split(chunk), weights, strict=True):
         if torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_loss, weight_VE, *inputs, use_reentrant=False)
+            total = total + checkpoint(_chunk_loss, projection, finish, *inputs, use_reentrant=False)
         else:
-            total = total + _chunk_loss(weight_VE, *inputs)
+            total = total + _chunk_loss(projection, finish, *inputs)
     return total
 
 
-def _chunk_loss(projection: Tensor, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    logits = (hidden @ projection.T).float()
+def _chunk_loss(
+    projection: Tensor | nn.Module,
+    finish: Callable[[Tensor], Tensor] | None,
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
+    product = projection(hidden) if isinstance(projection, nn.Module) else hidden @ projection.T
+    logits = product.float() if finish is None else finish(product.float())
     if weights is None:
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none") @ weights

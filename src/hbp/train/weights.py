@@ -1,23 +1,27 @@
-"""Give a sharded model its first values, of a checkpoint of safetensors or afresh: no rank ever holds the whole.
+"""Give a sharded model its first values, of a checkpoint or afresh: no rank ever holds the whole.
 
 The model has been built on the meta device and sharded by FSDP2, so every parameter knows which part this rank owns.
-Of a checkpoint it is sliced out of the memory-mapped files and converted to the parameter's type, one tensor after
-another; the rest is never read. Afresh, every rank draws each module's own parameters whole, by the model family's own
-rules and from a seed of the module's name, and keeps its part: the same values for any number of ranks.
+Of a checkpoint it is sliced out of the memory-mapped files (:mod:`hbp.train.stored`) and converted to the parameter's
+type, one tensor after another; the rest is never read. Afresh, every rank draws each module's own parameters whole, by
+the model family's own rules and from a seed of the module's name, and keeps its part: the same values for any number of
+ranks.
 
-Four things are not in a checkpoint as the model has them: experts, saved one by one and trained as one tensor (a rank
-reads its own experts, or with fewer experts than ranks its rows of each); tied weights, saved once; buffers that follow
-from the configuration (rotary frequencies), computed anew; and low-rank adapters that were added to the model,
-whose first values are drawn, the same for any number of ranks.
+What `from_pretrained` would do with the checkpoint is done here: tensors are renamed and merged by the family's own
+rules; tied weights are stored once, under either name, and weights that the configuration ties but the checkpoint has
+apart stay apart; tensors that the model has no place for are named. A tensor that is missing is refused, where
+`from_pretrained` would draw it at random.
+
+Two things are in no checkpoint: buffers that follow from the configuration (rotary frequencies), computed anew by the
+family's own rules; and low-rank adapters that were added to the model, whose first values are drawn as `peft` draws
+them, the same for any number of ranks.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +30,53 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from hbp.errors import HbpError
+from hbp.progress import say
+from hbp.train.stored import Source, Stored, find_sources, open_tensors
 
-INDEX = "model.safetensors.index.json"
-EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Of a tensor of all experts: what a checkpoint has for each, laid one below the other."""
-
-ADAPTER = re.compile(r"\.lora_([AB])\.")
+ADAPTER = re.compile(r"\.lora_(embedding_)?([AB])\.")
 """Names of peft's adapters"""
+MAGNITUDE = ".lora_magnitude_vector."
+"""What DoRA adds to them"""
+WRAPPED = re.compile(r"(\.base_layer|\.original_module|\.modules_to_save\.\w+)+\.")
+"""What peft adds to the names of what it wraps"""
+EQUAL_ROWS = 4096
+"""Of two tensors that may be the same, compared at a time"""
+NAMED = 3
+"""Tensors that a message names"""
 
 Part = Callable[[int, int, int], Tensor]
 """Of a dimension of a parameter, the entries ``[begin, end)``, as the checkpoint has them"""
 
 
-def safetensors_folder(name_or_folder: str) -> Path | None:
-    """The folder of a checkpoint in safetensors, downloaded first if it is a hub name; None for anything else."""
-    path = Path(name_or_folder)
-    if not path.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def settle_ties(lm: Any, folder: Path) -> None:
+    """Untie, in place, what the configuration ties but the checkpoint holds twice with different values.
 
-        try:
-            path = Path(snapshot_download(name_or_folder, allow_patterns=["model*.safetensors", "*.json"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-            return None  # whoever loads the model says what is wrong
-    return path if path.is_dir() and any(path.glob("*.safetensors")) else None
+    Args:
+        lm: transformers model on the meta device, before it is sharded.
+        folder: of its checkpoint.
+    """
+    ties = dict(getattr(lm, "all_tied_weights_keys", None) or {})
+    if not ties:
+        return
+    stored = open_tensors(folder)
+    sources, _ = find_sources(lm, stored, lm.state_dict())
+    for target, source in ties.items():
+        if target not in sources or source not in sources:
+            continue
+        a, b = (_part_of(lm, name, sources[name], stored, folder) for name in (target, source))
+        if _same(a, b, lm.get_parameter(source).size(0)):
+            continue
+        path, _, name = target.rpartition(".")
+        kept = lm.get_parameter(source)
+        setattr(lm.get_submodule(path), name, nn.Parameter(torch.empty_like(kept), kept.requires_grad))
+        lm.all_tied_weights_keys.pop(target)
+        lm.config.tie_word_embeddings = False
+        say(f"the checkpoint has {target} apart from {source}, which its config.json would tie: both are kept")
+
+
+def _same(a: Part, b: Part, rows: int) -> bool:
+    pieces = ((begin, min(begin + EQUAL_ROWS, rows)) for begin in range(0, rows, EQUAL_ROWS))
+    return all(torch.equal(a(0, *piece), b(0, *piece)) for piece in pieces)
 
 
 def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> None:
@@ -64,17 +91,53 @@ def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> N
     Raises:
         HbpError: a tensor of the model is missing or has another shape; names it.
     """
-    read = _Checkpoint(folder)
+    stored, persistent = open_tensors(folder), lm.state_dict(keep_vars=True)
+    wanted = {plain_name(name): x for name, x in persistent.items() if not _of_adapter(name)}
+    sources, unused = find_sources(lm, stored, wanted)
+    _name_unused(folder, unused)
+
+    def read(aliases: list[str]) -> Part:
+        for name in map(plain_name, aliases):
+            if name in sources:
+                return _part_of(lm, name, sources[name], stored, folder, wanted[name].shape)
+        raise HbpError(f"the checkpoint {folder} has no tensor {plain_name(aliases[0])}; is it of another model?")
+
     names: dict[nn.Parameter, list[str]] = {}  # tied weights have several
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     state = {}
     for parameter, aliases in names.items():
-        name, shape, adapter = aliases[0], parameter.shape, ADAPTER.search(aliases[0])
-        part = _adapter(adapter[1], name, shape, seed) if adapter else read.parameter(aliases, shape)
+        name = aliases[0]
+        if MAGNITUDE in name:
+            weight = plain_name(f"{name.split(MAGNITUDE)[0]}.weight")
+            part = _cut(read([weight])(0, 0, wanted[weight].size(0)).to(parameter.dtype).norm(dim=1))
+        elif ADAPTER.search(name):
+            part = _adapter(name, parameter.shape, seed)
+        else:
+            part = read(aliases)
         loaded = nn.Parameter(_shard(parameter, part, device), parameter.requires_grad)
         state.update(dict.fromkeys(aliases, loaded))
-    _assign(lm, state, device)
+    buffers = {}
+    for name in persistent.keys() - state.keys():
+        part = read([name])
+        rows = persistent[name].size(0) if persistent[name].ndim else 1
+        buffers[name] = part(0, 0, rows).to(device, persistent[name].dtype, copy=True)
+    _assign(lm, state, buffers, device)
+
+
+def _name_unused(folder: Path, unused: list[str]) -> None:
+    if unused:
+        more = f" and {len(unused) - NAMED} more" if len(unused) > NAMED else ""
+        say(f"the checkpoint {folder} has tensors that the model does not use: {', '.join(unused[:NAMED])}{more}")
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has without `peft`'s wrappers around its module."""
+    return WRAPPED.sub(".", name)
+
+
+def _of_adapter(name: str) -> bool:
+    return MAGNITUDE in name or ADAPTER.search(name) is not None
 
 
 def draw_shards(lm: Any, device: torch.device, seed: int) -> None:
@@ -86,29 +149,58 @@ def draw_shards(lm: Any, device: torch.device, seed: int) -> None:
         seed: of the values.
     """
     drawn: dict[nn.Parameter, nn.Parameter] = {}
-    state = {}
+    state, buffers = {}, {}
     for path, module in lm.named_modules():
+        prefix = f"{path}." if path else ""
         own = {name: p for name, p in module._parameters.items() if p is not None}
         new = {name: p for name, p in own.items() if p not in drawn}  # not tied to an earlier module's
         whole = {name: nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype)) for name, p in new.items()}
-        if whole:
+        held = {name: b for name, b in module._buffers.items() if b is not None}
+        kept = held.keys() - module._non_persistent_buffers_set
+        if whole or kept:
             module._parameters.update(whole)
+            module._buffers.update({name: torch.zeros(b.shape, dtype=b.dtype) for name, b in held.items()})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_seed(path, seed))
                 lm._init_weights(module)
+            buffers.update({f"{prefix}{name}": module._buffers[name].to(device) for name in kept})
             module._parameters.update(own)
+            module._buffers.update(held)
         for name, p in new.items():
             assert not whole[name].isnan().any(), f"{path}.{name} is not initialised by {type(lm).__name__}"
             drawn[p] = nn.Parameter(_shard(p, _cut(whole[name].detach()), device), p.requires_grad)
-        state.update({f"{path}.{name}": drawn[p] for name, p in own.items()})
-    _assign(lm, state, device)
+        state.update({f"{prefix}{name}": drawn[p] for name, p in own.items()})
+    _assign(lm, state, buffers, device)
 
 
-def _assign(lm: Any, state: dict[str, nn.Parameter], device: torch.device) -> None:
-    """Parameters as given, buffers computed."""
-    lm.load_state_dict(state, assign=True)
+def _assign(lm: Any, state: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor], device: torch.device) -> None:
+    """Parameters and persistent buffers as given, other buffers computed."""
+    lm.load_state_dict({**state, **buffers}, assign=True)
     for module in lm.modules():
-        _compute_buffers(module, lm.config, device)
+        _compute_buffers(lm, module, device)
+
+
+def _compute_buffers(lm: Any, module: nn.Module, device: torch.device) -> None:
+    """Give a module the buffers that no checkpoint has, by its family's own rules, which draw parameters too."""
+    names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+    if not names:
+        return
+    parameters, buffers = dict(module._parameters), dict(module._buffers)
+    try:
+        for name, parameter in parameters.items():  # not these: on the meta device nothing is drawn
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="meta"))
+        for name in names:
+            module._buffers[name] = torch.full_like(module._buffers[name], torch.nan, device="cpu")  # type: ignore[arg-type]
+        lm._init_weights(module)
+        made = {name: module._buffers[name] for name in names}
+    finally:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
+    for name, buffer in made.items():
+        assert buffer is not None
+        assert not buffer.isnan().any(), f"{name} is not computed by {type(lm).__name__}"
+        module._buffers[name] = buffer.to(device)
 
 
 def _seed(name: str, seed: int) -> int:
@@ -120,11 +212,18 @@ def _cut(values: Tensor) -> Part:
     return lambda dim, begin, end: values.narrow(dim, begin, end - begin)
 
 
-def _adapter(which: str, name: str, shape: torch.Size, seed: int) -> Part:
-    """First values of a low-rank adapter, as peft's: B zero, A uniform; small, so drawn whole and then cut."""
-    values = torch.zeros(shape)
-    if which == "A":
-        generator = torch.Generator().manual_seed(_seed(name, seed))
+def _adapter(name: str, shape: torch.Size, seed: int) -> Part:
+    """First values of a low-rank adapter, as peft's; small, so drawn whole and then cut.
+
+    On a layer, A is uniform and B zero; on an embedding A is zero and B normal.
+    """
+    found = ADAPTER.search(name)
+    assert found
+    of_embedding, which = found.groups()
+    values, generator = torch.zeros(shape), torch.Generator().manual_seed(_seed(name, seed))
+    if of_embedding and which == "B":
+        values.normal_(generator=generator)
+    elif not of_embedding and which == "A":
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     return _cut(values)
 
@@ -145,75 +244,61 @@ def _shard(parameter: nn.Parameter, part: Part, device: torch.device) -> Tensor:
     )
 
 
-class _Checkpoint:
-    """The tensors of a folder, by name, read in slices."""
+def _part_of(
+    lm: Any,
+    name: str,
+    source: Source,
+    stored: Mapping[str, Stored],
+    folder: Path,
+    shape: torch.Size | None = None,
+) -> Part:
+    """How to read a parameter of this shape (none: of any).
 
-    def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+    Raises:
+        HbpError: it is not there in whole, or not of this shape.
+    """
 
-        index, single = folder / INDEX, folder / "model.safetensors"
-        self.folder = folder
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [single.name] if single.is_file() else sorted(path.name for path in folder.glob("*.safetensors"))
-        try:
-            opened = [safe_open(folder / name, "pt") for name in files]
-        except (OSError, SafetensorError) as error:
-            raise HbpError(f"the checkpoint {folder} cannot be read: {error}; fetch or save it again") from None
-        self.file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-    def parameter(self, aliases: list[str], shape: torch.Size) -> Part:
-        """How to read a parameter of this shape, known by any of these names.
-
-        Raises:
-            HbpError: it is not there, or not of this shape.
-        """
-        for name in (alias.replace(".base_layer.", ".") for alias in aliases):  # peft's, of a layer with adapters
-            if name in self.file_of:
-                self._check(name, shape)
-                tensor = self._slice(name)
-                return lambda dim, begin, end: tensor[(*[slice(None)] * dim, slice(begin, end))]
-            experts, _, fused = name.rpartition(".")
-            if fused in EXPERT_PARTS and f"{experts}.0.{EXPERT_PARTS[fused][0]}.weight" in self.file_of:
-                return self._experts(experts, EXPERT_PARTS[fused], shape)
-        raise HbpError(f"the checkpoint {self.folder} has no tensor {aliases[0]}; is it of another model?")
-
-    def _experts(self, experts: str, parts: tuple[str, ...], shape: torch.Size) -> Part:
-        for expert in range(shape[0]):
-            for part in parts:
-                self._check(f"{experts}.{expert}.{part}.weight", torch.Size((shape[1] // len(parts), *shape[2:])))
-
-        def read(dim: int, begin: int, end: int) -> Tensor:
-            which, within = (range(begin, end), slice(None)) if dim == 0 else (range(shape[0]), slice(begin, end))
-            every = [
-                torch.cat([self._slice(f"{experts}.{expert}.{part}.weight")[:] for part in parts])[within]
-                for expert in which
-            ]
-            return torch.stack(every) if every else torch.empty(0, *shape[1:])
-
-        return read
-
-    def _check(self, name: str, shape: torch.Size) -> None:
-        if name not in self.file_of:
-            raise HbpError(f"the checkpoint {self.folder} has no tensor {name}; is it of another model?")
-        found = self._slice(name).get_shape()
-        if list(shape) != list(found):
+    def check(tensor: str, wanted: tuple[int, ...]) -> None:
+        if tensor not in stored:
+            raise HbpError(f"the checkpoint {folder} has no tensor {tensor}; is it of another model?")
+        if wanted != stored[tensor].shape:
             raise HbpError(
-                f"the checkpoint {self.folder} has {name} of shape {list(found)} where the model's is {list(shape)}; "
-                "is its config.json of another model?"
+                f"the checkpoint {folder} has {tensor} of shape {list(stored[tensor].shape)} where the model's is "
+                f"{list(wanted)}; is its config.json of another model?"
             )
 
-    def _slice(self, name: str) -> Any:
-        return self.file_of[name].get_slice(name)
+    if source.converter is None:
+        ((tensor,),) = source.names.values()
+        if shape is not None:
+            check(tensor, tuple(shape))
+        found = stored[tensor]
+        return found.part if found.shape else lambda dim, begin, end: found.whole()
+    if shape is not None and source.stacks(len(shape)):
+        return _stacked(source, stored, shape, check)
+    whole = source.convert(lm, name, stored)
+    if shape is not None and whole.shape != shape:
+        raise HbpError(
+            f"the checkpoint {folder} gives {name} the shape {list(whole.shape)} where the model's is {list(shape)}; "
+            "is its config.json of another model?"
+        )
+    return _cut(whole)
 
 
-def _compute_buffers(module: nn.Module, config: Any, device: torch.device) -> None:
-    """Buffers of a module that has no others and nothing else: of its class made anew on the CPU."""
-    own = dict(module.named_buffers(recurse=False))
-    if not own:
-        return
-    with torch.device("cpu"):
-        fresh = type(module)(config)  # rotary embeddings take the configuration alone
-    for name, buffer in fresh.named_buffers(recurse=False):
-        setattr(module, name, buffer.to(device))
+def _stacked(
+    source: Source,
+    stored: Mapping[str, Stored],
+    shape: torch.Size,
+    check: Callable[[str, tuple[int, ...]], None],
+) -> Part:
+    """Experts that are stored one by one, each perhaps in parts that lie one below the other: read one by one too."""
+    parts = source.in_order(shape[0])
+    for of_expert in zip(*parts, strict=True):
+        for tensor in of_expert:
+            check(tensor, (shape[1] // len(parts), *shape[2:]))
+
+    def read(dim: int, begin: int, end: int) -> Tensor:
+        which, within = (range(begin, end), slice(None)) if dim == 0 else (range(shape[0]), slice(begin, end))
+        every = [torch.cat([stored[part[expert]].whole() for part in parts])[within] for expert in which]
+        return torch.stack(every) if every else torch.empty(0, *shape[1:])
+
+    return read
