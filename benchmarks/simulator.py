@@ -124,8 +124,8 @@ def worker(folder: Path, strategies: list[str]) -> None:
     from hbp.train.batch import micro_batch_of
     from hbp.train.launch import process_group
     from hbp.train.loop import train
+    from hbp.train.measure.micro_batch import forward_backward
     from hbp.train.model import load_model, shard
-    from hbp.train.profile import forward_backward
 
     with process_group() as device:
         rank, world = dist.get_rank(), dist.get_world_size()

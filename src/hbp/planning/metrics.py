@@ -11,7 +11,7 @@ idle count with zero.
 - efficiency: the lower bound over the predicted seconds.
 
 Under ``details`` in plan.json (:func:`measure_order`): time imbalance, the same ratio with predicted seconds; drift,
-how far a step's composition is from the data's (:mod:`hbp.planning.composition`).
+how far a step's composition is from the data's (:mod:`hbp.planning.mixed.order`).
 
 **The lower bound** is the time of a perfect run (:func:`lower_bound_seconds`): no padding, no rank that waits, every
 sample at whatever setting is cheapest for it. docs/lower-bound.md proves that no plan can beat it. In short: take a
@@ -35,8 +35,8 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
 from hbp.plan import Plan
-from hbp.planning.composition import drift
-from hbp.planning.fill import count_lengths
+from hbp.planning.kernels import count_lengths
+from hbp.planning.mixed.order import drift
 from hbp.planning.packs import Lengths
 
 BISECTIONS = 12

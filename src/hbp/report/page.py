@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run or a plan, and the same numbers as JSON beside it.
 
-Reads what `hbp train` left in a run folder (:mod:`hbp.job` says what), or a plan folder alone; draws whatever is
+Reads what `hbp train` left in a run folder (:mod:`hbp.run.job` says what), or a plan folder alone; draws whatever is
 there, so the page of a run that is still going, or was killed, shows how far it came.
 """
 
