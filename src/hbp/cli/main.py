@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if result is not None and args.json:
         print(json.dumps(result))
-    return 0
+    return 1 if args.command == "check" and result and not result["holds"] else 0
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -413,6 +413,18 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _check(args: argparse.Namespace) -> dict[str, Any]:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from hbp.train.check.compare import check_model
+
+    result = check_model(args.model)
+    if not args.json:
+        from hbp.cli.tables import check_table
+
+        check_table(result)
+    return result
+
+
 COMMANDS = {
     "plan": _plan,
     "compare": _compare,
@@ -420,4 +432,5 @@ COMMANDS = {
     "report": _report,
     "train": _train,
     "profile": _profile,
+    "check": _check,
 }

@@ -98,6 +98,17 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
         help="measure stacks of N and 2N layers and scale to all (default: the whole model, or for a large one N = 2)",
     )
 
+    check = commands.add_parser(
+        "check",
+        parents=[common],
+        help="hold a model family against plain transformers in tiny size: does it train here as it should?",
+        formatter_class=formatter,
+        description="Build a tiny model of the family from the model's own configuration and compare its loss and every\n"
+        "gradient with those of plain transformers, on four processes of this machine's CPU. No weights are read.\n"
+        "Exit code 0 if every property holds, 1 if one does not.",
+    )
+    check.add_argument("model", metavar="MODEL", help="built-in name, folder, config.json, or hub name")
+
     if {"train", "profile"} & set(arguments[:1]):  # the options' list needs pydantic and yaml, plan does not
         from hbp.config import describe
 

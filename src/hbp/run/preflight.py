@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from hbp.config import Config
 from hbp.errors import HbpError
+from hbp.train.check.compare import require_checked
 from hbp.train.logs import check_writers
 from hbp.train.model import read_config
 
 
 def check_ready(config: Config, *, logs: bool = True) -> None:
-    """Refuse a model that cannot be trained, packages that are missing and writers that nobody is logged in to.
+    """Refuse a model that cannot be trained or fails the comparison with transformers, packages that are missing and writers that nobody is logged in to.
 
     Args:
         config: of the run.
@@ -20,7 +22,8 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
     Raises:
         HbpError: says what is missing.
     """
-    read_config(config.model.path)
+    model = read_config(config.model.path)
+    require_checked(config.model.path, model, Path(config.run_dir) / "model-check.json")
     if config.lora.rank and find_spec("peft") is None:
         raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
     if logs:

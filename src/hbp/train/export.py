@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from hbp.train.launch import PREPARE_TIMEOUT, rank_zero_first
 from hbp.train.lora import frozen_names, has_adapters, save_adapters
 from hbp.train.model import CausalLMWithLoss, read_config
-from hbp.train.stored import INDEX, WEIGHTS, checkpoint_folder, stored_dtype
+from hbp.train.weights.stored import INDEX, WEIGHTS, checkpoint_folder, stored_dtype
 
 SHARD_BYTES = 5 * 10**9
 

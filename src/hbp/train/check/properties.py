@@ -20,7 +20,7 @@ from hbp.train.check.reference import Document, Run
 from hbp.train.check.tiny import VOCAB
 from hbp.train.loss import GlobalBatch
 from hbp.train.model import CausalLMWithLoss, load_sharded
-from hbp.train.profile import forward_backward
+from hbp.train.measure.micro_batch import forward_backward
 
 WORLD = 4
 LENGTHS = (37, 5, 1, 50, 23, 11, 3, 19, 8, 29)

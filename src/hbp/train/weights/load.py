@@ -1,7 +1,7 @@
 """Give a sharded model its first values, of a checkpoint or afresh: no rank ever holds the whole.
 
 The model has been built on the meta device and sharded by FSDP2, so every parameter knows which part this rank owns.
-Of a checkpoint it is sliced out of the memory-mapped files (:mod:`hbp.train.stored`) and converted to the parameter's
+Of a checkpoint it is sliced out of the memory-mapped files (:mod:`hbp.train.weights.stored`) and converted to the parameter's
 type, one tensor after another; the rest is never read. Afresh, every rank draws each module's own parameters whole, by
 the model family's own rules and from a seed of the module's name, and keeps its part: the same values for any number of
 ranks.
@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hbp.errors import HbpError
 from hbp.progress import say
-from hbp.train.stored import Source, Stored, find_sources, open_tensors
+from hbp.train.weights.stored import Source, Stored, find_sources, open_tensors
 
 ADAPTER = re.compile(r"\.lora_(embedding_)?([AB])\.")
 """Names of peft's adapters"""
