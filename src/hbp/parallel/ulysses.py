@@ -36,12 +36,12 @@ from hbp.parallel.varlen import Documents, check_kernel, document_attention
 ATTENTION_NAMES = {
     "auto": "hbp",
     "varlen": "hbp_varlen",
-    "sdpa": "hbp_sdpa",
-    "flex": "hbp_flex",
+    "sdpa": "hbp_by_document",
+    "flex": "hbp_by_blocks",
     "flash": "hbp_fa",
-    "eager": "hbp_eager",
+    "eager": "hbp_written_out",
 }
-"""Of each kernel at transformers, which takes any name with `flash` in it for one of its own."""
+"""Of each kernel at transformers, which takes any name with `flash`, `flex` or `sdpa` in it for one of its own."""
 
 
 @dataclass(frozen=True)
