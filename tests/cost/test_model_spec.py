@@ -242,9 +242,7 @@ def counted_flops(model: Any, tokens: int = TOKENS, **extra: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    "name", [*PLAIN, *DENSE, *MOE_FAMILIES, *MORE_MOE, "qwen3_moe-mixed", "deepseek_v2-biases"]
-)
+@pytest.mark.parametrize("name", [*PLAIN, *DENSE, *MOE_FAMILIES, *MORE_MOE, "qwen3_moe-mixed", "deepseek_v2-biases"])
 def test_flops_equal_torch_counter(name: str) -> None:
     """The counter takes every pair, masked or not; it sees the products of eager experts."""
     model = build(CONFIGS[name], attn_implementation="eager", experts_implementation="eager")

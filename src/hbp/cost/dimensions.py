@@ -96,9 +96,7 @@ FAMILIES: Mapping[str, Family] = {
         windows="layers if used",
         window=4096,
     ),
-    "qwen3_moe": Family(
-        kv_heads=4, attention_bias="attention_bias", qk_norm="head", windows="if used", window=4096
-    ),
+    "qwen3_moe": Family(kv_heads=4, attention_bias="attention_bias", qk_norm="head", windows="if used", window=4096),
     "deepseek_v2": Family(attention_bias="attention_bias", mlp_bias=True),
     "deepseek_v3": Family(attention_bias="attention_bias"),
     "gemma2": Family(
@@ -124,9 +122,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "phi3": Family(windows="all", fused_qkv=True),
     "olmo2": Family(attention_bias="attention_bias", qk_norm="all", float32_norms=True),
-    "smollm3": Family(
-        kv_heads=4, attention_bias="attention_bias", mlp_bias=True, windows="no rope", tied=True
-    ),
+    "smollm3": Family(kv_heads=4, attention_bias="attention_bias", mlp_bias=True, windows="no rope", tied=True),
     "glm": Family(kv_heads=2, head_dim=128, attention_bias="attention_bias", bias_default=True, out_bias=False),
     "glm4": Family(
         kv_heads=2, head_dim=128, attention_bias="attention_bias", bias_default=True, out_bias=False, layer_norms=4

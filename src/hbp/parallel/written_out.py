@@ -77,7 +77,9 @@ def _block(
     scores = torch.einsum("qghd,kgd->ghqk", grouped, k.float()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    ahead = torch.arange(before, before + q.size(0), device=q.device)[:, None] - torch.arange(k.size(0), device=q.device)
+    ahead = torch.arange(before, before + q.size(0), device=q.device)[:, None] - torch.arange(
+        k.size(0), device=q.device
+    )
     unseen = ahead < 0 if window is None else (ahead < 0) | (ahead >= window)
     scores = scores.masked_fill(unseen, -torch.inf)
     if sinks is not None:

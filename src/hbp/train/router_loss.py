@@ -7,10 +7,10 @@ the optimizer step. That is what the unpacked model computes with one document a
 counts of choices, which carry no gradient, are summed over the ranks of the pack: ``layers × documents × experts``
 numbers, once a pack. The trade: balance is asked of each document, which is stricter than of the batch.
 
-Both families' own formulas, for a document of ``T`` tokens, ``E`` experts, ``k`` chosen of them, ``L`` layers, with
+The families' own formulas, for a document of ``T`` tokens, ``E`` experts, ``k`` chosen of them, ``L`` layers, with
 ``f`` choices of an expert ÷ ``T`` and ``p`` its mean probability:
 
-- Qwen3-MoE (Switch Transformer): ``E · Σ f·p``, both averaged over the layers first; ``router_aux_loss_coef``;
+- Qwen2-MoE, Qwen3-MoE, Mixtral and gpt-oss (Switch Transformer): ``E · Σ f·p``, both averaged over the layers first; ``router_aux_loss_coef``;
 - DeepSeek-V2: ``E / k · Σ f·p``, summed over the layers; ``aux_loss_alpha``.
 
 Off unless the configuration says ``output_router_logits``, as in transformers.
@@ -29,8 +29,8 @@ from hbp.parallel.gather_kv import tokens_of_rank
 from hbp.parallel.mesh import SequenceGroups
 from hbp.parallel.ulysses import PackLayout
 
-ROUTERS = ("Qwen3MoeTopKRouter", "DeepseekV2TopkRouter")
-"""Modules that return logits, weights and choices."""
+ROUTERS = ("TopKRouter", "TopkRouter")
+"""Ends of the class names of modules that return logits, weights and choices."""
 DEFAULT_ALPHA = 0.001
 """DeepSeek-V2's, where the configuration leaves `aux_loss_alpha` out."""
 
@@ -47,7 +47,7 @@ class RouterLoss:
         self.pooled = config.model_type != "deepseek_v2"
         self._seen: list[Routed] | None = None
         self._heard: list[Routed] = []
-        routers = [module for module in lm.modules() if type(module).__name__ in ROUTERS]
+        routers = [module for module in lm.modules() if type(module).__name__.endswith(ROUTERS)]
         self.coefficient = 0.0
         if routers and getattr(config, "output_router_logits", False):
             name, default = ("router_aux_loss_coef", 0.0) if self.pooled else ("aux_loss_alpha", DEFAULT_ALPHA)

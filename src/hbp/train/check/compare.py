@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,9 @@ from hbp.train.check.properties import (
     PROPERTIES,
     WORLD,
     Property,
+    RankRun,
     documents,
+    put_together,
     run_properties,
 )
 from hbp.train.check.ranks import run_ranks
@@ -64,34 +66,43 @@ def check_configs(configs: Mapping[str, Any]) -> dict[str, list[Finding]]:
         configs: transformers configurations by name.
 
     Raises:
-        HbpError: a family that is known not to train here, or of which no tiny instance can be made.
+        HbpError: a family of which no tiny instance can be made.
     """
     with TemporaryDirectory() as root:
-        folders = {}
-        for name, config in configs.items():
-            tiny = (tiny_config(config, few_heads=few) for few in (False, True))
-            place = Path(root) / str(len(folders))
-            folders[name] = (write_tiny(place / "a", next(tiny)), write_tiny(place / "b", next(tiny)))
+        folders = write_pairs(configs, Path(root))
         try:
             ranks = run_ranks(run_properties, WORLD, folders, timeout=TIMEOUT_S * len(folders))
         except TimeoutError:
             why = "ranks waited for each other until the time was over: they do not run the same collectives"
             return {name: [Finding(each, False, None, TOLERANCE, why=why) for each in NAMES] for name in folders}
-        return {name: _findings(name, pair, ranks) for name, pair in folders.items()}
+        return {name: findings(name, pair, ranks) for name, pair in folders.items()}
 
 
-def _findings(name: str, pair: tuple[str, str], ranks: list[dict[tuple[str, str], Run | str]]) -> list[Finding]:
+def write_pairs(configs: Mapping[str, Any], root: Path) -> dict[str, tuple[str, str]]:
+    """Folders of tiny models, of each one with many heads and one with few."""
+    pairs = {}
+    for number, (name, config) in enumerate(configs.items()):
+        many, few = (write_tiny(root / f"{number}-{few}", tiny_config(config, few_heads=few)) for few in (False, True))
+        pairs[name] = (many, few)
+    return pairs
+
+
+def findings(
+    name: str, pair: tuple[str, str], ranks: Sequence[Mapping[tuple[str, str], RankRun | str]]
+) -> list[Finding]:
+    """What the ranks' runs of a model say.
+
+    Args:
+        name: of the model in the runs.
+        pair: its folders.
+        ranks: what :func:`~hbp.train.check.properties.run_properties` returned on each.
+    """
     want = [alone(folder, documents()) for folder in pair]
 
     def of(key: str) -> Run | str:
         runs = [rank[name, key] for rank in ranks]
         raised = [run for run in runs if isinstance(run, str)]
-        if raised:
-            return raised[0]
-        losses = [run[0] for run in runs if not isinstance(run, str)]
-        gradients = runs[0][1]
-        assert isinstance(gradients, dict)
-        return torch.stack(losses).sum(), gradients
+        return raised[0] if raised else put_together([run for run in runs if not isinstance(run, str)])
 
     found = []
     for each in PROPERTIES:
@@ -199,7 +210,9 @@ def require_checked(name: str, config: Any, record: Path) -> None:
     except (OSError, ValueError):
         result = {}
     if result.get("key") != key:
-        say(f"{config.model_type} models are not on the proven list: held against plain transformers in tiny size first")
+        say(
+            f"{config.model_type} models are not on the proven list: held against plain transformers in tiny size first"
+        )
         result = check_model(name) | {"key": key}
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(result, indent=1) + "\n")

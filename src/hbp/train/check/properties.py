@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.train.batch import IDLE, micro_batch_of
@@ -28,6 +29,8 @@ CPU = torch.device("cpu")
 ALL = 99
 """Recomputed layers: as many as there are"""
 
+RankRun = tuple[Tensor, dict[str, tuple[int, Tensor]]]
+"""Of one rank: its part of the loss, and of each gradient the dimension that is sharded and its part"""
 Pack = tuple[int, int, int, list[int]]
 """First rank, SP degree, recomputed layers, documents"""
 Plan = Sequence[Sequence[Pack]]
@@ -90,9 +93,7 @@ PROPERTIES = (
         "layers cannot be run again in backward",
     ),
     Property("mixed", MIXED, "ranks with other work, or none, disturb each other"),
-    Property(
-        "bfloat16", MIXED, "bfloat16 loses more than it does in the unpacked model", dtype=torch.bfloat16
-    ),
+    Property("bfloat16", MIXED, "bfloat16 loses more than it does in the unpacked model", dtype=torch.bfloat16),
 )
 NEIGHBOUR = "neighbour unseen"
 NAMES = (*(each.name for each in PROPERTIES), NEIGHBOUR)
@@ -129,8 +130,8 @@ def run_plan(
     plan: Plan,
     given: Sequence[Document],
     balanced: bool = True,
-) -> Run:
-    """Loss of this rank and, on rank 0, full gradients of one optimizer step, on the trainer's own path.
+) -> RankRun:
+    """Loss and gradients of one optimizer step on this rank, its shards of them, on the trainer's own path.
 
     Args:
         model: sharded over the mesh.
@@ -154,15 +155,26 @@ def run_plan(
             batch = micro_batch_of(held, row, degree, rank - start, gc, mesh, CPU, step)
             batch = batch if balanced else replace(batch, token_share=0.0)
             loss += forward_backward(model, batch, WORLD)
-    gradients = {n.removeprefix("lm."): p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-    gradients = {name: gradient.clone() for name, gradient in gradients.items() if rank == 0}
+    shards = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            dim = parameter.placements[0].dim
+            shards[name.removeprefix("lm.")] = (dim, parameter.grad.to_local().clone())
     model.zero_grad(set_to_none=True)
-    return loss, gradients
+    return loss, shards
+
+
+def put_together(ranks: Sequence[RankRun]) -> Run:
+    """The loss of all ranks and whole gradients, of their runs of one plan."""
+    gradients = {
+        name: torch.cat([shards[name][1] for _, shards in ranks], dim=dim) for name, (dim, _) in ranks[0][1].items()
+    }
+    return torch.stack([loss for loss, _ in ranks]).sum(), gradients
 
 
 def run_properties(
     rank: int, world: int, folders: Mapping[str, tuple[str, str]]
-) -> dict[tuple[str, str], Run | str]:
+) -> dict[tuple[str, str], RankRun | str]:
     """All properties of some models on this rank.
 
     Args:
@@ -173,21 +185,21 @@ def run_properties(
     Returns:
         By name and property the run, or what was raised.
     """
-    results: dict[tuple[str, str], Run | str] = {}
+    results: dict[tuple[str, str], RankRun | str] = {}
     for name, pair in folders.items():
         for few in (False, True):
             results |= {(name, key): run for key, run in _run_model(rank, world, pair[few], few).items()}
     return results
 
 
-def _run_model(rank: int, world: int, folder: str, few_heads: bool) -> dict[str, Run | str]:
+def _run_model(rank: int, world: int, folder: str, few_heads: bool) -> dict[str, RankRun | str]:
     from hbp.train.model import read_config
 
     mesh = make_mesh(world, [1, 2, 4], "cpu", read_config(folder).num_attention_heads)
     load = partial(load_sharded, folder, mesh.world, CPU)
     loaded: dict[torch.dtype, CausalLMWithLoss] = {}
 
-    def attempt(dtype: torch.dtype, run: Callable[[CausalLMWithLoss], Run]) -> Run | str:
+    def attempt(dtype: torch.dtype, run: Callable[[CausalLMWithLoss], RankRun]) -> RankRun | str:
         try:
             if dtype not in loaded:
                 loaded[dtype] = load(compute_dtype=dtype)
@@ -196,7 +208,7 @@ def _run_model(rank: int, world: int, folder: str, few_heads: bool) -> dict[str,
             loaded.pop(dtype, None)
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
-    results: dict[str, Run | str] = {}
+    results: dict[str, RankRun | str] = {}
     for each in PROPERTIES:
         if each.few_heads == few_heads:
             run: Any = partial(run_plan, mesh=mesh, rank=rank, plan=each.plan, given=documents())
