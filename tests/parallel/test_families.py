@@ -42,7 +42,7 @@ BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1, "aux_loss
 """Router losses, where the family has them"""
 MODELS = {name: {} for name in ("llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "gemma-2-2b", "gemma-3-1b")}
 MODELS |= {name: {} for name in ("phi-3-mini", "phi-4", "olmo-2-7b", "smollm3-3b", "glm-4-9b", "granite-3.3-8b")}
-MODELS |= {name: BALANCED for name in ("qwen3-30b-a3b", "deepseek-v2-236b", "gpt-oss-20b", "mixtral-8x7b")}
+MODELS |= dict.fromkeys(("qwen3-30b-a3b", "deepseek-v2-236b", "gpt-oss-20b", "mixtral-8x7b"), BALANCED)
 MODELS |= {"qwen1.5-moe-a2.7b": BALANCED, "deepseek-v3-671b": {}}
 OTHERS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral"},

@@ -15,10 +15,10 @@ from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN2, QWEN3_MOE, random_samples, r
 
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
-from hbp.train.weights import stored
 from hbp.train.batch import micro_batch_of
 from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import CausalLMWithLoss, load_model, load_sharded, local_parameter_bytes, shard
+from hbp.train.weights import stored
 
 WORLD = 3  # divides neither the rows nor the experts
 FEW_EXPERTS = "fewer experts than ranks"

@@ -205,7 +205,8 @@ def check_table(result: Mapping[str, Any]) -> None:
         for each in result["properties"]
     ]
     if rows:
-        title = f"{result['model']} ({result['model_type']}), torch {result['torch']}, transformers {result['transformers']}"
+        versions = f"torch {result['torch']}, transformers {result['transformers']}"
+        title = f"{result['model']} ({result['model_type']}), {versions}"
         table(title, ("property", "", "error", "bound", "largest in"), rows, left=4)
     for each in result["properties"]:
         if not each["holds"]:

@@ -463,7 +463,7 @@ def spec_of_any(config: Mapping[str, Any], parameters: Callable[[], int], name: 
     rest = count - nearest.parameters()
     if abs(rest) > count * GUESSED_WITHIN:
         raise HbpError(
-            f"model_type {family!r} is not known to the cost model, and {count:,} parameters do not look like those of a "
-            "plain decoder with its dimensions; train a model of a known family"
+            f"model_type {family!r} is not known to the cost model, and {count:,} parameters do not look like those "
+            "of a plain decoder with its dimensions; train a model of a known family"
         )
     return dataclasses.replace(nearest, other_parameters=max(0, rest) // nearest.n_layers)

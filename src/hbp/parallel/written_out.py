@@ -2,8 +2,8 @@
 
 Softcapped scores (Gemma 2: ``cap · tanh(score / cap)``, https://arxiv.org/abs/2408.00118) and attention sinks (gpt-oss:
 a learned number a head that takes part in the softmax and has no value, https://arxiv.org/abs/2309.17453). Scores are
-float32. A block's scores exist in its forward and once more in its backward; what is kept between them are queries, keys
-and values, so memory grows with the tokens. Time is that of plain matrix products over the pairs of each block.
+float32. A block's scores exist in its forward and once more in its backward; what is kept between them are queries,
+keys and values, so memory grows with the tokens. Time is that of plain matrix products over the pairs of each block.
 
 Legend as in :mod:`hbp.parallel.varlen`.
 """

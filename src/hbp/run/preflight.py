@@ -13,7 +13,9 @@ from hbp.train.model import read_config
 
 
 def check_ready(config: Config, *, logs: bool = True) -> None:
-    """Refuse a model that cannot be trained or fails the comparison with transformers, packages that are missing and writers that nobody is logged in to.
+    """Refuse a model that cannot be trained, packages that are missing and writers that nobody is logged in to.
+
+    A family that is not proven has to pass the comparison with transformers first.
 
     Args:
         config: of the run.

@@ -31,8 +31,8 @@ from hbp.parallel.varlen import check_features
 from hbp.train.loss import summed_cross_entropy
 from hbp.train.offload import offloaded_activations
 from hbp.train.router_loss import RouterLoss
-from hbp.train.weights.stored import checkpoint_folder
 from hbp.train.weights.load import draw_shards, load_shards, settle_ties
+from hbp.train.weights.stored import checkpoint_folder
 
 PROVEN_FAMILIES = (
     "llama",

@@ -20,8 +20,8 @@ from hbp.train.batch import IDLE, micro_batch_of
 from hbp.train.check.reference import Document, Run
 from hbp.train.check.tiny import VOCAB
 from hbp.train.loss import GlobalBatch
-from hbp.train.model import CausalLMWithLoss, load_sharded
 from hbp.train.measure.micro_batch import forward_backward
+from hbp.train.model import CausalLMWithLoss, load_sharded
 
 WORLD = 4
 LENGTHS = (37, 5, 1, 50, 23, 11, 3, 19, 8, 29)

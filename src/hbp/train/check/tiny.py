@@ -1,4 +1,4 @@
-"""A tiny instance of a model, from its own configuration: two to four layers that keep every kind, heads in their ratio.
+"""A tiny instance of a model, from its own configuration: two to four layers of every kind, heads in their ratio.
 
 Sizes shrink, relations stay: query to key/value heads, whether heads fill the hidden size, how the softmax is scaled
 against the head size, which layers attend to a window, rotate, or have experts. A window is made shorter than the
