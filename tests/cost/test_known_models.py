@@ -147,7 +147,7 @@ def test_a_family_that_is_not_known_is_guessed_from_its_parameters() -> None:
     guess = spec_of_any(config, lambda: two + 3200)  # a hundred parameters more in each layer
     assert (guess.mlp_matrices, guess.parameters(), guess.model_type) == (2, two + 3200, "starcoder2")
     assert spec_of_any(config, gated.parameters).mlp_matrices == 3
-    with pytest.raises(HbpError, match="'starcoder2' is not known to the cost model, and .* do not look like"):
+    with pytest.raises(HbpError, match=r"'starcoder2' is not known to the cost model, and .* do not look like"):
         spec_of_any(config, lambda: 2 * gated.parameters())
     assert spec_of_any(LLAMA, lambda: 0) == gated  # it is not asked
 

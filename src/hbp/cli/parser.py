@@ -104,8 +104,8 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
         help="hold a model family against plain transformers in tiny size: does it train here as it should?",
         formatter_class=formatter,
         description="Build a tiny model of the family from the model's own configuration and compare its loss and\n"
-        "every gradient with those of plain transformers, on four processes of this machine's CPU. No weights are read.\n"
-        "Exit code 0 if every property holds, 1 if one does not.",
+        "every gradient with those of plain transformers, on four processes of this machine's CPU. No weights\n"
+        "are read. Exit code 0 if every property holds, 1 if one does not.",
     )
     check.add_argument("model", metavar="MODEL", help="built-in name, folder, config.json, or hub name")
 

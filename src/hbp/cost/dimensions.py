@@ -290,7 +290,7 @@ def _slides(config: Mapping[str, Any], family: Family, layer: int) -> bool:
     if family.windows == "every second":
         return layer % 2 == 0
     if family.windows == "all but every sixth":
-        return (layer + 1) % _int(config, "sliding_window_pattern", 6) != 0
+        return bool((layer + 1) % _int(config, "sliding_window_pattern", 6) != 0)
     if family.windows == "no rope":
         rotates = config.get("no_rope_layers") or []
         every = _int(config, "no_rope_layer_interval", 4)
@@ -298,7 +298,7 @@ def _slides(config: Mapping[str, Any], family: Family, layer: int) -> bool:
         return bool(config.get("use_sliding_window")) and not turns
     first = _int(config, "max_window_layers", DEFAULT_MAX_WINDOW_LAYERS, least=0)
     if config.get("model_type") == "qwen2_moe":  # as transformers has it
-        return layer % 2 == 0 and layer < first
+        return bool(layer % 2 == 0 and layer < first)
     return bool(layer >= first)
 
 

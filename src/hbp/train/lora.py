@@ -24,6 +24,7 @@ from hbp.train.model import CausalLMWithLoss, meta_model
 
 ADAPTER = "default"
 ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
 OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate")
 """Names from when experts were modules of their own, which `peft` still takes for the stacked ones"""
 
@@ -62,7 +63,9 @@ def add_adapters(model: CausalLMWithLoss, config: LoraConfig, base: str, seed: i
     )
     if stacked := _stacked_experts(lm):
         trial = copy.deepcopy(wanted)
-        _inject(trial, copy.deepcopy(lm).to("meta"), config, seed)
+        trial.lora_dropout = 0.0  # on experts refused below, by our own option's name
+        if trial.target_modules:
+            _inject(trial, copy.deepcopy(lm).to("meta"), config, seed)
         wanted.target_parameters = _left_out(lm, config, stacked, trial)
         if config.dropout and (wanted.target_parameters or trial.target_parameters):
             raise HbpError(
@@ -109,25 +112,31 @@ def _check_names(lm: Any, config: LoraConfig) -> None:
     for name in config.modules_to_save:
         if not _has(modules, name):
             raise HbpError(f"lora.modules_to_save={name!r}: no module has that name; give some such as lm_head")
-    if config.dora and any(
-        isinstance(lm.get_submodule(n), nn.Embedding) for n in modules if _has([n], _embedding(config))
-    ):
+    embeddings = [name for name, module in lm.named_modules() if isinstance(module, nn.Embedding)]
+    if config.dora and any(_has(embeddings, name) for name in _named(config)):
         raise HbpError("lora.dora is not possible on embeddings; take them out of lora.targets")
     if config.dora and _stacked_experts(lm):
         raise HbpError("lora.dora is not possible on stacked experts; set it to false")
 
 
-def _embedding(config: LoraConfig) -> str:
-    return next((name for name in _named(config) if "embed" in name), "-")
+def _targets(lm: Any, config: LoraConfig) -> str | list[str] | None:
+    """What `peft` is given: a name as a list, since it takes text for an expression that matches a whole path.
+
+    Names of stacked experts are none of modules (:func:`_left_out`).
+    """
+    if ALL_LINEAR in _named(config):
+        return ALL_LINEAR
+    modules, stacked = [name for name, _ in lm.named_modules() if name], _stacked_experts(lm)
+    names = [name for name in _named(config) if not any(_means(name, each) for each in stacked) or _has(modules, name)]
+    names = [name for name in names if name != EXPERTS or not stacked]
+    if isinstance(config.targets, str) and names and not (_has(modules, names[0]) or names[0] in OF_EXPERTS):
+        return config.targets
+    return names or None
 
 
-def _targets(lm: Any, config: LoraConfig) -> str | list[str]:
-    """What `peft` is given: a name as a list, since it takes text for an expression that matches a whole path."""
-    (first, *more) = _named(config)
-    modules = [name for name, _ in lm.named_modules() if name]
-    if not more and first != ALL_LINEAR and not (_has(modules, first) or first in OF_EXPERTS):
-        return first
-    return ALL_LINEAR if first == ALL_LINEAR else [first, *more]
+def _means(name: str, stacked: str) -> bool:
+    """Whether a name is that of stacked experts: of one matrix, or of all."""
+    return name == EXPERTS or _has([stacked], name)
 
 
 def _stacked_experts(lm: Any) -> list[str]:
@@ -150,13 +159,13 @@ def _left_out(lm: Any, config: LoraConfig, stacked: list[str], done: Any) -> lis
     missed = set()
     for name, module in lm.named_modules():
         leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Linear) and module is not head and leaf not in modules:
-            if everything or leaf in wanted:
-                missed.add(f"{leaf}.weight")
+        adapted = not isinstance(module, nn.Linear) or module is head or leaf in modules
+        if not adapted and (everything or leaf in wanted):
+            missed.add(f"{leaf}.weight")
     taken = set(done.target_parameters or ())
     for name in stacked:
         end = ".".join(name.split(".")[-2:])
-        if not taken & {end, end.rpartition(".")[2]} and (everything or any(_has([name], w) for w in wanted)):
+        if not taken & {end, end.rpartition(".")[2]} and (everything or any(_means(w, name) for w in wanted)):
             missed.add(end)
     return sorted(missed)
 

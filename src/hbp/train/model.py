@@ -148,8 +148,8 @@ def check_trainable(config: Any) -> None:
     for kind in getattr(config, "layer_types", None) or ():
         if kind in RECURRENT_LAYERS:
             raise HbpError(
-                f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack into "
-                "the next and is not carried from rank to rank; train a model whose layers all attend"
+                f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack "
+                "into the next and is not carried from rank to rank; train a model whose layers all attend"
             )
     if config.get_text_config() is not config:
         raise HbpError(

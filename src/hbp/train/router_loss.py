@@ -10,7 +10,8 @@ numbers, once a pack. The trade: balance is asked of each document, which is str
 The families' own formulas, for a document of ``T`` tokens, ``E`` experts, ``k`` chosen of them, ``L`` layers, with
 ``f`` choices of an expert ÷ ``T`` and ``p`` its mean probability:
 
-- Qwen2-MoE, Qwen3-MoE, Mixtral and gpt-oss (Switch Transformer): ``E · Σ f·p``, both averaged over the layers first; ``router_aux_loss_coef``;
+- Qwen2-MoE, Qwen3-MoE, Mixtral and gpt-oss (Switch Transformer): ``E · Σ f·p``, both averaged over the layers first;
+  ``router_aux_loss_coef``;
 - DeepSeek-V2: ``E / k · Σ f·p``, summed over the layers; ``aux_loss_alpha``.
 
 Off unless the configuration says ``output_router_logits``, as in transformers.

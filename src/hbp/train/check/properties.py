@@ -157,9 +157,9 @@ def run_plan(
             loss += forward_backward(model, batch, WORLD)
     shards = {}
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            dim = parameter.placements[0].dim
-            shards[name.removeprefix("lm.")] = (dim, parameter.grad.to_local().clone())
+        gradient: Any = parameter.grad  # sharded as the parameter is
+        if gradient is not None:
+            shards[name.removeprefix("lm.")] = (gradient.placements[0].dim, gradient.to_local().clone())
     model.zero_grad(set_to_none=True)
     return loss, shards
 

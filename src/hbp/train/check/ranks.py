@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import start_processes
+from torch.multiprocessing.spawn import start_processes
 
 PRELOADED = ["hbp.train.loop", "transformers.models.auto.modeling_auto"]
 

@@ -134,7 +134,7 @@ def _layers(tiny: dict[str, Any], given: Mapping[str, Any]) -> None:
     step, only, first = given.get("decoder_sparse_step"), given.get("mlp_only_layers"), "first_k_dense_replace"
 
     def dense(layer: int) -> bool:
-        skipped = layer in (only or ()) or (bool(step) and (layer + 1) % step != 0)
+        skipped = layer in (only or ()) or (step is not None and (layer + 1) % max(step, 1) != 0)
         return skipped or layer < (given.get(first) or 0)
 
     kinds = [(dense(i), *(json.dumps(value[i]) for value in lists.values())) for i in range(count)]

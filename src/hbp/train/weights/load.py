@@ -1,10 +1,10 @@
 """Give a sharded model its first values, of a checkpoint or afresh: no rank ever holds the whole.
 
 The model has been built on the meta device and sharded by FSDP2, so every parameter knows which part this rank owns.
-Of a checkpoint it is sliced out of the memory-mapped files (:mod:`hbp.train.weights.stored`) and converted to the parameter's
-type, one tensor after another; the rest is never read. Afresh, every rank draws each module's own parameters whole, by
-the model family's own rules and from a seed of the module's name, and keeps its part: the same values for any number of
-ranks.
+Of a checkpoint it is sliced out of the memory-mapped files (:mod:`hbp.train.weights.stored`) and converted to the
+parameter's type, one tensor after another; the rest is never read. Afresh, every rank draws each module's own
+parameters whole, by the model family's own rules and from a seed of the module's name, and keeps its part: the same
+values for any number of ranks.
 
 What `from_pretrained` would do with the checkpoint is done here: tensors are renamed and merged by the family's own
 rules; tied weights are stored once, under either name, and weights that the configuration ties but the checkpoint has
