@@ -278,8 +278,11 @@ def _flex(
     attend, capped = _flex_attention(q.is_cuda), None if softcap is None else _capped(softcap)
     if sinks_H is None:
         return attend(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
-    out: Any = attend(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=gqa, return_lse=True)
-    values, log_sum = out[0][0].transpose(0, 1), out[1][0].transpose(0, 1)  # [S, H, D], [S, H]
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    sums = AuxRequest(lse=True)
+    out: Any = attend(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=sums)
+    values, log_sum = out[0][0].transpose(0, 1), out[1].lse[0].transpose(0, 1)  # [S, H, D], [S, H]
     share = torch.sigmoid(log_sum.float() - sinks_H.float())  # of the softmax, what is not the sink's
     return (values.float() * share[..., None]).to(values.dtype)
 
