@@ -415,9 +415,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from hbp.train.check.compare import check_model
+    from hbp.train.check.compare import check_models
 
-    result = check_model(args.model)
+    (result,) = check_models([args.model])
     if not args.json:
         from hbp.cli.tables import check_table
 

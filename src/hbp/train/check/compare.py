@@ -68,6 +68,8 @@ def check_configs(configs: Mapping[str, Any]) -> dict[str, list[Finding]]:
     Raises:
         HbpError: a family of which no tiny instance can be made.
     """
+    if not configs:
+        return {}
     with TemporaryDirectory() as root:
         folders = write_pairs(configs, Path(root))
         try:
@@ -155,34 +157,43 @@ def model_config(name: str) -> Any:
         raise HbpError(f"cannot read the configuration of {name!r}: {reason}") from None
 
 
-def check_model(name: str) -> dict[str, Any]:
-    """What ``hbp check`` prints as JSON: of a model by name, its findings and whether all hold.
+def check_models(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What ``hbp check`` prints as JSON, of each of some models: its findings and whether all hold.
+
+    Args:
+        names: built-in names, folders, files, hub names.
 
     Raises:
         HbpError: nothing there, or nothing of which a tiny instance can be made.
     """
     import transformers
 
+    configs = {name: model_config(name) for name in names}
+    refused = {name: _refusal(config) for name, config in configs.items()}
+    found = check_configs({name: config for name, config in configs.items() if not refused[name]})
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return [
+        {
+            "model": name,
+            "model_type": config.model_type,
+            **versions,
+            "holds": not refused[name] and all(finding.holds for finding in found[name]),
+            "refused": refused[name],
+            "properties": [asdict(finding) for finding in found.get(name, ())],
+        }
+        for name, config in configs.items()
+    ]
+
+
+def _refusal(config: Any) -> str | None:
     from hbp.train.model import check_trainable
 
-    config = model_config(name)
-    result = {
-        "model": name,
-        "model_type": config.model_type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     config.quantization_config = None  # of the weights, not of the family
     try:
         check_trainable(config)
     except HbpError as error:
-        return result | {"holds": False, "refused": str(error), "properties": []}
-    (findings,) = check_configs({name: config}).values()
-    return result | {
-        "holds": all(finding.holds for finding in findings),
-        "refused": None,
-        "properties": [asdict(finding) for finding in findings],
-    }
+        return str(error)
+    return None
 
 
 def require_checked(name: str, config: Any, record: Path) -> None:
@@ -213,7 +224,7 @@ def require_checked(name: str, config: Any, record: Path) -> None:
         say(
             f"{config.model_type} models are not on the proven list: held against plain transformers in tiny size first"
         )
-        result = check_model(name) | {"key": key}
+        result = check_models([name])[0] | {"key": key}
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(result, indent=1) + "\n")
     if result["refused"]:

@@ -20,7 +20,8 @@ from hbp.errors import HbpError
 HEAD_DIM = 8
 WIDE_HEAD_DIM = 16
 """Where heads do not fill the hidden size, or are two"""
-HIDDEN = 32
+HIDDEN = 48
+"""Of models whose heads do not fill it"""
 VOCAB = 64
 WINDOW = 8
 LAYERS = 2, 4
