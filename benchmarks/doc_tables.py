@@ -330,15 +330,19 @@ def models() -> str:
     cells = [
         (
             f"`{row['model_type']}` ({row['model']})",
-            *(f"{each['error']:.0e}" if each["holds"] else "**fails**" for each in row["properties"]),
+            *(_error(each) if each["holds"] else "**fails**" for each in row["properties"]),
         )
         for row in data["rows"]
         if not row["refused"]
     ]
-    bounds = ("*bound*", *(f"{each['bound']:.3g}" for each in data["rows"][0]["properties"]))
+    bounds = ("*bound*", *(_error(each, "bound") for each in data["rows"][0]["properties"]))
     versions = f"torch {data['rows'][0]['torch']}, transformers {data['rows'][0]['transformers']}"
     source = f"*`{data['command']}`, {versions}, {data['device']}, {data['date']}; raw rows in "
     return table(("family", *names), [*cells, bounds]) + "\n" + source + "`benchmarks/results/models.json`.*\n"
+
+
+def _error(finding: Row, key: str = "error") -> str:
+    return f"{finding[key]:.2f}×" if finding["bound"] > 1 else f"{finding[key]:.0e}" if finding[key] else "0"
 
 
 def models_refused() -> str:
