@@ -53,7 +53,7 @@ from hbp.planning.paper.packing import hierarchical_packs
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.planning.schedule import balance_batches, predicted_seconds
 from hbp.progress import Progress
-from hbp.simulate import DAY
+from hbp.simulator import DAY
 
 LONGEST, STEP_TOKENS = 128 * K, 512 * K
 SETS = {"Tulu3 + LongCite": "tulu3-longcite", "OpenHermes + LongCite": "openhermes-longcite"}

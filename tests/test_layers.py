@@ -8,22 +8,24 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "hbp"
 FLOORS = (
     ("errors", "progress"),
-    ("plan", "config", "cost", "data", "parallel"),
-    ("planning", "train", "simulate"),
+    ("plan_info", "plan", "run_log", "config", "cost", "data", "parallel"),
+    ("planning", "train", "simulator"),
     ("run", "report", "integrations"),
     ("cli",),
 )
 """From the ground up; what stands on one floor."""
 HEAVY = ("torch", "transformers")
 MUST_NOT_KNOW = {
+    "plan_info": ("plan", "run_log", "config", "cost", "data", "parallel", *HEAVY),
     "plan": ("config", "cost", "data", "parallel", *HEAVY),
+    "run_log": ("plan", "config", "cost", "data", "parallel", *HEAVY),
     "config": ("plan", "cost", "data", "parallel", *HEAVY),
     "cost": ("plan", "config", "data", "parallel", *HEAVY),
     "data": ("plan", "config", "cost", "parallel", "torch"),
     "parallel": ("plan", "config", "cost", "data"),
     "planning": ("config", "data", "parallel", "train", *HEAVY),
-    "train": ("data", "planning", "simulate"),
-    "simulate": ("config", "data", "parallel", "planning", "train", *HEAVY),
+    "train": ("data", "planning", "simulator"),
+    "simulator": ("config", "data", "parallel", "planning", "train", *HEAVY),
     "report": ("config", "data", "parallel", "planning", "train", "run", *HEAVY),
     "integrations": ("planning", "run", "report"),
     "run": ("report", "integrations"),

@@ -12,8 +12,8 @@ from hbp.plan import Group
 from hbp.planning.planner import make_plan
 from hbp.report import explorer
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
-from hbp.report.figures import Lane
-from hbp.simulate import simulate
+from hbp.report.lanes import Lane
+from hbp.simulator import simulate
 
 
 @settings(deadline=None, max_examples=20)

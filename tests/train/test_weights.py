@@ -16,7 +16,7 @@ from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN2, QWEN3_MOE, random_samples, r
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.train.batch import micro_batch_of
-from hbp.train.measure.micro_batch import forward_backward
+from hbp.train.loop import forward_backward
 from hbp.train.model import CausalLMWithLoss, load_model, load_sharded, local_parameter_bytes, shard
 from hbp.train.weights import stored
 

@@ -26,15 +26,19 @@ Bytes: :mod:`hbp.cost.memory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.cluster import ClusterSpec
+from hbp.cost.cluster import GIB, ClusterSpec, cluster_from_json, load_cluster
 from hbp.cost.memory import REDUCE_BYTES, moments
-from hbp.cost.model_spec import ModelSpec
+from hbp.cost.model_spec import ModelSpec, load_model_spec
+from hbp.errors import HbpError
 
 Float = npt.NDArray[np.float64]
 
@@ -90,6 +94,47 @@ class CostModel:
     model: ModelSpec
     cluster: ClusterSpec
     world_size: int
+
+    @classmethod
+    def of(
+        cls, model: str | Path, cluster: str | Path = "h100-nvlink", gpus: int = 8, *, memory_gib: float | None = None
+    ) -> CostModel:
+        """The cost model of a model on a cluster, as ``hbp plan --model --cluster --gpus --memory-gib`` has it.
+
+        Args:
+            model: a built-in name (``llama-3.1-8b``), or a folder or file with a transformers configuration.
+            cluster: a built-in name (``h100-nvlink``), or a profile file that `hbp profile` wrote.
+            gpus: ranks.
+            memory_gib: memory budget of a device, GiB; None: the cluster's own.
+
+        Raises:
+            HbpError: an unknown model or cluster, fewer than one GPU, or no such amount of memory.
+        """
+        if gpus < 1:
+            raise HbpError(f"{gpus} GPUs can run nothing; give at least 1")
+        spec = load_cluster(str(cluster))
+        if memory_gib is not None:
+            if not 0 < memory_gib < 1e6:
+                raise HbpError(f"{memory_gib:g} GiB is no device's memory; give it in GiB, such as 80")
+            spec = replace(spec, memory_bytes=memory_gib * GIB)
+        return cls(load_model_spec(str(model)), spec, gpus)
+
+    @classmethod
+    def from_json(cls, model: Mapping[str, Any], cluster: Mapping[str, Any], world_size: int) -> CostModel | None:
+        """Of the ``model`` and ``cluster`` of a ``plan.json``; None where a program that is not ours describes them in
+        its own way, by keys that are not all of ours and no others, or not at all.
+
+        Raises:
+            HbpError: they are described in our way, by a value that cannot be.
+        """
+        required = {field.name for field in fields(ClusterSpec) if field.default is MISSING}
+        ours = {field.name for field in fields(ModelSpec)} == model.keys()
+        if not ours or not required <= cluster.keys() <= {field.name for field in fields(ClusterSpec)}:
+            return None
+        try:
+            return cls(ModelSpec.from_json(model), cluster_from_json(cluster), world_size)
+        except (TypeError, ValueError) as error:
+            raise HbpError(f"the plan's cluster is damaged ({error}); make the plan again with `hbp plan`") from None
 
     def work(self, lengths: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer] | None = None) -> Work:
         """Sums over each segment ``lengths[offsets[i]:offsets[i + 1]]``; over each document alone if None."""

@@ -8,6 +8,13 @@ The model is sharded before a checkpoint is read or fresh values are drawn, so t
 
 Any family that transformers knows may come. Those of :data:`PROVEN_FAMILIES` are held against plain transformers in the
 tests; another has to pass the same comparison before it is trained (:mod:`hbp.train.check`).
+
+Activations may be offloaded (:func:`offloaded_activations`): what autograd keeps for backward waits in host memory.
+Offloading the inputs of recomputed layers leaves almost nothing on the device between forward and backward, at the cost
+of two copies over the bus. Copies go through pinned memory and queue behind the computation that needs them, so neither
+waits for the host. Parameters stay where they are (FSDP gathers and frees them itself), and so do small tensors, whose
+copies would cost more than they free. The hooks are torch's saved-tensor hooks, as in its own `save_on_cpu`, which
+knows neither exception.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -28,9 +36,7 @@ from torch.distributed.tensor import DTensor, Shard
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, register_attention
 from hbp.parallel.varlen import check_features
-from hbp.train.loss import summed_cross_entropy
-from hbp.train.offload import offloaded_activations
-from hbp.train.router_loss import RouterLoss
+from hbp.train.loss import RouterLoss, summed_cross_entropy
 from hbp.train.weights.load import draw_shards, load_shards, settle_ties
 from hbp.train.weights.stored import checkpoint_folder
 
@@ -59,6 +65,38 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on what else is in the pack."""
 RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
 """Kinds of layers that carry a state from token to token, past the ends of documents and ranks."""
+SMALL_BYTES = 1 << 20
+"""A tensor of fewer stays on the device."""
+
+Kept = tuple[torch.device, Tensor]
+"""Where a tensor was, and what is kept of it"""
+
+
+def offloaded_activations(small_bytes: int = SMALL_BYTES) -> saved_tensors_hooks:
+    """A context in which tensors saved for backward move to host memory; they come back when backward asks.
+
+    Args:
+        small_bytes: tensors of fewer stay.
+    """
+
+    def pack(tensor: Tensor) -> Kept:
+        if is_parameter(tensor) or tensor.numel() * tensor.element_size() < small_bytes:
+            return tensor.device, tensor
+        pinned = tensor.is_cuda
+        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=pinned)
+        host.copy_(tensor, non_blocking=pinned)
+        return tensor.device, host
+
+    def unpack(kept: Kept) -> Tensor:
+        device, tensor = kept
+        return tensor.to(device, non_blocking=tensor.is_pinned())
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
 class CausalLMWithLoss(nn.Module):
@@ -382,12 +420,32 @@ def _float32_modules(lm: Any) -> list[nn.Module]:
     return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 
 
-def set_gc_layers(model: CausalLMWithLoss, count: int) -> None:
-    """Recompute the activations of the first ``count`` layers, keep those of the others."""
-    if not 0 <= count <= len(model.layers):
-        raise HbpError(f"the plan recomputes {count} layers but the model has {len(model.layers)}; make it again")
-    for index, layer in enumerate(model.layers):
+def set_gc_layers(model: nn.Module, count: int) -> None:
+    """Recompute the activations of the first ``count`` decoder layers in backward, keep those of the others.
+
+    Costs nothing: it sets a flag of each layer, which must have been enabled once
+    (``model.gradient_checkpointing_enable({"use_reentrant": False})``).
+
+    Args:
+        model: a transformers causal language model, or ours around it.
+        count: layers, from the first.
+
+    Raises:
+        HbpError: the model has fewer layers.
+    """
+    layers = decoder_layers(model)
+    if not 0 <= count <= len(layers):
+        raise HbpError(f"the plan recomputes {count} layers but the model has {len(layers)}; make it again")
+    for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < count
+
+
+def decoder_layers(model: Any) -> Sequence[Any]:
+    """The decoder layers of a transformers causal language model, first to last, peft's wrapper seen through."""
+    if isinstance(model, CausalLMWithLoss):
+        return model.layers
+    layers: Sequence[Any] = model.get_decoder().layers
+    return layers
 
 
 def local_parameter_bytes(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from jobs import config_of, hbp, write_job
 from workers import write_config
 
 from hbp.errors import HbpError
-from hbp.run.preflight import check_ready
+from hbp.run.job import check_ready
 from hbp.train.check import compare
 from hbp.train.check.compare import TOLERANCE, findings, model_config, require_checked
 from hbp.train.check.properties import NAMES, NEIGHBOUR, PROPERTIES, RankRun, documents

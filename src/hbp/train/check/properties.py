@@ -19,8 +19,8 @@ from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.train.batch import IDLE, micro_batch_of
 from hbp.train.check.reference import Document, Run
 from hbp.train.check.tiny import VOCAB
+from hbp.train.loop import forward_backward
 from hbp.train.loss import GlobalBatch
-from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import CausalLMWithLoss, load_sharded
 
 WORLD = 4
