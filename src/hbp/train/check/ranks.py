@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,13 @@ from torch.multiprocessing.spawn import start_processes
 PRELOADED = ["hbp.train.loop", "transformers.models.auto.modeling_auto"]
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 300) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout: float = 300,
+    preloaded: Sequence[str] = PRELOADED,
+) -> list[Any]:
     """``function(rank, world, *args)`` of a module's top level in `world` processes; what each returned.
 
     Args:
@@ -30,12 +36,13 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
         world: processes.
         args: more arguments; they are pickled, and so is what comes back.
         timeout: seconds after which all are ended.
+        preloaded: modules that the server imports, when the first ranks of this process start.
 
     Raises:
         TimeoutError: they still ran then.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    multiprocessing.set_forkserver_preload(list(preloaded))
     with TemporaryDirectory() as folder:
         context = start_processes(
             _rank_main, (world, folder, function, args, timeout), world, join=False, start_method="forkserver"
