@@ -107,9 +107,10 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
-    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = Field(
+    attention: Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"] = Field(
         "auto",
-        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
+        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn; "
+        "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
     )
     compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
     offload_activations: bool = Field(
@@ -198,7 +199,17 @@ class LoraConfig(_Section):
     rank: int = Field(0, ge=0, description="of the adapters; 0: train the whole model")
     alpha: float = Field(16.0, gt=0, description="their outputs are scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' inputs")
-    targets: str | tuple[str, ...] = Field("all-linear", description="names of the layers that get one")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="names of the layers (or stacked experts) that get one, or one expression that matches whole "
+        "paths; all-linear: every matrix but embedding and head",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="the model's own biases that are trained too: none, all, or of layers with an adapter"
+    )
+    modules_to_save: tuple[str, ...] = Field((), description="modules that are trained whole, such as lm_head")
+    rslora: bool = Field(False, description="scale by alpha / √rank instead")
+    dora: bool = Field(False, description="train the norms of adapted weights apart (DoRA)")
 
 
 class LogConfig(_Section):
