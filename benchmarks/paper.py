@@ -48,10 +48,9 @@ from hbp.data.length_sets import generate
 from hbp.errors import HbpError
 from hbp.plan import Group
 from hbp.planning.kernels import first_fit
-from hbp.planning.packs import Int, packs_of
-from hbp.planning.paper.packing import hierarchical_packs
+from hbp.planning.packs import Int, packs_of, predicted_seconds
+from hbp.planning.paper.packing import balance_batches, hierarchical_packs
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.planning.schedule import balance_batches, predicted_seconds
 from hbp.progress import Progress
 from hbp.simulate import DAY
 

@@ -18,18 +18,14 @@ fastest that fits memory for the longest length. So they differ from each other 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
 from hbp.plan import Group
 from hbp.planning.kernels import best_fit_decreasing, by_falling_length, first_fit, next_fit
-from hbp.planning.packs import Int, Lengths, Packs, join, packs_of
-from hbp.planning.schedule import (
-    Schedule,
-    balance_batches,
-    micro_steps_per_step,
-    tile_mixed,
-)
+from hbp.planning.packs import Int, Lengths, PackCost, Packs, Schedule, join, packs_of
+from hbp.planning.paper.packing import balance_batches, micro_steps_per_step
 from hbp.planning.strategy import Outcome, Problem
 
 ISF_PASSES = 50
@@ -172,3 +168,24 @@ def dcp(problem: Problem) -> Outcome:
             steps.append(np.full(len(parts[-1]), step))
     schedule = tile_mixed(join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size)
     return Outcome(schedule, groups)
+
+
+def tile_mixed(packs: Packs, step: Int, groups: Sequence[Group], cost: PackCost, world_size: int) -> Schedule:
+    """Lay the packs of each step out in micro-steps that mix degrees: highest degree first, then by falling cost.
+
+    Degrees are powers of two, so laying them out in falling order keeps every group aligned and leaves no hole but at
+    the end of a micro-step that the next, larger run of ranks does not fit.
+    """
+    degree = np.array([group.sp_degree for group in groups])[packs.group]
+    order = np.lexsort((-cost(packs), -degree, step))
+    packs, step, degree = packs.take(order), step[order], degree[order]
+    micro, start = np.empty(len(packs), np.int64), np.empty(len(packs), np.int64)
+    at, here, now = 0, 0, -1
+    for i in range(len(packs)):
+        if step[i] != now:
+            at, here, now = 0, 0, step[i]
+        if at + degree[i] > world_size:
+            at, here = 0, here + 1
+        micro[i], start[i] = here, at
+        at += degree[i]
+    return Schedule(packs, step, micro, start)

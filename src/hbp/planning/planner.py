@@ -19,11 +19,10 @@ from hbp.planning import baselines
 from hbp.planning.metrics import measure, measure_order
 from hbp.planning.mixed.groups import search_groups
 from hbp.planning.mixed.windows import windowed_schedule
-from hbp.planning.packs import Lengths
+from hbp.planning.packs import Lengths, in_order
 from hbp.planning.paper.curriculum import default_short_steps, order_steps
 from hbp.planning.paper.groups import Choice, SamplesByLength, best_setting, fitting_capacity, published_groups
-from hbp.planning.paper.packing import hierarchical_packs
-from hbp.planning.schedule import balance_batches, in_order
+from hbp.planning.paper.packing import balance_batches, hierarchical_packs
 from hbp.planning.settings import settings_to_try
 from hbp.planning.strategy import Outcome, Problem
 
@@ -184,7 +183,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Pla
         )
     if outcome.known is None:
         schedule = in_order(schedule)
-        seconds = problem.pack_cost(groups)(schedule.packs)
+        seconds: np.ndarray = problem.pack_cost(groups)(schedule.packs)
         in_plan = lengths[schedule.packs.sample_ids]
     else:
         seconds, in_plan = outcome.known

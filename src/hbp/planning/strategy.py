@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel
 from hbp.plan import Group
-from hbp.planning.packs import Int, Lengths, numbered
-from hbp.planning.schedule import PackCost, Schedule, predicted_seconds
+from hbp.planning.packs import Int, Lengths, PackCost, Schedule, numbered, predicted_seconds
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.plan import Group
 from hbp.planning.mixed import packing as histogram_packs
-from hbp.planning.mixed.packing import PackCosts, Packed, pack_histogram, tile_by_seconds
-from hbp.planning.packs import Int
+from hbp.planning.mixed.packing import Packed, pack_histogram, tile_by_seconds
+from hbp.planning.packs import Int, PackCosts
 
 GROUPS = (Group(64, 1, 0), Group(256, 2, 1), Group(1024, 4, 2))
 ALIKE = (Group(64, 1, 0), Group(256, 2, 0), Group(512, 2, 2), Group(700, 2, 3), Group(1024, 4, 2))

@@ -6,7 +6,6 @@ Complexity: packs × capacities.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +13,7 @@ import numpy.typing as npt
 from hbp.cost.predict import Work
 from hbp.plan import Group
 from hbp.planning.mixed.even_fit import densities
-from hbp.planning.packs import Int
-
-if TYPE_CHECKING:
-    from hbp.planning.mixed.packing import PackCosts
+from hbp.planning.packs import Int, PackCosts
 
 Float = npt.NDArray[np.float64]
 

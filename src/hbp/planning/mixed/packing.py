@@ -33,14 +33,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from hbp.cost.predict import CostModel, Work
 from hbp.plan import Group
 from hbp.planning.kernels import best_fit_into, greedy_fill_into
 from hbp.planning.mixed.even_fit import even_deal, even_fit, fill_evenly
 from hbp.planning.mixed.finish_together import finish_together
-from hbp.planning.packs import Int
+from hbp.planning.packs import Int, PackCosts
 
 Float = npt.NDArray[np.float64]
 LEVELS = 16
@@ -82,28 +81,6 @@ class _Open:
     @property
     def count(self) -> int:
         return len(self.group)
-
-
-class PackCosts:
-    """The cost model, and a table over lengths of what samples weigh."""
-
-    def __init__(self, cost: CostModel, longest: int) -> None:
-        self.cost = cost
-        self.pairs = cost.model.attention_pairs(np.arange(longest + 1))
-
-    def work(self, pack_of: Int, taken: Int, count: int) -> Work:
-        """What each of `count` packs contains, of which ``pack_of[i]`` holds a sample of ``taken[i]``."""
-        return Work(*_sums(pack_of, taken, count, self.pairs))
-
-
-@njit(cache=True)
-def _sums(pack_of: Int, taken: Int, count: int, pairs_of: Float) -> tuple[Float, Float, Float]:
-    documents, tokens, pairs = np.zeros(count), np.zeros(count), np.zeros(count)
-    for i in range(len(pack_of)):
-        documents[pack_of[i]] += 1
-        tokens[pack_of[i]] += taken[i]
-        pairs[pack_of[i]] += pairs_of[taken[i]]
-    return documents, tokens, pairs
 
 
 def pack_histogram(
