@@ -123,8 +123,8 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    from hbp.planning.elsewhere import parse_counts
     from hbp.planning.planner import make_plan
-    from hbp.planning.what_if import parse_counts
     from hbp.progress import Progress
     from hbp.simulate import simulate
 
@@ -230,7 +230,7 @@ def _span(option: str, text: str | None, end: int) -> range:
 
 def _what_if(args: argparse.Namespace, plans: Sequence[Plan]) -> dict[str, Any]:
     from hbp.cost.cluster import load_cluster
-    from hbp.planning.what_if import parse_counts, plan_elsewhere
+    from hbp.planning.elsewhere import parse_counts, plan_elsewhere
     from hbp.progress import Progress
     from hbp.simulate import detailed_json
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbp.planning.mixed.order import cut_steps, drift, interleave, shorts_first
+from hbp.planning.mixed.order import cut_steps, interleave, shorts_first
 
 
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 20))
@@ -72,18 +71,3 @@ def test_short_micro_steps_come_first() -> None:
     found, used = shorts_first(order, np.ones(4, bool), tokens, 4.0, 2)
     assert (found.tolist(), used) == ([0, 1, 2, 3], 2)
     assert shorts_first(np.arange(40), np.arange(40) % 2 == 0, np.full(40, 4.0), 4.0, None)[1] == 4  # a tenth
-
-
-@pytest.mark.parametrize(
-    ("step", "offsets", "lengths", "expected"),
-    [
-        ([0, 1], [0, 2, 3], [4, 4, 8], 0.5),  # each step of one kind, the data half and half
-        ([0, 1], [0, 2, 4], [4, 8, 4, 8], 0.0),
-        ([0, 0], [0, 2, 3], [4, 4, 8], 0.0),  # one step is the data
-        ([0, 1], [0, 1, 2], [5, 7], 0.0),  # of one octave
-        ([0, 1], [0, 1, 2], [4, 12], 0.5 * (0.75 + 0.25)),  # off by 3/4 and 1/4
-    ],
-)
-def test_drift_by_hand(step: list[int], offsets: list[int], lengths: list[int], expected: float) -> None:
-    found = drift(np.array(step), np.array(offsets), np.array(lengths, np.int32), max(step) + 1)
-    assert found == pytest.approx(expected)

@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
 from hbp.plan import Group
-from hbp.planning.metrics import rank_seconds
+from hbp.planning.lower_bound import rank_seconds
 from hbp.planning.mixed.packing import pack_histogram
 from hbp.planning.packs import Int, Lengths, PackCosts
 from hbp.planning.paper.groups import SamplesByLength, published_groups
