@@ -12,7 +12,7 @@ from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning.metrics import measure
 from hbp.planning.packs import Schedule, predicted_seconds
-from hbp.planning.paper.groups import longest_settings
+from hbp.planning.settings import longest_settings
 
 Lengths = npt.NDArray[np.int32]
 Made = tuple[Schedule, tuple[Group, ...]]

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hbp.errors import HbpError
+
+Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
+Loss = Literal["ave-token", "token-mean", "sample-mean", "sum"]
+Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+"""Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
+LOSSES: tuple[str, ...] = get_args(Loss)
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 
 class _Section(BaseModel):
@@ -57,7 +65,7 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
-    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = Field(
+    attention: Kernel = Field(
         "auto",
         description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
     )
@@ -108,7 +116,7 @@ class PlanConfig(_Section):
 class TrainConfig(_Section):
     """Optimizer and outputs. AdamW with the paper's recipe."""
 
-    loss: Literal["ave-token", "token-mean", "sample-mean", "sum"] = Field(
+    loss: Loss = Field(
         "ave-token",
         description="over the global batch of a step: every loss token alike (the first two), every sample, or the sum",
     )

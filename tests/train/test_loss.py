@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from workers import plan_of
 
+from hbp.config import LOSSES
 from hbp.errors import HbpError
-from hbp.train.loss import CHUNK, IGNORE, LOSSES, GlobalBatch, global_batches, summed_cross_entropy
+from hbp.train.loss import CHUNK, IGNORE, GlobalBatch, global_batches, summed_cross_entropy
 from hbp.train.measure.micro_batch import _peak_bytes
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 17

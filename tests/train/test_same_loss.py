@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from workers import CPU, LLAMA, Row, plan_of, random_samples, run_ranks, write_config
 
-from hbp.config import TrainConfig
+from hbp.config import LOSSES, TrainConfig
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan
 from hbp.train.loop import train
-from hbp.train.loss import LOSSES
 from hbp.train.model import load_model, shard
 
 WORLD, STEPS, PER_STEP = 4, 4, 8

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,8 @@ from hbp.plan import Group
 from hbp.planning.kernels import best_fit_decreasing, by_falling_length, first_fit, next_fit
 from hbp.planning.packs import Int, Lengths, PackCost, Packs, Schedule, join, packs_of
 from hbp.planning.paper.packing import balance_batches, micro_steps_per_step
-from hbp.planning.strategy import Outcome, Problem
+from hbp.planning.settings import Choice, Wanted, every_degree, every_length, least_seconds
+from hbp.planning.strategy import Outcome, Problem, Strategy
 
 ISF_PASSES = 50
 ISF_FULL = 0.99
@@ -189,3 +191,23 @@ def tile_mixed(packs: Packs, step: Int, groups: Sequence[Group], cost: PackCost,
         micro[i], start[i] = here, at
         at += degree[i]
     return Schedule(packs, step, micro, start)
+
+
+def _dcp_settings(wanted: Wanted) -> list[Choice]:
+    """Every length and degree, promised what it takes at best: where no sample communicates."""
+    total, found = wanted.total(), []
+    for choice in every_length(wanted):
+        alone = Group(choice.group.capacity // choice.group.sp_degree, 1, choice.group.gc_layers)
+        found.append(replace(choice, seconds=least_seconds(wanted.cost, [alone], total)))
+    return found
+
+
+BASELINES = (
+    Strategy("concat", "random order, greedy concatenation, one setting: naive packing", concat),
+    Strategy("ffd", "first fit decreasing over the whole set, packs in random order", ffd),
+    Strategy("bfd", "best fit decreasing over the whole set, packs in random order", bfd),
+    Strategy("isf", "iterative sampling and filtering, as OmniBal packs", isf),
+    Strategy("sorted", "LongAlign's sorted batching, a sample a rank", sorted_batches, every_degree),
+    Strategy("lb", "each step's samples dealt evenly by predicted time, as verl does", lb, slow_above=100_000),
+    Strategy("dcp", "a sample's SP degree by its length, as Megatron-Core does", dcp, _dcp_settings),
+)

@@ -18,7 +18,8 @@ from hbp.data.length_sets import generate
 from hbp.plan import Group
 from hbp.planning.mixed import groups as group_search
 from hbp.planning.mixed.groups import Trial, best_groups, candidate_capacities, search_groups
-from hbp.planning.paper.groups import SamplesByLength, published_groups
+from hbp.planning.paper.groups import published_groups
+from hbp.planning.settings import SamplesByLength
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
 

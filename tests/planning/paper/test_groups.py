@@ -16,16 +16,9 @@ from hbp.cost.predict import CostModel, Work
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
 from hbp.plan import Group
-from hbp.planning.paper.groups import (
-    SamplesByLength,
-    best_setting,
-    group_seconds,
-    longest_capacity,
-    longest_settings,
-    published_candidates,
-    published_groups,
-)
+from hbp.planning.paper.groups import published_candidates, published_groups
 from hbp.planning.planner import make_plan
+from hbp.planning.settings import SamplesByLength, best_setting, group_seconds, longest_capacity, longest_settings
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
 

@@ -44,7 +44,8 @@ from hbp.plan import Group
 from hbp.planning.lower_bound import rank_seconds
 from hbp.planning.mixed.packing import pack_histogram
 from hbp.planning.packs import Int, Lengths, PackCosts
-from hbp.planning.paper.groups import SamplesByLength, published_groups
+from hbp.planning.paper.groups import published_groups
+from hbp.planning.settings import SamplesByLength
 
 N_HALVINGS = 6
 SHORTEST_CANDIDATE = 256
