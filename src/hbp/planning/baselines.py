@@ -18,6 +18,7 @@ fastest that fits memory for the longest length. So they differ from each other 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -155,7 +156,8 @@ def dcp(problem: Problem) -> Outcome:
     """Dynamic context parallelism: degree from length alone, degrees mixed within a micro-step."""
     static, cost, lengths = problem.static, problem.cost, problem.lengths
     per_rank = static.capacity / static.sp_degree
-    groups = tuple(Group(int(per_rank * d), d, static.gc_layers) for d in cost.degrees() if d <= static.sp_degree)
+    degrees = (d for d in cost.degrees() if d <= static.sp_degree and int(per_rank * d))  # of packs that hold a token
+    groups = tuple(Group(int(per_rank * d), d, static.gc_layers) for d in degrees)
     limits = np.array([group.capacity for group in groups])
     ids = problem.rng.permutation(problem.sample_ids)
     tokens = micro_steps_per_step(static, problem.world_size, problem.global_batch_tokens)
@@ -197,7 +199,7 @@ def _dcp_settings(wanted: Wanted) -> list[Choice]:
     """Every length and degree, promised what it takes at best: where no sample communicates."""
     total, found = wanted.total(), []
     for choice in every_length(wanted):
-        alone = Group(choice.group.capacity // choice.group.sp_degree, 1, choice.group.gc_layers)
+        alone = Group(math.ceil(choice.group.capacity / choice.group.sp_degree), 1, choice.group.gc_layers)
         found.append(replace(choice, seconds=least_seconds(wanted.cost, [alone], total)))
     return found
 
