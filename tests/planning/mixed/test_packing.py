@@ -15,8 +15,9 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.plan import Group
-from hbp.planning.mixed import packing as histogram_packs
-from hbp.planning.mixed.packing import Packed, pack_histogram, tile_by_seconds
+from hbp.planning.mixed import packing, tail
+from hbp.planning.mixed.open_packs import Packed, tile_by_seconds
+from hbp.planning.mixed.packing import pack_histogram
 from hbp.planning.packs import Int, PackCosts
 
 GROUPS = (Group(64, 1, 0), Group(256, 2, 1), Group(1024, 4, 2))
@@ -82,9 +83,9 @@ def test_the_last_window_places_everything(lengths: list[int], world: int, group
     packed, waiting = pack(lengths, groups, world, last=True)
     assert not waiting.any()
     assert packed.groups[: len(groups)] == groups
-    for tail in packed.groups[len(groups) :]:
-        assert tail.capacity <= groups[-1].capacity
-        assert any(tail.sp_degree == g.sp_degree and tail.gc_layers <= g.gc_layers for g in groups)
+    for group in packed.groups[len(groups) :]:
+        assert group.capacity <= groups[-1].capacity
+        assert any(group.sp_degree == g.sp_degree and group.gc_layers <= g.gc_layers for g in groups)
 
 
 @given(lengths=LENGTHS, world=st.sampled_from([4, 8]), groups=st.sampled_from([GROUPS, ALIKE]), seed=st.integers(0, 3))
@@ -148,7 +149,7 @@ def test_few_long_packs_finish_together(name: str, monkeypatch: pytest.MonkeyPat
     """Sorting cannot bring together packs of documents that differ, where one micro-step takes many of them."""
     lengths = generate(name, 60_000, 0)
     found = few_micro_steps(lengths)
-    monkeypatch.setattr(histogram_packs, "WAITS", 1.0)
+    monkeypatch.setattr(packing, "WAITS", 1.0)
     sorted_alone = few_micro_steps(lengths)
     assert waiting(found) < 0.6 * waiting(sorted_alone)
     assert found.micro_step.max() <= sorted_alone.micro_step.max() + 1
@@ -192,14 +193,14 @@ def test_few_tokens_at_the_end_share_several_micro_steps(monkeypatch: pytest.Mon
     """Alone they would wait for FSDP's traffic: five seconds for a thousandth of the tokens."""
     lengths = np.full(64 * 74_240 * 8 // 500 + 100, 500)
     shared = run_seconds(lengths)
-    monkeypatch.setattr(histogram_packs, "UNEVEN", 1.0)
+    monkeypatch.setattr(tail, "UNEVEN", 1.0)
     assert shared < 0.98 * run_seconds(lengths)
 
 
 def test_samples_that_outweigh_a_long_pack_have_the_next_group_as_home(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = np.concatenate([np.linspace(20_000, 130_000, 300).astype(np.int64), np.full(100_000, 500)])
     at_home_further_up = run_seconds(lengths)
-    monkeypatch.setattr(histogram_packs, "_even_length", lambda counts: len(counts))
+    monkeypatch.setattr(packing, "_even_length", lambda counts: len(counts))
     assert at_home_further_up < 0.98 * run_seconds(lengths)
 
 
