@@ -45,6 +45,7 @@ NONE = {"max_length": None, "global_batch_tokens": None, "short_steps": None, "w
 @given(lengths, st.sampled_from(WORLDS), st.one_of(st.none(), st.integers(1, MOST)), options)
 @cases(25)
 @example([1], 2, None, NONE | {"max_length": 1})  # a group of no tokens: half of a pack of one
+@example([1, 2, 3, 4, 5], 1, None, NONE | {"global_batch_tokens": 1, "windows": 1000})  # a pack left empty by even fit
 def test_plan_holds(
     strategy: str, found: list[int], world: int, memory_tokens: int | None, asked: dict[str, Any]
 ) -> None:

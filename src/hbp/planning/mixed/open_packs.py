@@ -53,7 +53,8 @@ class OpenPacks:
     def of(cls, groups: tuple[Group, ...], group: Int, pack_of: Int, taken: Int, costs: PackCosts) -> OpenPacks:
         """Those of the packs that hold something, with what they are predicted to take."""
         holds = np.bincount(pack_of, minlength=len(group)) > 0
-        group, pack_of = group[holds], (np.cumsum(holds) - 1)[pack_of]  # numbers without the empty ones
+        if not holds.all():  # numbers without the empty ones
+            group, pack_of = group[holds], (np.cumsum(holds) - 1)[pack_of]
         work, seconds = costs.work(pack_of, taken, len(group)), np.empty(len(group))
         for index in np.unique(group):
             here = group == index
@@ -76,7 +77,7 @@ class OpenPacks:
 
     def split(self, count: int) -> tuple[OpenPacks, OpenPacks]:
         """The first `count` packs, and the others."""
-        first = self.pack_of < count
+        first = self.pack_of < count if count < len(self) else np.ones(len(self.pack_of), bool)
         return (
             OpenPacks(self.groups, self.group[:count], self.pack_of[first], self.taken[first], self.seconds[:count]),
             OpenPacks(

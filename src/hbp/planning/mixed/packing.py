@@ -29,6 +29,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -72,18 +73,17 @@ def pack_histogram(
     every = (*groups, *_levels(groups, costs.cost))
     lows = np.array([0, *(group.capacity for group in groups)])
     bottom = int(np.searchsorted(lows[1:], np.flatnonzero(counts).min(initial=len(counts) - 1)))
-    homes = [groups[bottom].capacity]
+    given = Given(groups, every, lows, bottom, costs, world_size)
     light = 2 * _even_length(counts[: groups[bottom].capacity + 1])
-    if bottom < len(groups) - 1 and 2 * light <= groups[bottom].capacity:
-        # Packs as long as a slow network wants them, longer than their samples need: the longest of these, each
-        # costlier than a mean pack, may be better off with the next group.
-        homes.append(light)
+    if bottom == len(groups) - 1 or 2 * light > groups[bottom].capacity:
+        return _pack(given, counts, rng, last=last)
+    # Packs as long as a slow network wants them, longer than their samples need: the longest of these, each costlier
+    # than a mean pack, may be better off with the next group.
     tried = []
-    for home in homes:
+    for home in (groups[bottom].capacity, light):
         left, draws = counts.copy(), copy.deepcopy(rng)
-        lows = lows.copy()
-        lows[bottom + 1] = home
-        packed = _pack(Given(groups, every, lows, bottom, costs, world_size), left, draws, last=last)
+        lows = np.concatenate([lows[: bottom + 1], [home], lows[bottom + 2 :]])
+        packed = _pack(replace(given, lows=lows), left, draws, last=last)
         tried.append((_seconds_per_token(packed), left, draws, packed))
     _, left, draws, packed = min(tried, key=lambda way: way[0])
     counts[:], rng.bit_generator.state = left, draws.bit_generator.state

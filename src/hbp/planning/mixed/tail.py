@@ -52,7 +52,8 @@ def pack_the_rest(
     pack_of, taken, _ = even_fit(counts, np.full(whole * slots, capacity), slots)
     counts += waiting
     group = np.full(whole * slots, given.bottom)
-    return [OpenPacks.of(given.every, group, pack_of, taken, given.costs)], given.every
+    packs = OpenPacks.of(given.every, group, pack_of, taken, given.costs)
+    return [packs] if len(packs) else [], given.every  # of few samples all may wait
 
 
 def _to_the_end(given: Given, counts: Int, whole: int) -> tuple[list[OpenPacks], tuple[Group, ...]]:
