@@ -9,9 +9,10 @@ Legend: ``P`` packs, ``N`` samples placed in them. Complexity: a sort of the pac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from hbp.plan import Group
 from hbp.planning.packs import Float, Int, PackCosts
@@ -77,19 +78,24 @@ class OpenPacks:
 
     def split(self, count: int) -> tuple[OpenPacks, OpenPacks]:
         """The first `count` packs, and the others."""
-        first = self.pack_of < count if count < len(self) else np.ones(len(self.pack_of), bool)
-        return (
-            OpenPacks(self.groups, self.group[:count], self.pack_of[first], self.taken[first], self.seconds[:count]),
-            OpenPacks(
-                self.groups, self.group[count:], self.pack_of[~first] - count, self.taken[~first], self.seconds[count:]
-            ),
+        if count == len(self):
+            return self, self._those(slice(0), slice(0))
+        first = self.pack_of < count
+        others = self._those(slice(count, None), ~first)
+        return self._those(slice(count), first), replace(others, pack_of=others.pack_of - count)
+
+    def _those(self, packs: slice, samples: slice | npt.NDArray[np.bool_]) -> OpenPacks:
+        return OpenPacks(
+            self.groups, self.group[packs], self.pack_of[samples], self.taken[samples], self.seconds[packs]
         )
 
 
 def joined(parts: Sequence[OpenPacks], groups: tuple[Group, ...]) -> OpenPacks:
     """All packs of all parts in order; `groups` holds those of every part first."""
-    firsts = np.cumsum([0, *(len(part) for part in parts)])
-    none = np.zeros(0, np.int64)
+    parts = [part for part in parts if len(part)]
+    if len(parts) == 1:
+        return replace(parts[0], groups=groups)
+    firsts, none = np.cumsum([0, *(len(part) for part in parts)]), np.zeros(0, np.int64)
     return OpenPacks(
         groups,
         np.concatenate([none, *(part.group for part in parts)]),
