@@ -37,7 +37,7 @@ from hbp.errors import HbpError
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.planning.settings import longest_capacity, longest_settings
 from hbp.progress import Progress
-from hbp.simulate import DAY
+from hbp.simulator import DAY
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gain.json"

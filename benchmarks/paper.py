@@ -52,7 +52,7 @@ from hbp.planning.packs import Int, packs_of, predicted_seconds
 from hbp.planning.paper.packing import balance_batches, hierarchical_packs
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.progress import Progress
-from hbp.simulate import DAY
+from hbp.simulator import DAY
 
 LONGEST, STEP_TOKENS = 128 * K, 512 * K
 SETS = {"Tulu3 + LongCite": "tulu3-longcite", "OpenHermes + LongCite": "openhermes-longcite"}

@@ -47,7 +47,7 @@ from hbp.data.store import open_store
 from hbp.plan import Plan, PlanInfo, read_plan, write_plan
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.progress import say
-from hbp.simulate import rank_use, simulate, step_seconds
+from hbp.simulator import rank_use, simulate, step_seconds
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "examples" / "quickstart-model")

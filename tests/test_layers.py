@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "hbp"
 FLOORS = (
     ("errors", "progress"),
     ("plan", "config", "cost", "data", "parallel"),
-    ("planning", "train", "simulate"),
+    ("planning", "train", "simulator"),
     ("run", "report", "integrations"),
     ("cli",),
 )
@@ -22,8 +22,8 @@ MUST_NOT_KNOW = {
     "data": ("plan", "config", "cost", "parallel", "torch"),
     "parallel": ("plan", "config", "cost", "data"),
     "planning": ("config", "data", "parallel", "train", *HEAVY),
-    "train": ("data", "planning", "simulate"),
-    "simulate": ("config", "data", "parallel", "planning", "train", *HEAVY),
+    "train": ("data", "planning", "simulator"),
+    "simulator": ("config", "data", "parallel", "planning", "train", *HEAVY),
     "report": ("config", "data", "parallel", "planning", "train", "run", *HEAVY),
     "integrations": ("planning", "run", "report"),
     "run": ("report", "integrations"),

@@ -14,7 +14,7 @@ from hbp.errors import HbpError
 from hbp.plan import Group, validate
 from hbp.planning.elsewhere import parse_counts, plan_elsewhere
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.simulate import simulate
+from hbp.simulator import simulate
 
 
 def test_counts() -> None:

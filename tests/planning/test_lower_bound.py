@@ -65,8 +65,8 @@ def test_no_plan_beats_the_bound(
     cluster = dataclasses.replace(cost.cluster, fsdp_overlap=overlap, link_bytes_per_s=link_bytes_per_s)
     cost = dataclasses.replace(cost, cluster=cluster)
     plan = make_plan(np.array(lengths), cost, strategy=strategy, global_batch_tokens=4000, max_length=3000)
-    assert lower_bound(plan.lengths, cost) <= lower_bound(plan.lengths, cost, limit=3000)
-    assert lower_bound(plan.lengths, cost, limit=3000) <= float(plan.micro_step_seconds().sum()) * (1 + 1e-6)
+    assert lower_bound(plan.lengths, cost) <= lower_bound(plan.lengths, cost, max_length=3000)
+    assert lower_bound(plan.lengths, cost, max_length=3000) <= float(plan.micro_step_seconds().sum()) * (1 + 1e-6)
 
 
 def test_efficiency_is_judged_within_the_packing_length_that_the_user_allows() -> None:

@@ -33,7 +33,7 @@ def test_metrics_of_a_hand_made_plan() -> None:
     assert metrics.ave_tokens == pytest.approx(470 / 2)
     assert metrics.predicted_s == pytest.approx(0.5 + 0.125 + 1.0 + 2 * cost.cluster.step_overhead_s)
     # No global batch is on record: the plan's own two steps are those it was asked for.
-    assert metrics.efficiency == pytest.approx(lower_bound(plan.lengths, cost, 2) / metrics.predicted_s)
+    assert metrics.efficiency == pytest.approx(lower_bound(plan.lengths, cost, steps=2) / metrics.predicted_s)
 
 
 def test_a_perfect_micro_step_and_a_lone_rank() -> None:

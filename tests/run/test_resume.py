@@ -30,7 +30,7 @@ from hbp.run import fit_memory as live_plan
 from hbp.run import training
 from hbp.run.engine import Samples
 from hbp.run.resume import Part, fingerprint, remaining, run_id
-from hbp.simulate import step_seconds
+from hbp.simulator import step_seconds
 from hbp.train.checkpoint import list_checkpoints, read_position
 from hbp.train.loop import learning_rate
 

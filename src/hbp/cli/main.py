@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.plan import write_plan
     from hbp.planning.planner import make_plan
-    from hbp.simulate import simulate
+    from hbp.simulator import simulate
 
     options, cost = _options(args), _cost(args, args.gpus)
     lengths = _lengths(args)
@@ -126,7 +126,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.planning.elsewhere import parse_counts
     from hbp.planning.planner import make_plan
     from hbp.progress import Progress
-    from hbp.simulate import simulate
+    from hbp.simulator import simulate
 
     sizes, asked, options, rows = parse_counts(args.gpus), _asked_for(args.strategies), _options(args), []
     costs = [_cost(args, gpus) for gpus in sizes]
@@ -184,7 +184,7 @@ def _quick_enough(samples: int) -> list[str]:
 
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.plan import read_plan
-    from hbp.simulate import detailed_json, write_timeline
+    from hbp.simulator import detailed_json, write_timeline
 
     for name in ("price", "global_batch_tokens"):
         value = getattr(args, name)
@@ -232,7 +232,7 @@ def _what_if(args: argparse.Namespace, plans: Sequence[Plan]) -> dict[str, Any]:
     from hbp.cost.cluster import load_cluster
     from hbp.planning.elsewhere import parse_counts, plan_elsewhere
     from hbp.progress import Progress
-    from hbp.simulate import detailed_json
+    from hbp.simulator import detailed_json
 
     counts = parse_counts(args.gpus) if args.gpus is not None else [plans[0].info.world_size]
     clusters: list[ClusterSpec | None] = [load_cluster(name) for name in args.cluster]
@@ -381,18 +381,13 @@ def _lengths(args: argparse.Namespace) -> npt.NDArray[np.int32]:
 
 
 def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
-    from hbp.cost.cluster import GIB, load_cluster
-    from hbp.cost.model_spec import load_model_spec
     from hbp.cost.predict import CostModel
 
     if gpus < 1:
         raise HbpError(f"--gpus {gpus}: give at least 1")
-    cluster = load_cluster(args.cluster)
-    if args.memory_gib is not None:
-        if not 0 < args.memory_gib < 1e6:
-            raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
-        cluster = dataclasses.replace(cluster, memory_bytes=args.memory_gib * GIB)
-    return CostModel(load_model_spec(args.model), cluster, gpus)
+    if args.memory_gib is not None and not 0 < args.memory_gib < 1e6:
+        raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
+    return CostModel.of(args.model, args.cluster, gpus, memory_gib=args.memory_gib)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

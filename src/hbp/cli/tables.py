@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hbp.simulate import PART_NAMES
+from hbp.simulator import PART_NAMES
 
 BAR = 10
 """Characters of a full bar."""
@@ -99,7 +99,7 @@ def _same_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def parts_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Where the ranks' time goes, by :func:`hbp.simulate.detailed_json`: a column a plan; shares of the mean rank."""
+    """Where the ranks' time goes, by :func:`hbp.simulator.detailed_json`: a column a plan; shares of the mean rank."""
     cells = []
     for part, name in PART_NAMES.items():
         shares = [row["parts"].get(part, 0.0) / max(row["seconds"], 1e-300) for _, row in rows]

@@ -26,15 +26,17 @@ Bytes: :mod:`hbp.cost.memory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.cluster import ClusterSpec
+from hbp.cost.cluster import GIB, ClusterSpec, load_cluster
 from hbp.cost.memory import REDUCE_BYTES, moments
-from hbp.cost.model_spec import ModelSpec
+from hbp.cost.model_spec import ModelSpec, load_model_spec
+from hbp.errors import HbpError
 
 Float = npt.NDArray[np.float64]
 
@@ -90,6 +92,30 @@ class CostModel:
     model: ModelSpec
     cluster: ClusterSpec
     world_size: int
+
+    @classmethod
+    def of(
+        cls, model: str | Path, cluster: str | Path = "h100-nvlink", gpus: int = 8, *, memory_gib: float | None = None
+    ) -> CostModel:
+        """The cost model of a model on a cluster, as ``hbp plan --model --cluster --gpus --memory-gib`` has it.
+
+        Args:
+            model: a built-in name (``llama-3.1-8b``), or a folder or file with a transformers configuration.
+            cluster: a built-in name (``h100-nvlink``), or a profile file that `hbp profile` wrote.
+            gpus: ranks.
+            memory_gib: memory budget of a device, GiB; None: the cluster's own.
+
+        Raises:
+            HbpError: an unknown model or cluster, fewer than one GPU, or no such amount of memory.
+        """
+        if gpus < 1:
+            raise HbpError(f"{gpus} GPUs can run nothing; give at least 1")
+        spec = load_cluster(str(cluster))
+        if memory_gib is not None:
+            if not 0 < memory_gib < 1e6:
+                raise HbpError(f"{memory_gib:g} GiB is no device's memory; give it in GiB, such as 80")
+            spec = replace(spec, memory_bytes=memory_gib * GIB)
+        return cls(load_model_spec(str(model)), spec, gpus)
 
     def work(self, lengths: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer] | None = None) -> Work:
         """Sums over each segment ``lengths[offsets[i]:offsets[i + 1]]``; over each document alone if None."""

@@ -17,7 +17,7 @@ from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.simulate import plan_cost_model
+from hbp.simulator import plan_cost_model
 
 
 def parse_counts(text: str) -> list[int]:

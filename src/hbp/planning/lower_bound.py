@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
+from hbp.errors import HbpError
 from hbp.planning.kernels import count_lengths
 from hbp.planning.packs import Float, Lengths
 
@@ -30,24 +31,43 @@ BISECTIONS = 12
 """Of ``x``: leave it within 1/4096 of the best one."""
 
 
-def lower_bound(lengths: Lengths, cost: CostModel, n_steps: int = 0, limit: int | None = None) -> float:
+def lower_bound(lengths: Lengths, cost: CostModel, *, steps: int = 0, max_length: int | None = None) -> float:
     """Seconds that no plan for these samples can beat (module docstring).
 
     Args:
-        lengths: of the samples, tokens ``[N]``, at least one; the longest fits memory at some setting.
-        cost: predicts the model on the cluster at its world size.
-        n_steps: optimizer steps that every plan has at least.
-        limit: most tokens of a pack that the user allows; None for what memory holds.
+        lengths: of every sample, tokens ``[N]``.
+        cost: of the model on the cluster at its world size.
+        steps: optimizer steps, each with the cluster's overhead.
+        max_length: tokens that no pack may exceed; longer samples are left out, as a plan drops them. None: what memory
+            holds.
+
+    Raises:
+        HbpError: no samples, or one without tokens, or one that no setting fits into memory.
     """
+    lengths = np.asarray(lengths)
+    if not len(lengths) or int(lengths.min()) < 1:
+        raise HbpError("a bound needs at least one sample, and of each its tokens, 1 or more")
     counts = count_lengths(lengths, int(lengths.max()))
-    longest = cost.work(np.array([len(counts) - 1]))
-    alone = min(
-        float(cost.seconds(degree, int(k)).of(longest)[0])
+    counts = counts if max_length is None else counts[: max_length + 1]
+    if not counts.any():
+        raise HbpError(f"every sample is longer than {max_length} tokens; raise max_length to {int(lengths.min())}")
+    counts = counts[: int(np.flatnonzero(counts)[-1]) + 1]
+    longest = len(counts) - 1
+    if all(cost.fewest_gc_layers(longest, degree) is None for degree in cost.degrees()):
+        raise HbpError(f"a sample of {longest} tokens fits the memory at no setting; give more GPUs or a max_length")
+    alone = _fastest_alone(cost, longest)
+    total = rank_seconds(cost, counts, max_length) / cost.world_size
+    return max(total, alone) + steps * cost.cluster.step_overhead_s
+
+
+def _fastest_alone(cost: CostModel, length: int) -> float:
+    """Seconds of a sample in a pack of its own, at its fastest setting."""
+    work = cost.work(np.array([length]))
+    return min(
+        float(cost.seconds(degree, int(k)).of(work)[0])
         for degree in cost.degrees()
-        for k in np.flatnonzero(cost.longest_packs(degree) >= longest.tokens[0])[:1]
+        for k in np.flatnonzero(cost.longest_packs(degree) >= length)[:1]
     )
-    total = rank_seconds(cost, counts, limit) / cost.world_size
-    return max(total, alone) + n_steps * cost.cluster.step_overhead_s
 
 
 def rank_seconds(cost: CostModel, counts: npt.NDArray[np.integer], limit: int | None = None) -> float:

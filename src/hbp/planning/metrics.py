@@ -65,7 +65,7 @@ def measure(plan: Plan, cost: CostModel, limit: int | None = None) -> Metrics:
     predicted = float(plan.micro_step_seconds().sum() + plan.n_steps * cost.cluster.step_overhead_s)
     batch = int(plan.info.settings.get("global_batch_tokens", 0)) or 1
     asked = min(plan.n_steps, -(-plan.info.n_tokens // batch))
-    efficiency = lower_bound(plan.lengths, cost, asked, limit) / predicted
+    efficiency = lower_bound(plan.lengths, cost, steps=asked, max_length=limit) / predicted
     return Metrics(
         pr=float(1 - tokens.sum() / plan.capacity.sum(dtype=np.float64)),
         dbr=imbalance(tokens / degree, degree, micro, world),

@@ -22,7 +22,7 @@ from hbp.plan import JSON_NAME, Group, Plan, read_plan
 from hbp.report import figures
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
 from hbp.report.figures import Lane
-from hbp.simulate import Simulation, rank_use, simulate, step_seconds
+from hbp.simulator import Simulation, rank_use, simulate, step_seconds
 
 DRAWN_RANKS = 16
 DRAWN_MICRO_STEPS = 240

@@ -26,7 +26,7 @@ from hbp.plan import Plan, read_plan
 from hbp.progress import Progress
 from hbp.run.engine import Engine
 from hbp.run.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, run_id, write_part
-from hbp.simulate import step_seconds
+from hbp.simulator import step_seconds
 from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model, source_dtype
 from hbp.train.launch import device_name, free_memory

@@ -312,12 +312,32 @@ def _float32_modules(lm: Any) -> list[nn.Module]:
     return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 
 
-def set_gc_layers(model: CausalLMWithLoss, count: int) -> None:
-    """Recompute the activations of the first ``count`` layers, keep those of the others."""
-    if not 0 <= count <= len(model.layers):
-        raise HbpError(f"the plan recomputes {count} layers but the model has {len(model.layers)}; make it again")
-    for index, layer in enumerate(model.layers):
+def set_gc_layers(model: nn.Module, count: int) -> None:
+    """Recompute the activations of the first ``count`` decoder layers in backward, keep those of the others.
+
+    Costs nothing: it sets a flag of each layer, which must have been enabled once
+    (``model.gradient_checkpointing_enable({"use_reentrant": False})``).
+
+    Args:
+        model: a transformers causal language model, or ours around it.
+        count: layers, from the first.
+
+    Raises:
+        HbpError: the model has fewer layers.
+    """
+    layers = decoder_layers(model)
+    if not 0 <= count <= len(layers):
+        raise HbpError(f"the plan recomputes {count} layers but the model has {len(layers)}; make it again")
+    for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < count
+
+
+def decoder_layers(model: Any) -> Sequence[Any]:
+    """The decoder layers of a transformers causal language model, first to last, peft's wrapper seen through."""
+    if isinstance(model, CausalLMWithLoss):
+        return model.layers
+    layers: Sequence[Any] = model.get_decoder().layers
+    return layers
 
 
 def local_parameter_bytes(model: nn.Module) -> int:

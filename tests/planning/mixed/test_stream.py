@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,12 +38,14 @@ def joined(pieces: list[Plan], lengths: np.ndarray, dropped: list[tuple[int, str
         n_tokens=sum(piece.info.n_tokens for piece in pieces),
         lengths_sha256=hash_lengths(lengths),
         dropped=tuple(dropped),
+        settings={},
     )
-    columns = ("step", "micro_step", "rank_start", "sp_degree", "gc_layers", "capacity", "predicted_s")
+    columns = ("micro_step", "rank_start", "sp_degree", "gc_layers", "capacity", "predicted_s")
     sizes = np.concatenate([np.diff(piece.sample_offsets) for piece in pieces])
     return Plan(
         info,
         **{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in columns},
+        step=np.concatenate([piece.step + piece.info.settings["stream"]["first_step"] for piece in pieces]),
         sample_offsets=np.concatenate([[0], np.cumsum(sizes)]),
         sample_ids=np.concatenate([piece.sample_ids for piece in pieces]),
         lengths=np.concatenate([piece.lengths for piece in pieces]),
@@ -140,3 +143,31 @@ def test_groups_that_cannot_run_are_refused(groups: tuple[Group, ...], message: 
         with pytest.raises(HbpError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_pieces_are_plan_folders(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(1).integers(1, 1100, 400).astype(np.int32)
+    pieces = pieces_of(StreamPlanner(tiny_cost(2, MOST), 100, MOST, groups=GROUPS), lengths, 64)
+    assert len(pieces) > 2
+    first_step = 0
+    for number, piece in enumerate(pieces):
+        piece.save(tmp_path / str(number))
+        again = Plan.load(tmp_path / str(number))
+        assert again.info.dropped == piece.info.dropped and rows([again]) == rows([piece])
+        assert again.info.settings["stream"] == {"piece": number, "first_step": first_step}
+        assert np.array_equal(again.lengths, lengths[again.sample_ids])
+        first_step += again.n_steps
+
+
+def test_a_damaged_piece_is_refused() -> None:
+    lengths = np.random.default_rng(1).integers(1, MOST, 100).astype(np.int32)
+    piece = pieces_of(StreamPlanner(tiny_cost(2, MOST), 50, MOST, groups=GROUPS), lengths, 64)[0]
+    twice = piece.sample_ids.copy()
+    twice[0] = twice[1]
+    with pytest.raises(HbpError, match=f"plan holds sample {twice[0]} 2 times"):
+        validate(replace(piece, sample_ids=twice))
+    swapped = piece.sample_ids.copy()
+    low, high = int(piece.lengths.argmin()), int(piece.lengths.argmax())
+    swapped[[low, high]] = swapped[[high, low]]
+    with pytest.raises(HbpError, match="lengths are not those of its samples"):
+        validate(replace(piece, sample_ids=swapped))

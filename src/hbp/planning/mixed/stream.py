@@ -1,11 +1,10 @@
 """Plan a stream: data whose lengths are not known in advance, through a bounded buffer.
 
 Samples are numbered as they come. When the buffer is full it is planned as one window of `hbp-mixed`
-(:mod:`hbp.planning.mixed.windows`): whole micro-steps leave as rows of a plan, what fills none stays. The invariants
-of a
-plan hold of all rows together: every sample in exactly one pack, capacity, tiling, equal micro-step counts. Groups are
-searched on the first full buffer and stay, so a trainer knows its settings from the start; the last one holds the
-longest sample that may come, and what is longer is dropped by name.
+(:mod:`hbp.planning.mixed.windows`): whole micro-steps leave as a plan of their own, what fills none stays. The
+invariants of a plan hold of every piece, but that a piece holds only some of the samples; of all pieces together they
+hold entirely. Groups are searched on the first full buffer and stay, so a trainer knows its settings from the start;
+the last one holds the longest sample that may come, and what is longer is dropped by name.
 
 What a bounded buffer costs is balance: it holds fewer packs to choose neighbours from (``benchmarks/packing.py``
 reports padding and imbalance by buffer size). Memory: the buffer, 12 bytes a sample.
@@ -21,7 +20,7 @@ import numpy as np
 
 from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
-from hbp.plan import Group, Plan
+from hbp.plan import Group, Plan, hash_lengths
 from hbp.planning.mixed.groups import search_groups
 from hbp.planning.mixed.hbp_mixed import HBP_MIXED
 from hbp.planning.mixed.windows import TooFewSamples, windowed_schedule
@@ -93,8 +92,9 @@ class StreamPlanner:
     def add(self, lengths: Lengths) -> Iterator[Plan]:
         """Take the next samples' lengths, tokens; yields the rows of each full buffer.
 
-        A piece's ``step`` goes on where the last one ended, its ``sample_ids`` number the samples of the stream from 0,
-        and its ``info`` describes the piece alone, samples too long to pack listed under ``dropped``.
+        A piece is a plan of its own, to be saved and trained on as any other: its steps run from 0
+        (``info.settings["stream"]`` says how many came before it), its ``sample_ids`` number the samples of the stream
+        from 0, and its ``info`` describes the piece alone, samples too long to pack listed under ``dropped``.
 
         Raises:
             HbpError: a length below 1.
@@ -172,12 +172,14 @@ class StreamPlanner:
             outcome = windowed_schedule(self._problem(self.groups[-1]), self.groups)
         plan = to_plan(outcome, problem, HBP_MIXED.name, self.seed)
         dropped = tuple((i, f"{n} tokens, longer than the longest group ({self.max_length})") for i, n in self.too_long)
-        piece = replace(
-            plan,
-            info=replace(plan.info, n_samples=len(plan.sample_ids) + len(dropped), dropped=dropped),
-            sample_ids=self.ids[plan.sample_ids],
-            step=(plan.step.astype(np.int64) + self.next_step).astype(np.int32),
+        info = replace(
+            plan.info,
+            n_samples=self.next_id,
+            dropped=dropped,
+            lengths_sha256=hash_lengths(plan.lengths[np.argsort(plan.sample_ids)]),  # renumbering keeps their order
+            settings={**plan.info.settings, "stream": {"piece": self.planned, "first_step": self.next_step}},
         )
+        piece = replace(plan, info=info, sample_ids=self.ids[plan.sample_ids])
         waits = np.sort(outcome.waiting)
         self.ids, self.lengths, self.too_long = self.ids[waits], self.lengths[waits], []
         self.next_step += plan.n_steps

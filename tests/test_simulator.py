@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import hand_plan, tiny_cost
 
-from hbp import simulate as simulate_module
+from hbp import simulator as simulate_module
 from hbp.errors import HbpError
 from hbp.plan import Plan
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.simulate import (
+from hbp.simulator import (
     DAY,
     PACK_PARTS,
     RANK_PARTS,
