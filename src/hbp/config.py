@@ -72,7 +72,7 @@ class ModelConfig(_Section):
     compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
     offload_activations: bool = Field(
         False,
-        description="keep what waits for backward in host memory; plans are made as if it stayed on the device",
+        description="keep what waits for backward in host memory; plans count on it, so they recompute less",
     )
 
 
