@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from plans import hand_plan, tiny_cost
 
+from hbp.plan import imbalance
 from hbp.planning.lower_bound import lower_bound
-from hbp.planning.metrics import drift, imbalance, measure
+from hbp.planning.metrics import drift, measure
 
 
 def test_metrics_of_a_hand_made_plan() -> None:
+    cost = tiny_cost(4)
     plan = hand_plan(
         [
             (0, 0, 0, 2, 100, 0.5, [60, 20]),  # a rank: 40 tokens, (3600 + 400) / 2 = 2000
@@ -23,8 +25,8 @@ def test_metrics_of_a_hand_made_plan() -> None:
             (1, 0, 0, 4, 200, 1.0, [160]),
         ],
         world=4,
+        step_overhead_s=cost.cluster.step_overhead_s,
     )
-    cost = tiny_cost(4)
     metrics = measure(plan, cost)
     assert metrics.pr == pytest.approx(1 - 470 / 550)
     assert metrics.dbr == pytest.approx(((0 + 0 + 10 + 40) / (40 * 4) + 0 + 0) / 3)

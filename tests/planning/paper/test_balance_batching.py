@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hbp.plan import Group
-from hbp.planning.metrics import imbalance
+from hbp.plan import Group, imbalance
 from hbp.planning.packs import Int, Packs, Schedule, packs_of
 from hbp.planning.paper.packing import _deal_tail, balance_batches, micro_steps_per_step
 
