@@ -87,7 +87,7 @@ def _tokens_by_octave(step: IntArray, offsets: IntArray, lengths: IntArray, n_st
     tokens = np.zeros((n_steps, 32))
     for pack in range(len(step)):
         for i in range(offsets[pack], offsets[pack + 1]):
-            octave, rest = 0, lengths[i] >> 1
+            octave, rest = 0, lengths[i] >> 1  # floor(log2(length)): how often it can be halved
             while rest:
                 octave, rest = octave + 1, rest >> 1
             tokens[step[pack], octave] += lengths[i]

@@ -130,6 +130,7 @@ def _draw(
     for i in range(len(pack_of)):
         sizes[pack_of[i]] += 1
         tokens[pack_of[i]] += taken[i]
+    # at[p]: where the next sample of pack p goes, first the pack's beginning; next_of[l]: the next sample of length l.
     at, next_of = np.cumsum(sizes) - sizes, starts.copy()
     for i in range(len(pack_of)):
         pack, length = pack_of[i], taken[i]
