@@ -7,7 +7,8 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
@@ -143,7 +144,7 @@ def test_largest_differencing_by_hand() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_largest_differencing_is_within_its_proven_bound(seconds: list[int], k: int) -> None:
     """Michiels, Korst, Aarts, van Leeuwen: the largest part is at most 4/3 − 1/(3k) of the optimum's."""
     best = sum(seconds)
@@ -156,7 +157,7 @@ def test_largest_differencing_is_within_its_proven_bound(seconds: list[int], k: 
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=20))
-@settings(max_examples=30, deadline=None)
+@cases(30)
 def test_as_many_parts_as_samples_leave_each_alone(seconds: list[float]) -> None:
     """Else `lb` might add micro-steps for ever."""
     assert len(set(karmarkar_karp(np.array(seconds), len(seconds)).tolist())) == len(seconds)
@@ -166,7 +167,7 @@ def test_as_many_parts_as_samples_leave_each_alone(seconds: list[float]) -> None
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=40),
     st.sampled_from([8, 16, 24]),
 )
-@settings(max_examples=100, deadline=None)
+@cases(100)
 def test_mixed_degrees_tile_without_holes(rows: list[tuple[int, int, int]], world: int) -> None:
     kinds = sorted({step for _, step, _ in rows})
     lengths = np.array([length for _, _, length in rows])

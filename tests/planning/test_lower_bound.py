@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
@@ -35,7 +36,7 @@ def reference_bound(cost: CostModel, lengths: list[int], x: float) -> float:
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=12), st.sampled_from([None, 1000, 2000]), st.booleans())
-@settings(max_examples=50, deadline=None)
+@cases(50)
 def test_lower_bound_is_every_sample_at_its_own_cheapest(
     lengths: list[int], tokens: int | None, slow_network: bool
 ) -> None:
@@ -57,7 +58,7 @@ def test_lower_bound_is_every_sample_at_its_own_cheapest(
     st.floats(0, 1),
     st.sampled_from([1e6, 1e8, 1e12]),
 )
-@settings(max_examples=150, deadline=None)
+@cases(150)
 def test_no_plan_beats_the_bound(
     lengths: list[int], world: int, strategy: str, overlap: float, link_bytes_per_s: float
 ) -> None:

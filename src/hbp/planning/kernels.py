@@ -55,7 +55,7 @@ def _highest(word: np.uint64) -> int:
 def _new_bitmap(size: int) -> npt.NDArray[np.uint64]:
     """A set of values 0..size-1 (size up to 64^4): row ``i`` has a bit for each word of row ``i - 1`` that is not zero.
 
-    Row 0 has a bit for each value: value ``v`` is bit ``v & 63`` of word ``v >> 6``. The word's index is the value of the
+    Row 0 has a bit for each value: value ``v`` is bit ``v & 63`` of word ``v >> 6``. The word is a value of the
     next row, so the same two steps climb (``>> 6``) and descend (``<< 6 | bit``) from row to row.
     """
     words = (size >> 6) + 1  # of row 0; the rows above need fewer, and have as many

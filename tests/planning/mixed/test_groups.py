@@ -7,7 +7,8 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
@@ -29,7 +30,7 @@ LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
     st.sampled_from([1, 2, 8]),
     st.sampled_from([None, 3000]),
 )
-@settings(max_examples=15, deadline=None)
+@cases(15)
 def test_groups_fit_and_hold_every_sample(lengths: list[int], world: int, limit: int | None) -> None:
     cost = tiny_cost(world, 3000)
     groups = search_groups(cost, np.array(lengths), max(lengths), limit)

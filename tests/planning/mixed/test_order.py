@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp.planning.mixed.order import cut_steps, interleave, shorts_first
 
 
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 20))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_every_stretch_holds_each_kind_s_share(counts: list[int], seed: int) -> None:
     """Within one micro-step for two kinds; each kind more may push the others of a share p by p.
 
@@ -29,7 +30,7 @@ def test_every_stretch_holds_each_kind_s_share(counts: list[int], seed: int) -> 
 @given(
     places=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=60), seed=st.integers(0, 9)
 )
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_windows_follow_each_other(places: list[tuple[int, int]], seed: int) -> None:
     window, kind = (np.array(x, np.int64) for x in zip(*places, strict=True))
     order = interleave(kind, window, np.random.default_rng(seed))
@@ -51,7 +52,7 @@ def test_steps_are_cut_by_the_middle_of_micro_steps() -> None:
 
 
 @given(tokens=st.lists(st.integers(1, 100), min_size=1, max_size=60), batch=st.integers(1, 500), seed=st.integers(0, 9))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_steps_hold_the_batch_to_within_one_micro_step(tokens: list[int], batch: int, seed: int) -> None:
     amounts = np.array(tokens, np.float64)
     order = np.random.default_rng(seed).permutation(len(tokens))

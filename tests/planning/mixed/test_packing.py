@@ -6,7 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
@@ -78,7 +79,7 @@ LENGTHS = st.lists(st.integers(1, 64) | st.integers(1, 300) | st.integers(1, LON
 
 
 @given(lengths=LENGTHS, world=st.sampled_from([4, 8]), groups=st.sampled_from([GROUPS, GROUPS[1:], GROUPS[2:], ALIKE]))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_the_last_window_places_everything(lengths: list[int], world: int, groups: tuple[Group, ...]) -> None:
     packed, waiting = pack(lengths, groups, world, last=True)
     assert not waiting.any()
@@ -89,7 +90,7 @@ def test_the_last_window_places_everything(lengths: list[int], world: int, group
 
 
 @given(lengths=LENGTHS, world=st.sampled_from([4, 8]), groups=st.sampled_from([GROUPS, ALIKE]), seed=st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_an_inner_window_leaves_no_rank_idle(
     lengths: list[int], world: int, groups: tuple[Group, ...], seed: int
 ) -> None:
@@ -210,7 +211,7 @@ def test_samples_that_outweigh_a_long_pack_have_the_next_group_as_home(monkeypat
     ),
     world=st.sampled_from([4, 8, 12]),
 )
-@settings(max_examples=200, deadline=None)
+@cases(200)
 def test_mixed_degrees_side_by_side(packs: list[tuple[float, int]], world: int) -> None:
     """Aligned, no rank twice; no pack waits that idle ranks could hold, none is slower than a micro-step before it."""
     seconds, degree = np.array([s for s, _ in packs]), np.array([d for _, d in packs], np.int64)

@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import can_fit, tiny_cost
 
@@ -76,7 +77,7 @@ def test_group_seconds_wait_for_the_longest_sample() -> None:
     st.sampled_from([1, 2, 4, 8, 12]),
     st.integers(50, 6000),
 )
-@settings(max_examples=100, deadline=None)
+@cases(100)
 def test_groups_fit_memory_or_are_refused(lengths: list[int], world: int, tokens: int) -> None:
     cost, array = tiny_cost(world, tokens), np.array(lengths)
     longest = longest_capacity(array, None)
