@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hbp.errors import HbpError, did_you_mean
+
+Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
+Loss = Literal["ave-token", "sample-mean", "sum"]
+Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+"""Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
+LOSSES: tuple[str, ...] = get_args(Loss)
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 
 class _Section(BaseModel):
@@ -107,7 +115,7 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
-    attention: Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"] = Field(
+    attention: Kernel = Field(
         "auto",
         description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn; "
         "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
@@ -115,7 +123,7 @@ class ModelConfig(_Section):
     compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
     offload_activations: bool = Field(
         False,
-        description="keep what waits for backward in host memory; plans are made as if it stayed on the device",
+        description="keep what waits for backward in host memory; plans count on it, so they recompute less",
     )
 
 
@@ -161,7 +169,7 @@ class PlanConfig(_Section):
 class TrainConfig(_Section):
     """Optimizer and outputs. AdamW with the paper's recipe."""
 
-    loss: Literal["ave-token", "sample-mean", "sum"] = Field(
+    loss: Loss = Field(
         "ave-token",
         description="over the global batch of a step: every loss token alike, every sample alike, or the sum",
     )

@@ -103,6 +103,7 @@ def make_engine(config: Config, device: torch.device) -> Engine:
     )
     if config.lora.rank:
         spec = dataclasses.replace(spec, adapter_parameters=adapter_parameters(config.lora, config.model.path))
+    cluster = dataclasses.replace(cluster, offload_activations=config.model.offload_activations)
     cost = CostModel(spec, cluster, world_size)
     mesh = make_mesh(world_size, [], device.type, spec.heads)  # groups are made for the degrees that are run
     return Engine(config, device, mesh, samples, held_out, cost)

@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hbp.config import LOSSES
 from hbp.errors import HbpError
 from hbp.parallel.gather_kv import tokens_of_rank
 from hbp.parallel.mesh import SequenceGroups
@@ -54,7 +55,6 @@ from hbp.plan import Plan
 
 IGNORE = -100
 CHUNK = 1024
-LOSSES = ("ave-token", "sample-mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GlobalBatch:
     """What the loss of one optimizer step is taken over."""
 
     loss: str
-    """One of :data:`LOSSES`."""
+    """One of :data:`hbp.config.LOSSES`."""
     tokens: int
     loss_tokens: int
     samples: int
@@ -83,7 +83,7 @@ def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str =
     Args:
         plan: to be run.
         loss_tokens: targets of each sample, int ``[N]``.
-        loss: one of :data:`LOSSES`.
+        loss: one of :data:`hbp.config.LOSSES`.
 
     Raises:
         HbpError: no such loss.
