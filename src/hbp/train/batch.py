@@ -177,7 +177,7 @@ def steps(
             ``[N]``), they are not counted first.
         mesh: of :func:`~hbp.parallel.mesh.make_mesh`; gets the groups of the plan's degrees that it lacks.
         device: of this rank.
-        loss: of :data:`~hbp.train.loss.LOSSES`.
+        loss: of :data:`~hbp.config.LOSSES`.
         start: first step to give, for a run that goes on.
 
     Yields:
