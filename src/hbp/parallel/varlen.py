@@ -21,6 +21,7 @@ Legend: ``S`` query tokens, ``R`` key tokens, ``H`` query heads, ``K`` key/value
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,7 @@ def document_attention(
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    unequal = {"enable_gqa": q.size(1) != k.size(1)} if _names_unequal_heads(varlen_attn) else {}
     size = v.size(2)
     q, k, v, scale = _one_head_size(q, k, v, scale)
     out = varlen_attn(
@@ -125,10 +127,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float 
         documents.longest_keys,
         scale=scale,
         window_size=_reach(window),
-        enable_gqa=q.size(1) != k.size(1),
+        **unequal,
     )
     assert isinstance(out, Tensor)
     return out[..., :size]
+
+
+@functools.cache
+def _names_unequal_heads(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether it has to be told of fewer key/value heads: from torch 2.12; before, it just takes them."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:

@@ -9,8 +9,8 @@ The groups of one rank serve to play all: which tokens and documents a rank has 
 :func:`~hbp.train.batch.make_micro_batch`, not from the group, and the shards of rank 0 are never smaller than
 another's.
 
-torch's own "fake" backend is used where it is there and does so. Where it is missing, or has come to leave what it
-should fill, a backend of ours, registered with torch, does the same.
+torch's own "fake" backend is used where it is there and does so. Where it is missing, or leaves what it should fill (as
+torch 2.11's does after reduce-scatter and all-to-all), a backend of ours, registered with torch, does the same.
 
 Cost: a gather is one copy a rank on the device itself, ``world size × shard`` bytes written, where a network would have
 written as many; it is not a measure of communication.
@@ -134,7 +134,7 @@ class _Collectives:
         with torch.no_grad():
             for every, mine in zip(outputs, inputs, strict=True):
                 for part in every:
-                    _copy(part, mine)
+                    part.copy_(mine)
         return _done(outputs)
 
     def all_gather_single(self, output: Tensor, mine: Tensor, opts: Any = None) -> Any:
@@ -142,7 +142,7 @@ class _Collectives:
 
     def reduce_scatter_single(self, mine: Tensor, whole: Tensor, opts: Any = None) -> Any:
         with torch.no_grad():
-            _copy(mine, whole.view(self.world_size, *mine.shape)[self.world_rank])
+            mine.copy_(whole.view(self.world_size, *mine.shape)[self.world_rank])
         return _done([mine])
 
     def all_to_all_single(
@@ -151,7 +151,7 @@ class _Collectives:
         if list(outputs) != list(inputs):
             raise NotImplementedError("messages of unlike sizes")
         with torch.no_grad():
-            _copy(output, sent)
+            output.copy_(sent)
         return _done([output])
 
     _allgather_base = all_gather_single
@@ -163,11 +163,6 @@ class _OwnGroup(_Collectives, dist.ProcessGroup):  # type: ignore[misc]  # torch
     def __init__(self, rank: int, size: int) -> None:
         dist.ProcessGroup.__init__(self, rank, size)  # type: ignore[call-arg]
         self.world_rank, self.world_size = rank, size
-
-
-def _copy(output: Tensor, given: Tensor) -> None:
-    if output.data_ptr() != given.data_ptr():  # gathered in place
-        output.copy_(given)
 
 
 def _done(value: Any) -> Any:
