@@ -178,7 +178,9 @@ def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         device = DEVICE
     if not copied and device in (None, tensor.device) and dtype in (None, tensor.dtype):
         return tensor
-    return torch.ops.aten._to_copy.default(tensor, dtype=dtype, device=device or tensor.device, non_blocking=non_blocking)
+    return torch.ops.aten._to_copy.default(
+        tensor, dtype=dtype, device=device or tensor.device, non_blocking=non_blocking
+    )
 
 
 TO = torch.Tensor.to

@@ -38,7 +38,7 @@ from hbp.cost.model_spec import ModelSpec
 
 Float = npt.NDArray[np.float64]
 
-HEAD_PASSES = 4
+HEAD_PASSES = 3
 """Of the vocabulary projection: forward, two in backward, and one more since the chunked loss recomputes it."""
 FLASH_BACKWARD = 2.5
 """Forwards that flash attention's backward takes: five products, the scores' once more among them, over two."""

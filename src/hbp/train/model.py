@@ -32,6 +32,8 @@ from hbp.train.weights import draw_shards, load_shards, safetensors_folder
 
 TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2")
 """Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
+FLOAT32_WEIGHTS = {"deepseek_v2": ("gate.weight",)}
+"""What a family computes with in float32 whatever the others are in, where transformers (before 5.18) does not say so."""
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on what else is in the pack."""
 
@@ -280,8 +282,9 @@ def shard(
             routers) are gathered apart, in float32.
         compiled: see :func:`compile_layers`.
     """
+    # Inputs are of the compute dtype from the embedding on. To see that, FSDP2 would build the pack's layout anew for
+    # each layer, and with it what is made once a pack.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    in_layer = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     if compute_dtype != torch.float32:
         for module in _float32_modules(model.lm):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -289,7 +292,7 @@ def shard(
     if compiled:
         compile_layers(model)
     for layer in model.layers if by_layer else ():
-        fully_shard(layer, mesh=mesh, mp_policy=in_layer, shard_placement_fn=place)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     assert isinstance(model, FSDPModule)
 
@@ -307,7 +310,8 @@ def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:
 
 
 def _float32_modules(lm: Any) -> list[nn.Module]:
-    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    own = getattr(lm, "_keep_in_fp32_modules_strict", None)
+    kept = own or FLOAT32_WEIGHTS.get(lm.config.model_type, ())
     names = [name.removesuffix(".weight") for name in kept]
     return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 
