@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
-from hbp.planning.groups import longest_settings
 from hbp.planning.metrics import measure
+from hbp.planning.paper.groups import longest_settings
 from hbp.planning.schedule import Schedule, predicted_seconds
 
 Lengths = npt.NDArray[np.int32]

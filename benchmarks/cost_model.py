@@ -37,10 +37,10 @@ from hbp.cost.predict import CostModel
 from hbp.cost.profile_file import profile_json
 from hbp.parallel.mesh import make_mesh
 from hbp.train.launch import CPU_ENVIRONMENT, device_name, process_group, under_torchrun
-from hbp.train.layer_stack import load_stack
-from hbp.train.live_profile import LiveProfile, live_profile, packs_to_measure
+from hbp.train.measure.layer_stack import load_stack
+from hbp.train.measure.live import LiveProfile, live_profile, packs_to_measure
+from hbp.train.measure.micro_batch import measure_point
 from hbp.train.model import CausalLMWithLoss, shard
-from hbp.train.profile import measure_point
 
 PROCESSES = 2
 CONFIG = {

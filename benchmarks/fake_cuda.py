@@ -137,7 +137,7 @@ def _really(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tensor(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> torch.Tensor:
-    """`torch.tensor` asks the driver, a copy from the host does not; and as long as its values are known, it is none."""
+    """`torch.tensor` asks the driver, a copy from the host does not; and none is one whose values are known."""
     device = torch.device(device) if device is not None else torch.empty(0).device
     made = TENSOR(data, device="cpu" if device.type == "cuda" else device, **options)
     if isinstance(made, FakeTensor):
@@ -247,7 +247,7 @@ def fake_cuda(limit: float = float("inf")) -> Iterator[Memory]:
         stack.enter_context(mock.patch.dict(HANDLERS, {torch.ops.prim.device.default: lambda args: META}))
         stack.enter_context(mock.patch.object(DTensor, "device", property(lambda self: self._local_tensor.device)))
         stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None))
-        for module in ("hbp.parallel.mesh", "hbp.train.collectives"):
+        for module in ("hbp.parallel.mesh", "hbp.train.measure.links"):
             name = f"{module}.init_device_mesh"
             stack.enter_context(mock.patch(name, _really(init_device_mesh)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

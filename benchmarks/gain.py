@@ -34,10 +34,10 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
-from hbp.planning.groups import longest_capacity, longest_settings
+from hbp.planning.paper.groups import longest_capacity, longest_settings
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.progress import Progress
-from hbp.simulate import DAY
+from hbp.simulator import DAY
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gain.json"

@@ -40,11 +40,11 @@ from hbp.data.store import TokenStore, write_store
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Group, Plan
 from hbp.planning.planner import make_plan
+from hbp.run.training import by_group
 from hbp.train.launch import CPU_ENVIRONMENT, device_name, free_memory, process_group
 from hbp.train.loop import Efficiency, train
 from hbp.train.mfu import peak_flops_per_s, step_flops
 from hbp.train.model import load_model, shard
-from hbp.training import by_group
 
 ROOT = Path(__file__).parent.parent
 LLAMA_1B = {

@@ -47,13 +47,13 @@ from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
 from hbp.plan import Group
-from hbp.planning.fill import first_fit
-from hbp.planning.hierarchical import hierarchical_packs
+from hbp.planning.kernels import first_fit
 from hbp.planning.packs import Int, packs_of
+from hbp.planning.paper.packing import hierarchical_packs
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.planning.schedule import balance_batches, predicted_seconds
 from hbp.progress import Progress
-from hbp.simulate import DAY
+from hbp.simulator import DAY
 
 LONGEST, STEP_TOKENS = 128 * K, 512 * K
 SETS = {"Tulu3 + LongCite": "tulu3-longcite", "OpenHermes + LongCite": "openhermes-longcite"}

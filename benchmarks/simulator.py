@@ -47,7 +47,7 @@ from hbp.data.store import open_store
 from hbp.plan import Plan, PlanInfo, read_plan, write_plan
 from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.progress import say
-from hbp.simulate import rank_use, simulate, step_seconds
+from hbp.simulator import rank_use, simulate, step_seconds
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "examples" / "quickstart-model")
@@ -124,8 +124,8 @@ def worker(folder: Path, strategies: list[str]) -> None:
     from hbp.train.batch import micro_batch_of
     from hbp.train.launch import process_group
     from hbp.train.loop import train
+    from hbp.train.measure.micro_batch import forward_backward
     from hbp.train.model import load_model, shard
-    from hbp.train.profile import forward_backward
 
     with process_group() as device:
         rank, world = dist.get_rank(), dist.get_world_size()

@@ -21,7 +21,7 @@ from workers import CPU, LLAMA, write_config
 from hbp.config import Config, load_config
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.errors import HbpError, Stopped
-from hbp.job import run_job
+from hbp.run.job import run_job
 from hbp.train.signals import Received
 
 WORDS = ("pack", "rank", "step", "token", "plan", "group", "wait")

@@ -1,4 +1,4 @@
-"""The rooms of the house: what a module must not import. `cli.py`, `job.py` and its steps alone know both halves."""
+"""The floors of the house: no module imports one above it, nor a room that it must not know; no circle of imports."""
 
 import ast
 from pathlib import Path
@@ -6,18 +6,33 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "hbp"
+FLOORS = (
+    ("errors", "progress"),
+    ("plan", "config", "cost", "data", "parallel"),
+    ("planning", "train", "simulator"),
+    ("run", "report", "integrations"),
+    ("cli",),
+)
+"""From the ground up; what stands on one floor."""
 HEAVY = ("torch", "transformers")
 MUST_NOT_KNOW = {
-    "plan.py": ("hbp.data", "hbp.cost", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
-    "config.py": ("hbp.data", "hbp.cost", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
-    "simulate.py": ("hbp.data", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
-    "data": ("hbp.cost", "hbp.plan", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", "torch"),
-    "cost": ("hbp.data", "hbp.plan", "hbp.planning", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
-    "parallel": ("hbp.data", "hbp.cost", "hbp.plan", "hbp.planning", "hbp.train", "hbp.report"),
-    "planning": ("hbp.data", "hbp.train", "hbp.parallel", "hbp.report", *HEAVY),
-    "train": ("hbp.planning", "hbp.data", "hbp.report"),
-    "report": ("hbp.data", "hbp.planning", "hbp.train", "hbp.parallel", *HEAVY),
+    "plan": ("config", "cost", "data", "parallel", *HEAVY),
+    "config": ("plan", "cost", "data", "parallel", *HEAVY),
+    "cost": ("plan", "config", "data", "parallel", *HEAVY),
+    "data": ("plan", "config", "cost", "parallel", "torch"),
+    "parallel": ("plan", "config", "cost", "data"),
+    "planning": ("config", "data", "parallel", "train", *HEAVY),
+    "train": ("data", "planning", "simulator"),
+    "simulator": ("config", "data", "parallel", "planning", "train", *HEAVY),
+    "report": ("config", "data", "parallel", "planning", "train", "run", *HEAVY),
+    "integrations": ("planning", "run", "report"),
+    "run": ("report", "integrations"),
 }
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_FILES = 500, 80, 12
+
+
+def files_of(room: str) -> list[Path]:
+    return [SOURCE / f"{room}.py"] if (SOURCE / f"{room}.py").is_file() else sorted((SOURCE / room).rglob("*.py"))
 
 
 def imports(file: Path) -> set[str]:
@@ -32,11 +47,40 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("room", MUST_NOT_KNOW)
+@pytest.mark.parametrize("room", [room for floor in FLOORS for room in floor])
 def test_room_knows_only_its_floor_and_below(room: str) -> None:
-    files = [SOURCE / room] if room.endswith(".py") else sorted((SOURCE / room).glob("*.py"))
-    assert files
-    for file in files:
+    floor = next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+    forbidden = {f"hbp.{above}" for rooms in FLOORS[floor + 1 :] for above in rooms}
+    forbidden |= {name if name in HEAVY else f"hbp.{name}" for name in MUST_NOT_KNOW.get(room, ())}
+    for file in files_of(room):
         for module in imports(file):
-            for forbidden in MUST_NOT_KNOW[room]:
-                assert module != forbidden and not module.startswith(forbidden + "."), f"{file.name} imports {module}"
+            for name in forbidden:
+                assert module != name and not module.startswith(name + "."), f"{file.name} imports {module}"
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    known = {"__init__", "__main__", *(room for floor in FLOORS for room in floor)}
+    assert {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()} <= known
+
+
+def test_no_circle_of_imports() -> None:
+    name_of = {file: "hbp." + ".".join(file.relative_to(SOURCE).with_suffix("").parts) for file in SOURCE.rglob("*.py")}
+    graph = {name: imports(file) & set(name_of.values()) for file, name in name_of.items()}
+    while graph:
+        leaves = [name for name, needs in graph.items() if not needs & graph.keys() - {name}]
+        assert leaves, f"these import each other: {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+def test_files_folders_and_functions_are_short() -> None:
+    for file in SOURCE.rglob("*.py"):
+        text = file.read_text()
+        assert len(text.splitlines()) <= MOST_LINES, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= MOST_LINES_OF_A_FUNCTION, f"{file.name}: {node.name} has {lines} lines"
+    for folder in {file.parent for file in SOURCE.rglob("*.py")}:
+        files = [file for file in folder.glob("*.py") if file.name != "__init__.py"]
+        assert len(files) <= MOST_FILES, f"{folder.name} has {len(files)} files"

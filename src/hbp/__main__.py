@@ -2,7 +2,7 @@
 
 import sys
 
-from hbp.cli import main
+from hbp.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,8 @@ A plan is a folder with two files:
 
 Invariants, checked on write and on read (:func:`validate`):
 
-1. every sample of the data set is in exactly one pack, or listed under ``dropped`` with its reason;
+1. every sample of the data set is in exactly one pack, or listed under ``dropped`` with its reason (in a piece of a
+   stream, at most once: the others are in other pieces);
 2. the lengths of a pack sum to at most its ``capacity`` and are its samples' lengths;
 3. in each micro-step the SP groups lie inside the world, aligned to their degree, and no rank is used twice;
 4. steps run from 0 without a gap, and so do the micro-steps of a step, so every rank counts the same number;
@@ -85,11 +86,12 @@ class PlanInfo:
     world_size: int
     groups: tuple[Group, ...]
     n_samples: int
-    """Samples in the data set, dropped ones included."""
+    """Samples in the data set, dropped ones included; of a piece of a stream, those that had come by then."""
     n_tokens: int
     """Tokens in the plan."""
     lengths_sha256: str
-    """:func:`hash_lengths` of the data set that the plan was made for."""
+    """:func:`hash_lengths` of the data set that the plan was made for; of a piece of a stream, of the samples that it
+    packs, in order of their ids."""
     dropped: tuple[tuple[int, str], ...] = ()
     """Pairs of sample id and reason."""
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +101,13 @@ class PlanInfo:
     details: Mapping[str, float] = field(default_factory=dict)
     """Further figures: time imbalance, composition drift, travel from random order (docs/plan-format.md)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Options that shaped the plan (global batch, curriculum, longest packing length, windows)."""
+    """Options that shaped the plan (global batch, curriculum, longest packing length, windows). ``stream`` is there in
+    a piece of a stream: its number and the stream's steps before it."""
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether the plan holds only some samples of a stream, numbered as the stream numbers them."""
+        return "stream" in self.settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +125,23 @@ class Plan:
     sample_offsets: IntArray  # [P + 1] int64: pack p holds sample_ids[sample_offsets[p]:sample_offsets[p + 1]]
     sample_ids: IntArray  # [N] int64
     lengths: IntArray  # [N] int32
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Plan:
+        """Read and validate a plan folder (:func:`read_plan`).
+
+        Raises:
+            HbpError: a file is missing, damaged, of another schema version, or breaks an invariant.
+        """
+        return read_plan(Path(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Validate and write a plan folder (:func:`write_plan`).
+
+        Raises:
+            HbpError: an invariant does not hold.
+        """
+        write_plan(self, Path(folder))
 
     @property
     def n_packs(self) -> int:
@@ -218,6 +243,14 @@ def _check_samples(plan: Plan) -> None:
             bad = int(ids[(ids < 0) | (ids >= info.n_samples)][0])
             raise HbpError(f"plan names sample {bad}, but its data set has {info.n_samples} samples (ids from 0)")
     count = len(plan.sample_ids) + len(dropped)
+    if info.is_piece:
+        ids, times = np.unique(np.concatenate([plan.sample_ids, dropped]), return_counts=True)
+        if len(ids) < count:
+            twice = int(times.argmax())
+            raise HbpError(f"plan holds sample {int(ids[twice])} {int(times[twice])} times; each must be there once")
+        if hash_lengths(plan.lengths[np.argsort(plan.sample_ids)]) != info.lengths_sha256:
+            raise HbpError("plan is damaged: its rows' lengths are not those of its samples; make it again")
+        return
     if count == info.n_samples:
         lengths = np.zeros(count, np.int32)
         lengths[plan.sample_ids] = plan.lengths

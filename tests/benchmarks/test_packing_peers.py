@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hbp.data.length_sets import generate
-from hbp.planning.fill import best_fit_decreasing, by_falling_length, first_fit
+from hbp.planning.kernels import best_fit_decreasing, by_falling_length, first_fit
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 PEERS = importlib.import_module("packing_peers")

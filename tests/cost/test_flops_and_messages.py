@@ -17,7 +17,6 @@ from hbp.cost.predict import CostModel
 
 torch = pytest.importorskip("torch")
 
-from test_model_spec import CONFIGS  # noqa: E402
 from workers import write_config  # noqa: E402
 
 from hbp.parallel import gather_kv  # noqa: E402
@@ -25,8 +24,9 @@ from hbp.parallel.mesh import make_mesh  # noqa: E402
 from hbp.parallel.varlen import Documents  # noqa: E402
 from hbp.train.batch import micro_batch_of  # noqa: E402
 from hbp.train.measure.fake_world import fake_world  # noqa: E402
+from hbp.train.measure.micro_batch import forward_backward  # noqa: E402
 from hbp.train.model import CausalLMWithLoss, load_model, shard  # noqa: E402
-from hbp.train.profile import forward_backward  # noqa: E402
+from tests.cost.test_model_spec import CONFIGS  # noqa: E402
 
 CPU = torch.device("cpu")
 WORLD, RANK, TOKENS = 8, 0, 128
@@ -65,7 +65,7 @@ def micro_batch(config: dict[str, Any], folder: Path, degree: int, gc_layers: in
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2"])
 def test_flops_of_forward_and_backward(name: str, tmp_path: Path, eight_ranks: None) -> None:
-    """Within 1 %: every layer three times, the recomputed ones most of a fourth, the head four times.
+    """Within 1 %: every layer three times, the recomputed ones most of a fourth, the head three times.
 
     The eager attention of this test has a backward of two forwards, and takes masked pairs too.
     """

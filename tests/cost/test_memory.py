@@ -136,8 +136,8 @@ def _measure_adapters(
     from hbp.config import LoraConfig
     from hbp.parallel.mesh import make_mesh
     from hbp.train.lora import adapter_parameters, add_adapters
+    from hbp.train.measure.micro_batch import measure_point
     from hbp.train.model import load_model, shard
-    from hbp.train.profile import measure_point
 
     lora = LoraConfig(rank=4, targets=targets)
     with TemporaryDirectory() as folder:
@@ -158,8 +158,8 @@ def _measure(rank: int, world: int, config: dict[str, object], cases: list[tuple
     from workers import CPU, write_config
 
     from hbp.parallel.mesh import make_mesh
+    from hbp.train.measure.micro_batch import measure_point
     from hbp.train.model import load_model, shard
-    from hbp.train.profile import measure_point
 
     with TemporaryDirectory() as folder:
         model = load_model(write_config(Path(folder), config))

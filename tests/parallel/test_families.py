@@ -30,8 +30,8 @@ from hbp.parallel.varlen import make_documents
 from hbp.train import batch as batch_module
 from hbp.train.batch import IDLE, make_micro_batch, rows_of_rank
 from hbp.train.loss import global_batches
+from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import TRAINED_FAMILIES, load_model, shard
-from hbp.train.profile import forward_backward
 
 WORLD = 4
 TOLERANCE = 1e-5

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_varlen import dense, qkv
 from workers import CPU
 
 from hbp.parallel import gather_kv
 from hbp.parallel.gather_kv import gathered_attention, make_gather, token_multiple, tokens_of_rank
 from hbp.parallel.mesh import SequenceGroups
+from tests.parallel.test_varlen import dense, qkv
 
 GROUPS = st.builds(SequenceGroups, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 4]))
 

@@ -13,7 +13,7 @@ from plans import tiny_cost
 
 from hbp.plan import Group, Plan
 from hbp.planning.baselines import ISF_FULL, karmarkar_karp
-from hbp.planning.fill import best_fit_decreasing, first_fit
+from hbp.planning.kernels import best_fit_decreasing, first_fit
 from hbp.planning.planner import make_plan
 
 LENGTHS = np.clip(np.random.default_rng(3).lognormal(5, 1, 1200), 16, 1024).astype(np.int32)

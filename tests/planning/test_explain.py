@@ -9,8 +9,8 @@ from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
-from hbp.planning import group_search
 from hbp.planning.explain import explain
+from hbp.planning.mixed import groups as group_search
 from hbp.planning.planner import make_plan
 
 COST = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 8)

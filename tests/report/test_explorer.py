@@ -13,7 +13,7 @@ from hbp.planning.planner import make_plan
 from hbp.report import explorer
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
 from hbp.report.figures import Lane
-from hbp.simulate import simulate
+from hbp.simulator import simulate
 
 
 @settings(deadline=None, max_examples=20)

@@ -17,7 +17,7 @@ from hbp.errors import HbpError
 from hbp.plan import Plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.report.page import write_report
-from hbp.simulate import step_seconds
+from hbp.simulator import step_seconds
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 FLAGS = [

@@ -19,8 +19,8 @@ from hbp.train.checkpoint import (
     read_position,
 )
 from hbp.train.loop import make_optimizer
+from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import CausalLMWithLoss, load_model, shard
-from hbp.train.profile import forward_backward
 
 DOCUMENTS = random_samples([9, 4, 12], LLAMA["vocab_size"]).documents
 CONFIG = TrainConfig(lr=1e-2)

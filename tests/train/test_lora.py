@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from workers import CPU, LLAMA, random_samples, relative_error, run_ranks, write_config, write_model
 
-from hbp.cluster_profile import sharded_stack
 from hbp.config import Config, LoraConfig
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
-from hbp.prepare import make_engine
+from hbp.run.engine import make_engine
+from hbp.run.profile import sharded_stack
 from hbp.train.batch import micro_batch_of
 from hbp.train.checkpoint import list_checkpoints
 from hbp.train.lora import add_adapters, has_adapters
+from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import load_model, shard
-from hbp.train.profile import forward_backward
 
 pytest.importorskip("peft")
 CONFIG = LoraConfig(rank=4, alpha=8)

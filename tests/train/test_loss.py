@@ -8,7 +8,7 @@ from workers import plan_of
 
 from hbp.errors import HbpError
 from hbp.train.loss import CHUNK, IGNORE, LOSSES, GlobalBatch, global_batches, summed_cross_entropy
-from hbp.train.profile import _peak_bytes
+from hbp.train.measure.micro_batch import _peak_bytes
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 17
 

@@ -7,8 +7,8 @@ from workers import CPU, DEEPSEEK_V2, LLAMA, MISTRAL, QWEN3_MOE, random_samples,
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh
 from hbp.train.batch import MicroBatch, micro_batch_of
+from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import compile_layers, load_model, local_parameter_bytes, set_gc_layers
-from hbp.train.profile import forward_backward
 
 N_LAYERS = LLAMA["num_hidden_layers"]
 

@@ -8,9 +8,9 @@ from workers import CPU, LLAMA, random_samples, write_model
 from hbp.parallel.mesh import ParallelMesh
 from hbp.train import offload
 from hbp.train.batch import micro_batch_of
+from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import load_model
 from hbp.train.offload import is_parameter, offloaded_activations
-from hbp.train.profile import forward_backward
 
 
 def test_parameters_and_small_tensors_stay():

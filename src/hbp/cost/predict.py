@@ -8,7 +8,7 @@ sums.
 Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers recomputed:
 
 - linear: ``S/d`` tokens × FLOPs × (1 forward + 2 backward + k/n recomputed, all but each layer's last product); the
-  vocabulary projection counts 4 passes, since the chunked loss recomputes it. Small products do not reach the rate of
+  vocabulary projection counts 3 passes in any case. Small products do not reach the rate of
   large ones: a product of ``r`` rows runs at ``r / (r + h)`` of it (``h`` is
   :attr:`~hbp.cost.cluster.ClusterSpec.half_rate_tokens`), which is the time of ``h`` more rows, whatever ``r``: a fixed
   part. With experts each has its own ``h``, so few tokens an expert are slow;
@@ -26,20 +26,22 @@ Bytes: :mod:`hbp.cost.memory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.cluster import ClusterSpec
+from hbp.cost.cluster import GIB, ClusterSpec, load_cluster
 from hbp.cost.memory import REDUCE_BYTES, moments
-from hbp.cost.model_spec import ModelSpec
+from hbp.cost.model_spec import ModelSpec, load_model_spec
+from hbp.errors import HbpError
 
 Float = npt.NDArray[np.float64]
 
 HEAD_PASSES = 3
-"""Of the vocabulary projection: forward, two in backward, and one more since the chunked loss recomputes it."""
+"""Of the vocabulary projection: forward, and one for each of its two gradients; nothing of it is recomputed."""
 FLASH_BACKWARD = 2.5
 """Forwards that flash attention's backward takes: five products, the scores' once more among them, over two."""
 
@@ -90,6 +92,30 @@ class CostModel:
     model: ModelSpec
     cluster: ClusterSpec
     world_size: int
+
+    @classmethod
+    def of(
+        cls, model: str | Path, cluster: str | Path = "h100-nvlink", gpus: int = 8, *, memory_gib: float | None = None
+    ) -> CostModel:
+        """The cost model of a model on a cluster, as ``hbp plan --model --cluster --gpus --memory-gib`` has it.
+
+        Args:
+            model: a built-in name (``llama-3.1-8b``), or a folder or file with a transformers configuration.
+            cluster: a built-in name (``h100-nvlink``), or a profile file that `hbp profile` wrote.
+            gpus: ranks.
+            memory_gib: memory budget of a device, GiB; None: the cluster's own.
+
+        Raises:
+            HbpError: an unknown model or cluster, fewer than one GPU, or no such amount of memory.
+        """
+        if gpus < 1:
+            raise HbpError(f"{gpus} GPUs can run nothing; give at least 1")
+        spec = load_cluster(str(cluster))
+        if memory_gib is not None:
+            if not 0 < memory_gib < 1e6:
+                raise HbpError(f"{memory_gib:g} GiB is no device's memory; give it in GiB, such as 80")
+            spec = replace(spec, memory_bytes=memory_gib * GIB)
+        return cls(load_model_spec(str(model)), spec, gpus)
 
     def work(self, lengths: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer] | None = None) -> Work:
         """Sums over each segment ``lengths[offsets[i]:offsets[i + 1]]``; over each document alone if None."""

@@ -122,12 +122,13 @@ def _record_batch(batch: list[Encoded]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def open_store(folder: Path) -> TokenStore:
+def open_store(folder: str | Path) -> TokenStore:
     """Open a store for reading.
 
     Raises:
         HbpError: missing, half-written or damaged.
     """
+    folder = Path(folder)
     for name in ("store.json", "index.parquet", "tokens.arrow"):
         if not (folder / name).is_file():
             raise HbpError(f"{folder} is not a token store ({name} is missing)")

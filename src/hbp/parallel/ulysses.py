@@ -45,7 +45,7 @@ class PackLayout:
     sp_degree: int = 1
     sp_group: ProcessGroup | None = None
     """The ranks that exchange heads: the whole SP group, unless keys and values are gathered too. None above degree 1:
-    nothing is sent, each rank keeps its own (:mod:`hbp.train.alone`)."""
+    nothing is sent, each rank keeps its own (:mod:`hbp.train.measure.alone`)."""
     gather: Gather | None = None
     sp_rank: int = 0
     filler: int = 0
@@ -172,7 +172,10 @@ def _attention_interface(
 ) -> tuple[Tensor, None]:
     """Transformers' AttentionInterface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
     if hbp_layout is None:
-        raise HbpError("the attention function 'hbp' needs the pack's layout: call the model with hbp_layout=...")
+        raise HbpError(
+            "the attention function 'hbp' needs the pack's layout: call the model with hbp_layout=..., or for "
+            "evaluation and generate after model.set_attn_implementation('sdpa')"
+        )
     if attention_mask is not None or dropout:
         raise HbpError("packed documents take no attention mask and no attention dropout; set attention_dropout to 0")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -116,7 +116,7 @@ def document_attention(
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    unequal = {"enable_gqa": q.size(1) != k.size(1)} if _names_unequal_heads(varlen_attn) else {}
+    unequal: dict[str, Any] = {"enable_gqa": q.size(1) != k.size(1)} if _names_unequal_heads(varlen_attn) else {}
     size = v.size(2)
     q, k, v, scale = _one_head_size(q, k, v, scale)
     out = varlen_attn(

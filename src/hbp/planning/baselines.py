@@ -22,15 +22,15 @@ import heapq
 import numpy as np
 
 from hbp.plan import Group
-from hbp.planning.fill import best_fit_decreasing, by_falling_length, first_fit, next_fit
+from hbp.planning.kernels import best_fit_decreasing, by_falling_length, first_fit, next_fit
 from hbp.planning.packs import Int, Lengths, Packs, join, packs_of
-from hbp.planning.problem import Outcome, Problem
 from hbp.planning.schedule import (
     Schedule,
     balance_batches,
     micro_steps_per_step,
     tile_mixed,
 )
+from hbp.planning.strategy import Outcome, Problem
 
 ISF_PASSES = 50
 ISF_FULL = 0.99

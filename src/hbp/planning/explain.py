@@ -3,7 +3,7 @@
 For each group: which samples are at home there and what share of the predicted time it runs; what other SP degrees
 would need (recomputed layers) at this length, and what the run would take with them; and what it would take without the
 group, its samples going to the next longer one. The run of `hbp-mixed` is planned with each of these changes, on a
-sample, as the search for groups does (:class:`hbp.planning.group_search.Trial`), for the next degrees up and down. That
+sample, as the search for groups does (:class:`hbp.planning.mixed.groups.Trial`), for the next degrees up and down. That
 of other strategies is the time of packs that are full and evenly spread, which is what Algorithm 1 goes by.
 
 Complexity: three plans of a sample for each group; or groups × degrees predictions.
@@ -19,9 +19,9 @@ import numpy as np
 
 from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan
-from hbp.planning.group_search import Trial
-from hbp.planning.groups import SamplesByLength, group_seconds
+from hbp.planning.mixed.groups import Trial
 from hbp.planning.packs import Lengths
+from hbp.planning.paper.groups import SamplesByLength, group_seconds
 from hbp.progress import Progress
 
 Price = Callable[[tuple[Group, ...]], float]

@@ -11,7 +11,7 @@ idle count with zero.
 - efficiency: the lower bound over the predicted seconds.
 
 Under ``details`` in plan.json (:func:`measure_order`): time imbalance, the same ratio with predicted seconds; drift,
-how far a step's composition is from the data's (:mod:`hbp.planning.composition`).
+how far a step's composition is from the data's (:mod:`hbp.planning.mixed.order`).
 
 **The lower bound** is the time of a perfect run (:func:`lower_bound_seconds`): no padding, no rank that waits, every
 sample at whatever setting is cheapest for it. docs/lower-bound.md proves that no plan can beat it. In short: take a
@@ -34,9 +34,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
+from hbp.errors import HbpError
 from hbp.plan import Plan
-from hbp.planning.composition import drift
-from hbp.planning.fill import count_lengths
+from hbp.planning.kernels import count_lengths
+from hbp.planning.mixed.order import drift
 from hbp.planning.packs import Lengths
 
 BISECTIONS = 12
@@ -65,6 +66,29 @@ def imbalance(per_rank: Float, degree: Float, micro_step: npt.NDArray[np.integer
     np.maximum.at(most, micro_step, per_rank)
     total = np.bincount(micro_step, weights=per_rank * degree, minlength=n)
     return float(np.mean(1 - total / (np.maximum(most, 1e-300) * world_size)))
+
+
+def lower_bound(lengths: Lengths, cost: CostModel, *, steps: int = 0, max_length: int | None = None) -> float:
+    """Seconds that no plan for these samples can beat (docs/lower-bound.md has the proof).
+
+    Args:
+        lengths: of every sample, tokens ``[N]``.
+        cost: of the model on the cluster.
+        steps: optimizer steps, each with the cluster's overhead.
+        max_length: tokens that no pack may exceed; longer samples are left out, as a plan drops them. None: what memory
+            holds.
+
+    Raises:
+        HbpError: no samples, or one without tokens, or one that no setting fits into memory.
+    """
+    lengths = np.asarray(lengths)
+    lengths = lengths if max_length is None else lengths[lengths <= max_length]
+    if not len(lengths) or int(lengths.min()) < 1:
+        raise HbpError("a bound needs at least one sample, and of each its tokens, 1 or more")
+    longest = int(lengths.max())
+    if all(cost.fewest_gc_layers(longest, degree) is None for degree in cost.degrees()):
+        raise HbpError(f"a sample of {longest} tokens fits the memory at no setting; give more GPUs or a max_length")
+    return lower_bound_seconds(cost, lengths, steps, max_length)
 
 
 def lower_bound_seconds(cost: CostModel, lengths: Lengths, n_steps: int = 0, limit: int | None = None) -> float:

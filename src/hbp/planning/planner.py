@@ -1,8 +1,8 @@
 """The way from lengths to a plan: groups → packs → micro-steps → steps → rows.
 
-A strategy is a function from a :class:`~hbp.planning.problem.Problem` to scheduled packs and their groups
-(:class:`~hbp.planning.problem.Outcome`); everything around it (dropping what cannot fit, predicting, measuring, writing
-the rows) is common to all, so that strategies differ only in what they decide.
+A strategy is a function from a :class:`~hbp.planning.strategy.Problem` to scheduled packs and their groups
+(:class:`~hbp.planning.strategy.Outcome`); everything around it (dropping what cannot fit, predicting, measuring,
+writing the rows) is common to all, so that strategies differ only in what they decide.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning import baselines
-from hbp.planning.curriculum import default_short_steps, order_steps
-from hbp.planning.group_search import search_groups
-from hbp.planning.groups import Choice, SamplesByLength, best_setting, fitting_capacity, published_groups
-from hbp.planning.hierarchical import hierarchical_packs
 from hbp.planning.metrics import measure, measure_order
+from hbp.planning.mixed.groups import search_groups
+from hbp.planning.mixed.windows import windowed_schedule
 from hbp.planning.packs import Lengths
-from hbp.planning.problem import Outcome, Problem
+from hbp.planning.paper.curriculum import default_short_steps, order_steps
+from hbp.planning.paper.groups import Choice, SamplesByLength, best_setting, fitting_capacity, published_groups
+from hbp.planning.paper.packing import hierarchical_packs
 from hbp.planning.schedule import balance_batches, in_order
-from hbp.planning.static_settings import settings_to_try
-from hbp.planning.windows import windowed_schedule
+from hbp.planning.settings import settings_to_try
+from hbp.planning.strategy import Outcome, Problem
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
 """Of one step, as the plan file counts them in int16."""
@@ -106,7 +106,7 @@ def make_plan(
         windows: of `hbp-mixed`: pieces that the shuffled samples are planned in. More stay closer to a random order,
             fewer are faster. None: as many as cost at most a hundredth of the speed.
         static: setting of the strategies that have only one. None: the fastest of all that fit
-            (:mod:`hbp.planning.static_settings`).
+            (:mod:`hbp.planning.settings`).
 
     Returns:
         The plan with its metrics; not yet validated (:func:`hbp.plan.write_plan` does).

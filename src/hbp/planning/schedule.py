@@ -92,7 +92,7 @@ def balance_batches(
         by_cost: False keeps the packs in the order given, as trainers without balancing do.
 
     Returns:
-        Steps numbered group by group; :mod:`hbp.planning.curriculum` orders them.
+        Steps numbered group by group; :mod:`hbp.planning.paper.curriculum` orders them.
     """
     parts, steps, micros, starts = [], [], [], []
     first_step = 0

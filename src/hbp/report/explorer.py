@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hbp.plan import Group, Plan
 from hbp.report.figures import PALETTE, PART_COLOURS, Lane, group_name
-from hbp.simulate import PART_NAMES, timeline
+from hbp.simulator import PART_NAMES, timeline
 
 MOST_RANKS = 32
 MOST_CELLS = 8_000

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from hbp.plan import Group
-from hbp.simulate import PART_NAMES
+from hbp.simulator import PART_NAMES
 
 Float = npt.NDArray[np.float64]
 
@@ -122,7 +122,7 @@ def time_parts(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str = "sec
     """What the mean rank's time goes into, one stacked bar a row, all on one axis.
 
     Args:
-        rows: name, and the amount of each part of :data:`hbp.simulate.PART_NAMES` that there is.
+        rows: name, and the amount of each part of :data:`hbp.simulator.PART_NAMES` that there is.
         unit: of the amounts.
     """
     with mpl.rc_context(STYLE):

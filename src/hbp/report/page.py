@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run or a plan, and the same numbers as JSON beside it.
 
-Reads what `hbp train` left in a run folder (:mod:`hbp.job` says what), or a plan folder alone; draws whatever is
+Reads what `hbp train` left in a run folder (:mod:`hbp.run.job` says what), or a plan folder alone; draws whatever is
 there, so the page of a run that is still going, or was killed, shows how far it came.
 """
 
@@ -22,7 +22,7 @@ from hbp.plan import JSON_NAME, Group, Plan, read_plan
 from hbp.report import figures
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
 from hbp.report.figures import Lane
-from hbp.simulate import Simulation, rank_use, simulate, step_seconds
+from hbp.simulator import Simulation, rank_use, simulate, step_seconds
 
 DRAWN_RANKS = 16
 DRAWN_MICRO_STEPS = 240

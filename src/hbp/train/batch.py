@@ -25,12 +25,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hbp.errors import HbpError
 from hbp.parallel.gather_kv import make_gather, token_multiple, tokens_of_rank
 from hbp.parallel.mesh import ParallelMesh
 from hbp.parallel.ulysses import PackLayout
 from hbp.parallel.varlen import make_documents
 from hbp.plan import Plan
-from hbp.train.loss import IGNORE, GlobalBatch
+from hbp.train.loss import IGNORE, GlobalBatch, global_batches
 
 IDLE = -1
 """Row number of a micro-step in which the plan leaves this rank without work."""
@@ -152,6 +153,61 @@ def micro_batches(
                 yield waiting.popleft().result().to(device)
         while waiting:
             yield waiting.popleft().result().to(device)
+
+
+def steps(
+    plan: Plan,
+    samples: SampleSource,
+    mesh: ParallelMesh,
+    device: torch.device | str = "cpu",
+    *,
+    loss: str = "ave-token",
+    start: int = 0,
+) -> Iterator[list[MicroBatch]]:
+    """The whole of a plan on this rank: for each optimizer step its micro-batches, as many on every rank.
+
+    A rank that the plan leaves idle in a micro-step gets one token without loss, so that all ranks' collectives match.
+    Over all ranks and micro-batches of a step the sum of ``batch.weights`` × cross entropy is its loss, whatever the
+    packing; where gradients are averaged over the ranks (FSDP, DDP), multiply it by the world size. The collectives
+    that make the mesh's groups are in the call itself, so all ranks call alike.
+
+    Args:
+        plan: made for this world size.
+        samples: token ids and loss masks by the plan's sample ids; where it has ``loss_tokens`` (targets of each, int
+            ``[N]``), they are not counted first.
+        mesh: of :func:`~hbp.parallel.mesh.make_mesh`; gets the groups of the plan's degrees that it lacks.
+        device: of this rank.
+        loss: of :data:`~hbp.train.loss.LOSSES`.
+        start: first step to give, for a run that goes on.
+
+    Yields:
+        The micro-batches of one optimizer step, each read from disk ahead of its turn.
+
+    Raises:
+        HbpError: the plan is of another world size, or there is no such loss.
+    """
+    rank, world_size = mesh.world.get_rank(), mesh.world.size()
+    if plan.info.world_size != world_size:
+        raise HbpError(
+            f"the plan was made for {plan.info.world_size} ranks but {world_size} are running; "
+            f"make one with `hbp plan --gpus {world_size}`"
+        )
+    mesh.prepare(plan.sp_degree.tolist())
+    batches, rows = global_batches(plan, count_loss_tokens(plan, samples), loss), rows_of_rank(plan, rank)
+    work = ((row, batches[step]) for step in range(start, plan.n_steps) for row in rows[step])
+    flat = micro_batches(plan, work, samples, mesh, rank, torch.device(device))
+    return (list(itertools.islice(flat, len(rows[step]))) for step in range(start, plan.n_steps))
+
+
+def count_loss_tokens(plan: Plan, samples: SampleSource) -> npt.NDArray[np.integer[Any]]:
+    """Targets of each sample after the shift within it, int ``[N]``: what the source says, or else counted."""
+    known = getattr(samples, "loss_tokens", None)
+    if known is not None:
+        return np.asarray(known)
+    counts = np.zeros(plan.info.n_samples, np.int32)
+    for sample in plan.sample_ids.tolist():
+        counts[sample] = int(np.count_nonzero(samples.sample(sample)[1][1:]))
+    return counts
 
 
 def _pinned(batch: MicroBatch) -> MicroBatch:

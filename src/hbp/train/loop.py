@@ -32,8 +32,8 @@ from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
 from hbp.train.batch import IDLE, SampleSource, make_micro_batch, micro_batches, rows_of_rank
 from hbp.train.loss import global_batches
+from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import CausalLMWithLoss
-from hbp.train.profile import forward_backward
 from hbp.train.watch import enter, leave
 
 SLOWER = 10

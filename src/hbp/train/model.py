@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from hbp.train.weights import draw_shards, load_shards, safetensors_folder
 TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2")
 """Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
 FLOAT32_WEIGHTS = {"deepseek_v2": ("gate.weight",)}
-"""What a family computes with in float32 whatever the others are in, where transformers (before 5.18) does not say so."""
+"""What a family computes with in float32 in any case, where transformers (5.17) does not say so itself."""
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on what else is in the pack."""
 
@@ -310,18 +310,38 @@ def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:
 
 
 def _float32_modules(lm: Any) -> list[nn.Module]:
-    own = getattr(lm, "_keep_in_fp32_modules_strict", None)
+    own: Iterable[str] = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
     kept = own or FLOAT32_WEIGHTS.get(lm.config.model_type, ())
     names = [name.removesuffix(".weight") for name in kept]
     return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 
 
-def set_gc_layers(model: CausalLMWithLoss, count: int) -> None:
-    """Recompute the activations of the first ``count`` layers, keep those of the others."""
-    if not 0 <= count <= len(model.layers):
-        raise HbpError(f"the plan recomputes {count} layers but the model has {len(model.layers)}; make it again")
-    for index, layer in enumerate(model.layers):
+def set_gc_layers(model: nn.Module, count: int) -> None:
+    """Recompute the activations of the first ``count`` decoder layers in backward, keep those of the others.
+
+    Costs nothing: it sets a flag of each layer, which must have been enabled once
+    (``model.gradient_checkpointing_enable({"use_reentrant": False})``).
+
+    Args:
+        model: a transformers causal language model, or ours around it.
+        count: layers, from the first.
+
+    Raises:
+        HbpError: the model has fewer layers.
+    """
+    layers = decoder_layers(model)
+    if not 0 <= count <= len(layers):
+        raise HbpError(f"the plan recomputes {count} layers but the model has {len(layers)}; make it again")
+    for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < count
+
+
+def decoder_layers(model: Any) -> Sequence[Any]:
+    """The decoder layers of a transformers causal language model, first to last, peft's wrapper seen through."""
+    if isinstance(model, CausalLMWithLoss):
+        return model.layers
+    layers: Sequence[Any] = model.get_decoder().layers
+    return layers
 
 
 def local_parameter_bytes(model: nn.Module) -> int:

@@ -14,8 +14,8 @@ from hbp.parallel.mesh import make_mesh
 from hbp.train.batch import make_micro_batch
 from hbp.train.measure import fake_world as module
 from hbp.train.measure.fake_world import OWN_BACKEND, fake_backend, fake_world
+from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import load_model, local_parameter_bytes, shard
-from hbp.train.profile import forward_backward
 
 WORLD = 32
 

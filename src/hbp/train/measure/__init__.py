@@ -1,1 +1,1 @@
-"""Measuring what training costs, on the engine that trains."""
+"""What micro-batches and links take on the devices at hand, measured on the engine that trains."""

@@ -1,0 +1,181 @@
+"""The plan that a run follows: the user's own, or one made here whose packs are then seen to fit the memory budget.
+
+Rank 0 plans, without torch, and writes the plan folder; every rank reads the same file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hbp.config import Config
+from hbp.cost.cluster import GIB, ClusterSpec
+from hbp.errors import HbpError
+from hbp.plan import Group, Plan, hash_lengths, read_plan, write_plan
+from hbp.planning.planner import make_plan
+from hbp.progress import say
+from hbp.run.engine import Engine
+from hbp.train.launch import rank_zero_first
+from hbp.train.measure.micro_batch import measure_rows
+from hbp.train.model import CausalLMWithLoss
+
+MEMORY_ROUNDS = 4
+OVER_BY = 0.1
+"""Share of the budget that a pack which ran out of memory is taken to be over it."""
+
+
+def plan_to_run(engine: Engine, folder: Path, model: CausalLMWithLoss | None = None) -> tuple[Plan, float]:
+    """The plan to run, in ``folder/plan``, and the peak bytes of its fullest packs. A collective.
+
+    Args:
+        engine: samples and cost model.
+        folder: of the part.
+        model: in training; none yet: a fresh one runs the packs.
+
+    Raises:
+        HbpError: the user's own plan was made for other ranks or data, or its packs do not fit the device.
+    """
+    config = engine.config
+    if config.plan.path is None:
+        return plan_within_memory(engine, config.plan.strategy, folder, model)
+    own, copy = Path(config.plan.path), folder / "plan"
+    with rank_zero_first() as first:
+        if first:
+            plan = read_plan(own)
+            check_plan(plan, engine.samples.lengths, engine.cost.world_size)
+            if own.resolve() != copy.resolve():
+                write_plan(plan, copy)
+    plan = read_plan(copy)
+    peak = peak_bytes(engine, plan, model or engine.fresh_model())
+    if math.isinf(peak):
+        raise HbpError(f"a pack of the plan {own} does not fit the memory of a device; make it with less memory")
+    return plan, peak
+
+
+def plan_within_memory(
+    engine: Engine,
+    strategy: str,
+    folder: Path,
+    model: CausalLMWithLoss | None = None,
+    *,
+    seed: int | None = None,
+    global_batch_tokens: int | None = None,
+) -> tuple[Plan, float]:
+    """Plan, run the fullest packs, and plan again with what they took known, until they keep within the budget.
+
+    The plan's own cluster (:func:`as_planned`) then knows it too.
+
+    Raises:
+        HbpError: none does.
+    """
+    budget, model = engine.cost.cluster.memory_bytes, model or engine.fresh_model()
+    for _ in range(MEMORY_ROUNDS):
+        plan = write_and_read(engine, strategy, folder, seed=seed, global_batch_tokens=global_batch_tokens)
+        worst = peak_bytes(engine, plan, model)
+        if worst <= budget:
+            return plan, worst
+        took = "more than the device has" if math.isinf(worst) else f"{worst / GIB:.3f} GiB"
+        say(f"a pack took {took}, over the budget of {budget / GIB:.3f} GiB: planning again with that known")
+        over = OVER_BY * budget if math.isinf(worst) else worst - budget
+        cluster = engine.cost.cluster
+        cluster = dataclasses.replace(cluster, fixed_bytes=cluster.fixed_bytes + over)
+        engine = dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster))
+    raise HbpError(
+        f"no plan keeps within {budget / GIB:.3f} GiB a process (a pack of the last took {took}); "
+        "raise cluster.memory_gib or lower data.max_length"
+    )
+
+
+def peak_bytes(engine: Engine, plan: Plan, model: CausalLMWithLoss) -> float:
+    """Peak bytes of any rank in the fullest packs of a plan, infinite if one does not fit. A collective.
+
+    Random states are left alone, so that what is trained does not depend on what was measured.
+    """
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        peaks = measure_rows(model, plan, engine.samples, engine.mesh, engine.device)
+    return max(peaks.values(), default=0.0)
+
+
+def as_planned(engine: Engine, plan: Plan) -> Engine:
+    """With the cost model that a plan was made with, and so what was learnt of memory while it was made."""
+    cluster: Mapping[str, Any] = plan.info.cluster
+    try:
+        spec = ClusterSpec(**cluster)
+    except TypeError:  # another program's plan
+        return engine
+    return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=spec))
+
+
+def global_batch_tokens(plan: Plan, config: Config) -> int:
+    """That a plan was made for; of another program's plan that does not say, the configured one or its mean step."""
+    asked = plan.info.settings.get("global_batch_tokens") or config.plan.global_batch_tokens
+    return int(asked or plan.info.n_tokens // plan.n_steps)
+
+
+def check_plan(plan: Plan, lengths: npt.NDArray[np.int32], world_size: int) -> None:
+    """Refuse a plan that was made for another world size or other data."""
+    if plan.info.world_size != world_size:
+        raise HbpError(
+            f"the plan was made for {plan.info.world_size} ranks but {world_size} are running; "
+            f"make one with `hbp plan --gpus {world_size}`"
+        )
+    same = plan.info.lengths_sha256 == hash_lengths(lengths)
+    if not same or not np.array_equal(plan.lengths, lengths[plan.sample_ids]):
+        raise HbpError(
+            f"the plan was made for other data ({plan.info.n_samples} samples) than this ({len(lengths)} samples): "
+            "lengths differ; make it again with `hbp plan`"
+        )
+
+
+def write_and_read(
+    engine: Engine,
+    strategy: str,
+    folder: Path,
+    *,
+    seed: int | None = None,
+    global_batch_tokens: int | None = None,
+    static: Group | None = None,
+) -> Plan:
+    """Rank 0 plans the engine's samples into ``folder/plan``; every rank reads the same file. A collective.
+
+    Args:
+        engine: samples and cost model.
+        strategy: to plan with.
+        folder: of the part.
+        seed: of the plan; None: the configuration's.
+        global_batch_tokens: None: the configuration's.
+        static: setting of the strategies that have only one.
+    """
+    config = engine.config
+    with rank_zero_first() as first:
+        if first:
+            plan = make_plan(
+                engine.samples.lengths,
+                engine.cost,
+                strategy=strategy,
+                seed=config.seed if seed is None else seed,
+                max_length=config.data.max_length,
+                global_batch_tokens=global_batch_tokens or config.plan.global_batch_tokens,
+                short_steps=config.plan.short_steps,
+                windows=config.plan.windows,
+                static=static,
+            )
+            write_plan(plan, folder / "plan")
+    return read_plan(folder / "plan")
+
+
+def evaluation_plan(engine: Engine) -> Plan | None:
+    """Best-fit packs of the held-out samples, for forward passes only; None if there are none."""
+    if not len(engine.held_out.ids):
+        return None
+    with_room = dataclasses.replace(engine.cost.cluster, memory_bytes=1e18)
+    cost, lengths = dataclasses.replace(engine.cost, cluster=with_room), engine.held_out.lengths
+    return make_plan(lengths, cost, strategy="bfd", max_length=int(lengths.max()))

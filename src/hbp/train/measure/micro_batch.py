@@ -1,0 +1,172 @@
+"""Measure micro-batches on the engine that trains: same model, same sharding, same attention, same loss.
+
+Each point is a forward and a backward of packs with the given documents, one pack on every SP group at once, into
+gradients that exist already, as in all but the first micro-step of training. Seconds are the slowest rank's, the median
+of the repeats. Bytes are the peak of what the allocator had given out, plus the states that stay (parameters, gradients
+and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the profiler's allocation events,
+which sees every tensor including temporaries. They are measured first, in a run that waits for no other rank
+(:mod:`hbp.train.measure.alone`), so that a rank may run out of memory: then its peak is infinite, and so is the
+point's.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from hbp.cost.fit import Point
+from hbp.parallel.mesh import ParallelMesh
+from hbp.plan import Plan
+from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
+from hbp.train.measure.alone import alone, without_others
+from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
+
+GRADIENTS, MOMENTS = 1, 2  # each as large as the parameters that are trained; AdamW has two moments
+ENOUGH_S = 1.0
+"""Seconds after which a micro-batch has been measured well enough."""
+
+
+def measure_point(
+    model: CausalLMWithLoss,
+    mesh: ParallelMesh,
+    lengths: Sequence[int],
+    sp_degree: int,
+    gc_layers: int,
+    *,
+    device: torch.device,
+    repeats: int = 3,
+) -> Point:
+    """Run one micro-batch of random tokens and return its seconds and peak bytes (the same on every rank).
+
+    It is repeated until :data:`ENOUGH_S` are measured, but at most `repeats` times; with 0 only memory is, as it is
+    where a rank runs out of it: its peak bytes are infinite then, and its seconds 0.
+    """
+    mesh.prepare([sp_degree])
+    rng = np.random.default_rng(0)
+    vocab = model.lm.config.vocab_size
+    documents = [(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, np.uint8)) for n in lengths]
+    rank = dist.get_rank()
+    batch = micro_batch_of(documents, 0, sp_degree, rank % sp_degree, gc_layers, mesh, device)
+    peak = highest(_peak_alone(model, batch, device), device)
+    if not repeats or math.isinf(peak):
+        return Point(tuple(lengths), sp_degree, gc_layers, 0.0, peak)
+
+    _hold_gradients(model)
+    forward_backward(model, batch)  # collectives of a new group begin slowly
+    seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
+        _wait(device)
+        start = time.perf_counter()
+        forward_backward(model, batch)
+        _wait(device)
+        seconds.append(highest(time.perf_counter() - start, device))
+    model.zero_grad(set_to_none=True)
+    return Point(tuple(lengths), sp_degree, gc_layers, float(np.median(seconds)), peak)
+
+
+def _peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
+    """Peak bytes of this rank, states included; infinite where it runs out of memory."""
+    batch, peak = alone(batch), math.inf
+    try:
+        with without_others(model):
+            gradients = _hold_gradients(model)
+            peak = _peak_bytes(lambda: forward_backward(model, batch), device)
+            peak += local_parameter_bytes(model) + (GRADIENTS + MOMENTS) * gradients
+    except torch.OutOfMemoryError:
+        reset: Any = getattr(model, "reset_iter_state", None)
+        if reset is None:  # FSDP2 before torch 2.13 cannot go on after that
+            raise
+        reset()
+    model.zero_grad(set_to_none=True)
+    if math.isinf(peak):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return peak
+
+
+def _hold_gradients(model: CausalLMWithLoss) -> int:
+    """Give the parameters gradients to accumulate into; returns the bytes of this rank's part of them."""
+    size = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad = torch.zeros_like(parameter)
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            size += local.numel() * local.element_size()
+    return size
+
+
+def measure_rows(
+    model: CausalLMWithLoss, plan: Plan, samples: SampleSource, mesh: ParallelMesh, device: torch.device
+) -> dict[tuple[int, int, int], float]:
+    """Peak bytes of any rank for the fullest pack of each (capacity, SP degree, recomputed layers) of a plan.
+
+    Infinite for a pack for which a rank has not the memory.
+    """
+    peaks = {}
+    for setting, row in sorted(heaviest_rows(plan).items()):
+        _, lengths = plan.samples(row)
+        peaks[setting] = measure_point(
+            model, mesh, lengths.tolist(), setting[1], setting[2], device=device, repeats=0
+        ).peak_bytes
+    return peaks
+
+
+def heaviest_rows(plan: Plan) -> dict[tuple[int, int, int], int]:
+    """The row with the most tokens of each (capacity, SP degree, recomputed layers) that a plan uses."""
+    order = np.argsort(plan.tokens(), kind="stable")
+    settings = zip(plan.capacity[order], plan.sp_degree[order], plan.gc_layers[order], strict=True)
+    return {(int(c), int(d), int(k)): int(row) for (c, d, k), row in zip(settings, order, strict=True)}
+
+
+def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> torch.Tensor:
+    """One micro-step: the summed loss (detached), gradients of `scale` times it left in the parameters."""
+    set_gc_layers(model, batch.gc_layers)
+    loss = model(*batch.inputs)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def highest(value: float, device: torch.device) -> float:
+    """The highest of all ranks' values, on every rank."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def _peak_bytes(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree()))
+    return float(max(itertools.accumulate((size for _, size in events), initial=0)))
+
+
+def _allocations(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Time and bytes of each, negative where they are freed."""
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from _allocations(event.children)

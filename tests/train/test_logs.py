@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+
+import pytest
+
+from hbp.config import LogConfig
+from hbp.errors import HbpError
+from hbp.train import logs as writers
+from hbp.train.logs import check_writers, line_of, open_writers, read_records, scalars_of
+from hbp.train.loop import StepRecord
+
+RECORD = StepRecord(
+    step=3,
+    loss=2.5,
+    grad_norm=0.5,
+    lr=1e-3,
+    tokens=1000,
+    loss_tokens=800,
+    started_s=1.0,
+    seconds=0.5,
+    tokens_per_s=2000.0,
+    group="4096/SP2/GC1 + 512/SP1/GC0",
+    skew=0.25,
+    slowest_rank=0,
+    mean_wall_s=0.4,
+    mean_busy_s=0.35,
+    memory_bytes=2**30,
+    rank_wall_s=[[0.4], [0.4]],
+    rank_busy_s=[[0.4], [0.3]],
+    tflops=1.5,
+    mfu=0.4,
+)
+
+
+def test_scalars_are_kept_apart_by_group():
+    scalars = scalars_of(RECORD)
+    assert scalars["train/loss"] == 2.5
+    group = "group/4096-SP2-GC1+512-SP1-GC0"
+    assert (scalars[f"{group}/mfu"], scalars[f"{group}/memory_gib"], scalars[f"{group}/skew"]) == (0.4, 1.0, 0.25)
+    assert not any(name.endswith("mfu") for name in scalars_of(dataclasses.replace(RECORD, mfu=None)))
+
+
+def test_records_survive_their_file(tmp_path):
+    log = tmp_path / "steps.jsonl"
+    assert read_records(log) == []
+    later = dataclasses.replace(RECORD, step=4, loss=1 / 3)
+    log.write_text(line_of(RECORD) + line_of(later) + line_of(RECORD)[:40])  # cut off with its run
+    assert read_records(log) == [RECORD, later]
+
+
+def test_tensorboard_events_are_read_back(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_writers(LogConfig(tensorboard=True), tmp_path, {}) as writers:
+        for step, loss in enumerate([3.0, 2.0], start=1):
+            for write in writers:
+                write(scalars_of(dataclasses.replace(RECORD, loss=loss)), step)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.0)]
+    assert events.Scalars("group/4096-SP2-GC1+512-SP1-GC0/tokens_per_s")[0].value == 2000.0
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_taken_back(tmp_path):
+    """A run that was killed at step 3 and resumed after step 1: every step once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, losses in ((1, [3.0, 2.0, 1.0]), (2, [2.5, 1.5])):
+        with open_writers(LogConfig(tensorboard=True), tmp_path, {}, step=first - 1) as (write,):
+            for step, loss in enumerate(losses, start=first):
+                write({"train/loss": loss}, step)
+        time.sleep(1.1)  # files are read in the order of their names, which say the second
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.5), (3, 1.5)]
+
+
+def log_records(data: bytes) -> list[bytes]:
+    """The records of a LevelDB log, which a ``.wandb`` file is after its seven bytes of header."""
+    at, found, piece = 7, [], b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        piece += data[at + 7 : at + 7 + size]
+        if kind in (1, 4):  # whole, or the last part
+            found.append(piece)
+            piece = b""
+        at += 7 + size
+    return found
+
+
+def test_wandb_offline(tmp_path):
+    """The history is in the file that `wandb sync` would send."""
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    config = LogConfig(wandb_project="packing", wandb_name="tiny", wandb_mode="offline")
+    with open_writers(config, tmp_path, {"train": {"lr": 1e-3}}, "runs-own-name") as writers:
+        writers[0](scalars_of(RECORD), 1)
+        writers[0](scalars_of(dataclasses.replace(RECORD, loss=1.25)), 2)
+    (file,) = tmp_path.glob("wandb/offline-run-*-runs-own-name/run-runs-own-name.wandb")
+
+    def losses() -> list[float]:
+        found = []
+        for data in log_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                found += [i.value_json for i in record.history.item if "train/loss" in (i.key, *i.nested_key)]
+        return [float(loss) for loss in found]
+
+    for _ in range(100):  # its own process writes the file, and on a busy machine ends after us
+        if losses() == [2.5, 1.25]:
+            break
+        time.sleep(0.3)
+    assert losses() == [2.5, 1.25]
+
+
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(HbpError, match=r"log.tensorboard needs tensorboard; install with"):
+        open_writers(LogConfig(tensorboard=True), tmp_path, {}).__enter__()
+
+
+def test_a_writer_that_cannot_write_is_refused_before_anything_is_run(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(writers, "find_spec", lambda package: package)
+    config = LogConfig(tensorboard=True, wandb_project="packing")
+    with pytest.raises(HbpError, match="needs a key of Weights & Biases: run `wandb login`"):
+        check_writers(config)
+    check_writers(LogConfig(wandb_project="packing", wandb_mode="offline"))
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_API_KEY", "secret")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            check_writers(config)
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password secret\n")
+    with pytest.raises(HbpError, match="needs a key"):
+        check_writers(config)
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    check_writers(config)
+    for option, package in (("log.tensorboard", "tensorboard"), ("log.wandb_project", "wandb")):
+        monkeypatch.setattr(writers, "find_spec", lambda name, missing=package: None if name == missing else name)
+        with pytest.raises(HbpError, match=f"{option} needs {package}; install with"):
+            check_writers(config)
