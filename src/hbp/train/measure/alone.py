@@ -36,8 +36,7 @@ class _AllGather(_Communication):
         if not self.alone:
             return ALL_GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
         for part in output_tensor.chunk(group.size()):
-            if part.data_ptr() != input_tensor.data_ptr():  # gathered in place
-                part.copy_(input_tensor)
+            part.copy_(input_tensor)
         return None
 
 

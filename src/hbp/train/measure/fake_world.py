@@ -28,13 +28,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, _create_work_from_future  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from hbp.errors import HbpError
 from hbp.parallel.gather_kv import ALL_GATHER, REDUCE_SCATTER
+from hbp.train.model import CausalLMWithLoss, meta_model, shard
+from hbp.train.weights import compute_buffers
 
 OWN_BACKEND = "hbp_fake"
 DEVICES = ["cpu", "cuda"]
+DEVIATION = 0.02
+"""Of drawn matrices, as transformers initialises most families."""
 
 
 @contextmanager
@@ -75,6 +81,44 @@ def fake_backend() -> str:
     except (ImportError, AttributeError, RuntimeError, ValueError, NotImplementedError):
         pass
     return OWN_BACKEND
+
+
+def drawn_model(
+    name_or_folder: str,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    by_layer: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    compiled: bool = False,
+) -> CausalLMWithLoss:
+    """A sharded model with values of a normal size, drawn shard by shard on the device; no checkpoint is read.
+
+    What a rank computes and holds does not depend on the values, and gathering copies of one shard would make nothing
+    of a checkpoint's. Experts are chosen about alike.
+
+    Args:
+        name_or_folder: as for :func:`~hbp.train.model.load_model`, and so `attention`.
+        mesh: of the world, and so `by_layer`, `compute_dtype` and `compiled` as for :func:`~hbp.train.model.shard`.
+        device: of this rank.
+
+    Raises:
+        HbpError: as they do.
+    """
+    model = meta_model(name_or_folder, attention=attention)
+    shard(model, mesh, by_layer=by_layer, compute_dtype=compute_dtype, compiled=compiled)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.ndim > 1:
+                local.normal_(0.0, DEVIATION)
+            else:
+                local.fill_(0.0 if name.endswith("bias") else 1.0)
+    for module in model.modules():
+        compute_buffers(module, model.lm.config, device)
+    return model
 
 
 def _join(backend: str, world_size: int, rank: int) -> None:

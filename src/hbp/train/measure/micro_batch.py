@@ -57,7 +57,7 @@ def measure_point(
     documents = [(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, np.uint8)) for n in lengths]
     rank = dist.get_rank()
     batch = micro_batch_of(documents, 0, sp_degree, rank % sp_degree, gc_layers, mesh, device)
-    peak = highest(_peak_alone(model, batch, device), device)
+    peak = highest(peak_alone(model, batch, device), device)
     if not repeats or math.isinf(peak):
         return Point(tuple(lengths), sp_degree, gc_layers, 0.0, peak)
 
@@ -74,7 +74,7 @@ def measure_point(
     return Point(tuple(lengths), sp_degree, gc_layers, float(np.median(seconds)), peak)
 
 
-def _peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
+def peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
     """Peak bytes of this rank, states included; infinite where it runs out of memory."""
     batch, peak = alone(batch), math.inf
     try:
