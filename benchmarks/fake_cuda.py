@@ -41,6 +41,7 @@ class Memory(TorchDispatchMode):
         self.limit = limit
         """Bytes; where an operator goes beyond it, memory has run out."""
         self.sizes: dict[int, int] = {}
+        self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -48,9 +49,17 @@ class Memory(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else 1  # what a program reads of a number that is not there
         if func in DRAWS and isinstance(args[0], FakeTensor):
             return args[0]
+        if func is torch.ops.aten.index_put.default and isinstance(args[0], FakeTensor):
+            return args[0]  # the backward of indexing, which works in place on tensors that are there
         if func is torch.ops.aten.addmm.dtype_out:  # whose decomposition in torch 2.11 is wrong
             return kwargs["out"]
-        out = func(*args, **kwargs)
+        if self.inside:  # a kernel that torch writes out in smaller ones, for shapes' sake
+            return func(*args, **kwargs)
+        self.inside = not any(isinstance(leaf, DTensor) for leaf in tree_leaves((args, kwargs)))
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.inside = False
         for leaf in tree_leaves(out):
             if isinstance(leaf, FakeTensor) and leaf.fake_device.type == "cuda":
                 self.see(leaf.untyped_storage())
@@ -65,11 +74,12 @@ class Memory(TorchDispatchMode):
 
     def _count(self, key: int, size: int) -> None:
         size = -(-size // 512) * 512
-        self.now += size - self.sizes[key]
+        more = size - self.sizes[key]
+        if more > 0 and self.now + more > self.limit:
+            raise torch.OutOfMemoryError(f"{self.now} + {more} bytes of {self.limit}")
         self.sizes[key] = size
+        self.now += more
         self.peak = max(self.peak, self.now)
-        if self.now > self.limit:
-            raise torch.OutOfMemoryError(f"{self.now} bytes of {self.limit}")
 
     def _forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
@@ -172,17 +182,32 @@ def _new(cls: type, mode: Any, elem: torch.Tensor, device: torch.device, *args: 
 
 def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`Tensor.to` asks C++ where a tensor is."""
-    if not isinstance(tensor, FakeTensor):
-        return TO(tensor, *args, **kwargs)
     copied = kwargs.pop("copy", False)
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
     if device is not None and device.type == "cuda":
         device = DEVICE
+    if isinstance(tensor, DTensor) or not (isinstance(tensor, FakeTensor) or device == DEVICE):
+        return TO(tensor, *args, copy=copied, **kwargs)
+    if not isinstance(tensor, FakeTensor):  # made in another thread, where tensors are real
+        return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
     if not copied and device in (None, tensor.device) and dtype in (None, tensor.dtype):
         return tensor
     return torch.ops.aten._to_copy.default(
         tensor, dtype=dtype, device=device or tensor.device, non_blocking=non_blocking
     )
+
+
+class _Silu(torch.autograd.Function):
+    """One kernel each way, as on a device; without one, torch writes its backward out in eight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
 
 
 TO = torch.Tensor.to
@@ -244,6 +269,7 @@ def fake_cuda(limit: float = float("inf")) -> Iterator[Memory]:
         stack.enter_context(mock.patch.object(torch.Tensor, "numpy", _numpy))
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
         stack.enter_context(mock.patch.object(torch.Tensor, "to", _to))
+        stack.enter_context(mock.patch("torch.nn.functional.silu", lambda x, inplace=False: _Silu.apply(x)))
         stack.enter_context(mock.patch.object(FakeTensor, "__new__", staticmethod(_new)))
         stack.enter_context(mock.patch.object(FakeTensor, "__torch_dispatch__", classmethod(_device_of_nothing)))
         stack.enter_context(mock.patch.dict(HANDLERS, {torch.ops.prim.device.default: lambda args: META}))

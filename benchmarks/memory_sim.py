@@ -102,7 +102,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "rows": rows,
-        "worst": max((abs(r["predicted_over_simulated"] - 1) for r in rows)),
+        "worst": max(abs(r["predicted_over_simulated"] - 1) for r in rows),
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -65,10 +65,19 @@ def profile_cluster(
 def sharded_stack(engine: Engine, height: int) -> CausalLMWithLoss:
     """The first layers of the run's model, freshly initialised, with adapters where the run trains some."""
     config, spec = engine.config.model, engine.cost.model
-    model = load_stack(config.path, height, engine.device, vocab_size=spec.vocab, seed=engine.config.seed)
+    model = load_stack(
+        config.path,
+        height,
+        engine.device,
+        vocab_size=spec.vocab,
+        seed=engine.config.seed,
+        attention=config.attention,
+    )
     if engine.config.lora.rank:
         add_adapters(model, engine.config.lora, config.path, engine.config.seed)
         model.to(engine.device)
     dtype = getattr(torch, config.compute_dtype)
-    shard(model, engine.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype)
+    by_layer = spec.sharded_by_layer
+    shard(model, engine.mesh.world, by_layer=by_layer, compute_dtype=dtype, compiled=config.compile)
+    model.offload_activations = config.offload_activations
     return model

@@ -213,7 +213,8 @@ def count_loss_tokens(plan: Plan, samples: SampleSource) -> npt.NDArray[np.integ
 def _pinned(batch: MicroBatch) -> MicroBatch:
     weights = None if batch.weights is None else batch.weights.pin_memory()
     ids, positions, labels = (x.pin_memory() for x in (batch.input_ids, batch.position_ids, batch.labels))
-    return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights)
+    layout = batch.layout.pinned()
+    return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights, layout=layout)
 
 
 def micro_batch_of(

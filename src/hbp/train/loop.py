@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hbp.config import TrainConfig
@@ -171,9 +172,9 @@ class _MicroClock:
 
 
 def make_optimizer(model: CausalLMWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that are trained."""
+    """AdamW over the parameters that are trained; fused, as `foreach` would hold another copy of them all."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, foreach=True)
+    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def train(
@@ -340,16 +341,18 @@ def evaluate(
     device: torch.device,
 ) -> float:
     """Mean cross entropy over the loss tokens of a plan's samples."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)  # summed there: the host does not wait
     mesh.prepare(plan.sp_degree.tolist())
     model.eval()
     with torch.no_grad():
         for step in rows_of_rank(plan, dist.get_rank()):
             for row in step:
                 batch = make_micro_batch(plan, row, samples, mesh, dist.get_rank(), device)
-                total += float(model(batch.input_ids, batch.position_ids, batch.labels, batch.layout))
+                total += model(batch.input_ids, batch.position_ids, batch.labels, batch.layout).detach()
     model.train()
-    return float(_gather([total], device).sum()) / max(int(loss_tokens[plan.sample_ids].sum()), 1)
+    if isinstance(model, FSDPModule):  # which keeps its root gathered until a backward
+        model.reshard()
+    return float(_gather([float(total)], device).sum()) / max(int(loss_tokens[plan.sample_ids].sum()), 1)
 
 
 def groups_of_step(plan: Plan, step: int) -> str:

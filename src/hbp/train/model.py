@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hbp.cost.known_models import FAMILIES
 from hbp.errors import HbpError
-from hbp.parallel.ulysses import PackLayout, register_attention
+from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
 from hbp.train.loss import summed_cross_entropy
 from hbp.train.offload import offloaded_activations
 from hbp.train.router_loss import RouterLoss
@@ -78,7 +78,7 @@ class CausalLMWithLoss(nn.Module):
             offloaded_activations() if offload else nullcontext(),
             self.router_loss.listening() if routed else nullcontext(),
         ):
-            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=layout)
+            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=Sealed(layout))
         projection = self.lm.get_output_embeddings().weight
         loss = summed_cross_entropy(out.last_hidden_state[0], projection, labels, weights)
         return loss + token_share * self.router_loss.of_pack(layout) if routed else loss

@@ -74,7 +74,7 @@ class RouterLoss:
         logits, chosen = zip(*heard, strict=True)
         document, counted = documents_of_tokens(layout, logits[0].device)
         n_experts, k, n_layers = logits[0].size(-1), chosen[0].size(-1), len(heard)
-        lengths = torch.tensor(layout.documents.lengths, device=document.device)
+        lengths = layout.documents.cu_seqlens.diff()  # on the device already
         counts = torch.zeros(n_layers, len(lengths), n_experts, device=document.device)
         for layer, choice in zip(counts, chosen, strict=True):
             layer.index_put_((document[:, None], choice), torch.ones((), device=document.device), accumulate=True)
@@ -95,7 +95,8 @@ def documents_of_tokens(layout: PackLayout, device: torch.device) -> tuple[Tenso
     lengths = layout.documents.lengths
     total = sum(lengths)
     groups = SequenceGroups(layout.ulysses_degree, layout.sp_degree // layout.ulysses_degree)
-    runs = [torch.arange(run.start, run.stop) for run in tokens_of_rank(total, groups, layout.sp_rank)]
-    place = torch.cat(runs).to(device)
+    place = torch.cat(  # made where it is needed: nothing waits for a copy
+        [torch.arange(run.start, run.stop, device=device) for run in tokens_of_rank(total, groups, layout.sp_rank)]
+    )
     ends = layout.documents.cu_seqlens[1:].long()
     return torch.searchsorted(ends, place, right=True), place < total - layout.filler
