@@ -37,8 +37,7 @@ from hbp.cost.predict import CostModel
 from hbp.cost.profile_file import profile_json
 from hbp.parallel.mesh import make_mesh
 from hbp.train.launch import CPU_ENVIRONMENT, device_name, process_group, under_torchrun
-from hbp.train.measure.layer_stack import load_stack
-from hbp.train.measure.live import LiveProfile, live_profile, packs_to_measure
+from hbp.train.measure.live import LiveProfile, live_profile, load_stack, packs_to_measure
 from hbp.train.measure.micro_batch import measure_point
 from hbp.train.model import CausalLMWithLoss, shard
 
@@ -197,7 +196,7 @@ def row(model: str, profile: str, quantity: str, relative: Sequence[float]) -> d
 def draw(result: dict[str, Any], folder: Path) -> None:
     """The pictures of docs/cost-model.md: this machine's scatters, and curves of the built-in H100."""
     from hbp.cost.model_spec import load_model_spec
-    from hbp.report import cost_figures
+    from hbp.report import profile_page
     from hbp.report.figures import standalone
 
     points = [
@@ -206,10 +205,10 @@ def draw(result: dict[str, Any], folder: Path) -> None:
     ]
     cost = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 64)
     pictures = {
-        "cost-seconds": cost_figures.seconds_scatter(points, [p["predicted_s"] for p in result["fresh_points"]]),
-        "cost-memory": cost_figures.memory_scatter(points, [p["unfitted_bytes"] for p in result["fresh_points"]]),
-        "cost-time-per-token": cost_figures.time_per_token(cost, 2**17, degrees=[1, 2, 4, 8, 16]),
-        "cost-memory-over-length": cost_figures.memory_over_length(cost, 2**17, degrees=[1, 2, 4, 8, 16]),
+        "cost-seconds": profile_page.seconds_scatter(points, [p["predicted_s"] for p in result["fresh_points"]]),
+        "cost-memory": profile_page.memory_scatter(points, [p["unfitted_bytes"] for p in result["fresh_points"]]),
+        "cost-time-per-token": profile_page.time_per_token(cost, 2**17, degrees=[1, 2, 4, 8, 16]),
+        "cost-memory-over-length": profile_page.memory_over_length(cost, 2**17, degrees=[1, 2, 4, 8, 16]),
     }
     for name, svg in pictures.items():
         (folder / f"{name}.svg").write_text(standalone(svg))

@@ -42,8 +42,7 @@ from hbp.parallel.mesh import make_mesh
 from hbp.parallel.varlen import document_attention, make_documents
 from hbp.progress import say
 from hbp.train.launch import device_name, process_group
-from hbp.train.measure.layer_stack import load_stack
-from hbp.train.measure.live import Pack, live_profile, that_fit
+from hbp.train.measure.live import Pack, live_profile, load_stack, that_fit
 from hbp.train.model import CausalLMWithLoss, shard
 
 STACKS = {"llama-3.1-8b": (2, 4), "qwen2.5-32b": (1, 2), "deepseek-v2-236b": (1, 2)}

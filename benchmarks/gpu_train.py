@@ -43,11 +43,11 @@ from hbp.data.store import TokenStore, write_store
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Group, Plan
 from hbp.planning.planner import make_plan
-from hbp.run.training import by_group
+from hbp.run_log import by_group
 from hbp.train.launch import CPU_ENVIRONMENT, device_name, free_memory, process_group
-from hbp.train.loop import Efficiency, StepFailed, train
-from hbp.train.mfu import peak_flops_per_s, step_flops
+from hbp.train.loop import Learner, StepFailed, train
 from hbp.train.model import load_model, shard
+from hbp.train.records import Efficiency, peak_flops_per_s, step_flops
 
 ROOT = Path(__file__).parent.parent
 LLAMA_1B = {
@@ -117,9 +117,9 @@ def measure(plan: Plan, store: TokenStore, model_folder: str, cost: CostModel, d
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     shard(model, mesh.world, by_layer=cost.model.sharded_by_layer, compute_dtype=compute)
     efficiency = Efficiency(step_flops(plan, cost.model), peak_flops_per_s(device))
-    config = TrainConfig(lr=1e-5)
-    records = train(model, plan, store, store.loss_tokens, mesh, config, device, efficiency=efficiency)[1:]
-    del model
+    learner = Learner.of(model, mesh, TrainConfig(lr=1e-5), device)
+    records = train(learner, plan, store, efficiency=efficiency)[1:]
+    del model, learner
     free_memory()
     seconds = sum(record.seconds for record in records)
     mfu = [record.mfu * record.seconds for record in records if record.mfu is not None]

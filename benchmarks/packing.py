@@ -43,9 +43,8 @@ from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import LENGTH_SETS, generate
-from hbp.plan import Plan, write_plan
+from hbp.plan import Plan, imbalance, write_plan
 from hbp.planning.kernels import best_fit_decreasing, counting_sort
-from hbp.planning.metrics import imbalance
 from hbp.planning.mixed.even_fit import even_fit
 from hbp.planning.mixed.stream import StreamPlanner
 from hbp.planning.planner import STRATEGIES, make_plan

@@ -43,7 +43,18 @@ PLACES: tuple[tuple[str, ...], ...] = (
 )
 SHORT_PLACE = ("--model", "llama-3.1-8b", "--cluster", "cpu-local", "--gpus", "4", "--memory-gib", "400")
 SAMPLES, QUICK_SAMPLES = 6_000, 1_000
-MEASURED = ("seconds", "tokens_per_s", "started_s", "waiting_s", "memory_bytes", "peak_bytes", "report", "plan", "mfu")
+MEASURED = (
+    "seconds",
+    "skew",
+    "tokens_per_s",
+    "started_s",
+    "waiting_s",
+    "memory_bytes",
+    "peak_bytes",
+    "report",
+    "plan",
+    "mfu",
+)
 """Keys whose values a clock, an allocator or a folder's name gives."""
 TRAINING = """
 run_dir: {run}
@@ -171,7 +182,7 @@ def main() -> int:
         args.file.write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps({"recorded": len(found)}) if args.json else f"{len(found)} fingerprints → {args.file}")
         return 0
-    before = json.loads(args.file.read_text())
+    before = without_measured(json.loads(args.file.read_text()))
     differ = sorted(key for key in before.keys() | found.keys() if before.get(key) != found.get(key))
     if args.json:
         print(json.dumps({"compared": len(before), "differ": differ}))

@@ -123,8 +123,7 @@ def worker(folder: Path, strategies: list[str]) -> None:
     from hbp.parallel.mesh import make_mesh
     from hbp.train.batch import micro_batch_of
     from hbp.train.launch import process_group
-    from hbp.train.loop import train
-    from hbp.train.measure.micro_batch import forward_backward
+    from hbp.train.loop import Learner, forward_backward, train
     from hbp.train.model import load_model, shard
 
     with process_group() as device:
@@ -182,7 +181,7 @@ def worker(folder: Path, strategies: list[str]) -> None:
         measured |= {"steps": {name: [] for name in plans}, "busy_steps": {name: [] for name in plans}}
         for turn in range(size.rounds + 1):
             for name, plan in plans.items():
-                records = train(model, plan, store, store.loss_tokens, mesh, TrainConfig(), device)
+                records = train(Learner.of(model, mesh, TrainConfig(), device), plan, store)
                 if turn:
                     measured["steps"][name].append([record.seconds for record in records])
                     busy = [float(np.max(record.rank_busy_s, axis=0).sum()) for record in records]

@@ -64,7 +64,7 @@ def write_weights(folder: Path, n_layers: int) -> str:
     """A model folder with weights, so that both sides start from the same."""
     import torch
 
-    from hbp.train.measure.layer_stack import load_stack
+    from hbp.train.measure.live import load_stack
 
     load_stack(MODEL, n_layers, torch.device("cpu")).lm.save_pretrained(folder)
     return str(folder)
@@ -134,9 +134,8 @@ def switch_rank(out: Path, *, quick: bool) -> None:
     from hbp.parallel.mesh import make_mesh
     from hbp.train.batch import micro_batch_of
     from hbp.train.launch import device_name, process_group
-    from hbp.train.loop import make_optimizer
-    from hbp.train.measure.layer_stack import load_stack
-    from hbp.train.measure.micro_batch import forward_backward
+    from hbp.train.loop import forward_backward, make_optimizer
+    from hbp.train.measure.live import load_stack
     from hbp.train.model import shard
 
     n_layers, rounds, row, tokens = (QUICK_LAYERS, 6, 4, 128) if quick else (LAYERS, 12, 10, 1024)

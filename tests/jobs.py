@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 import yaml
 from workers import CPU, LLAMA, write_config
 
+from hbp.cli.main import main
 from hbp.config import Config, load_config
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.errors import HbpError, Stopped
 from hbp.run.job import run_job
-from hbp.train.signals import Received
+from hbp.train.launch import Received
 
 WORDS = ("pack", "rank", "step", "token", "plan", "group", "wait")
 
@@ -87,6 +88,13 @@ def hbp(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def hbp_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """:func:`hbp` without a process of its own, which costs seconds: for what ends before ranks are started."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as said:
+        code = main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), said.getvalue())
+
+
 def start(job: Path, *overrides: str, arguments: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """`hbp train` in a process group of its own."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
@@ -103,7 +111,7 @@ def start(job: Path, *overrides: str, arguments: tuple[str, ...] = ()) -> subpro
 
 def ranks_of(launcher: subprocess.Popen[str], count: int) -> list[int]:
     """Process ids of the ranks that `hbp train` or torchrun started, once all are there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # on a busy machine
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     while time.monotonic() < deadline:
         pids = [int(pid) for pid in children.read_text().split()]

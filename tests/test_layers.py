@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "hbp"
 FLOORS = (
     ("errors", "progress"),
-    ("plan", "config", "cost", "data", "parallel"),
+    ("plan_info", "plan", "run_log", "config", "cost", "data", "parallel"),
     ("planning", "train", "simulator"),
     ("run", "report", "integrations"),
     ("cli",),
@@ -16,7 +16,9 @@ FLOORS = (
 """From the ground up; what stands on one floor."""
 HEAVY = ("torch", "transformers")
 MUST_NOT_KNOW = {
+    "plan_info": ("plan", "run_log", "config", "cost", "data", "parallel", *HEAVY),
     "plan": ("config", "cost", "data", "parallel", *HEAVY),
+    "run_log": ("plan", "config", "cost", "data", "parallel", *HEAVY),
     "config": ("plan", "cost", "data", "parallel", *HEAVY),
     "cost": ("plan", "config", "data", "parallel", *HEAVY),
     "data": ("plan", "config", "cost", "parallel", "torch"),

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plans import can_fit, hand_plan, tiny_cost
+from plans import can_fit, hand_plan, tiny_cost, write_by_hand
 
 from hbp.errors import HbpError
 from hbp.plan import (
@@ -24,7 +24,9 @@ from hbp.plan import (
     PARQUET_NAME,
     SCALAR_COLUMNS,
     SCHEMA,
+    Group,
     Plan,
+    completed,
     hash_lengths,
     read_info,
     read_plan,
@@ -163,7 +165,7 @@ def check_metrics(metrics: dict[str, float], rows: Rows, world: int) -> None:
 
 def sound() -> Plan:
     """Two steps on four ranks: (SP 2, 1, 1), (SP 4), then (1, 1)."""
-    return hand_plan(
+    plan = hand_plan(
         [
             (0, 0, 0, 2, 100, 1.0, [60, 30]),
             (0, 0, 2, 1, 50, 1.0, [40, 10]),
@@ -174,6 +176,7 @@ def sound() -> Plan:
         ],
         world=4,
     )
+    return completed(plan)
 
 
 def put(row: int, **values: Any) -> Callable[[Rows, dict[str, Any]], None]:
@@ -226,7 +229,11 @@ DAMAGE: dict[str, tuple[Callable[[Rows, dict[str, Any]], None], str]] = {
     "micro-steps not sorted": (put(0, micro_step=1), "not sorted"),
     "schema version": (note(schema_version=2), "has schema version 2, this hbp reads 1"),
     "no version": (lambda rows, info: info.pop("schema_version"), "has schema version None"),
-    "a key missing": (lambda rows, info: info.pop("seed"), "is damaged (KeyError"),
+    "no world": (lambda rows, info: info.pop("world_size"), "lacks world_size; add the number of ranks"),
+    "a batch of no number": (note(settings={"global_batch_tokens": "all"}), "global_batch_tokens is not a whole"),
+    "asked for no number": (note(settings={"asked": {"windows": 1.5}}), "windows is not a whole number"),
+    "an optimizer of no time": (note(cluster={"step_overhead_s": "long"}), "step_overhead_s is not a number"),
+    "an optimizer before time": (note(cluster={"step_overhead_s": -1}), "step_overhead_s is -1"),
     "metrics null": (note(metrics=None), "metrics is not an object"),
     "a boolean world": (note(world_size=True), "world_size is not a whole number"),
     "dropped of no shape": (note(dropped=[3]), "is damaged (TypeError"),
@@ -281,6 +288,46 @@ def test_validate_refuses_arrays_that_do_not_line_up(change: dict[str, Any], mes
         with pytest.raises(HbpError, match=message):
             refuse()
     assert not (tmp_path / "plan").exists()
+
+
+METRICS_BY_HAND = {
+    "pr": 1 - 442 / 500,
+    # a micro-step of [45, 45, 50, 45], one of four alike, one of [50, 37, 0, 0]
+    "dbr": ((5 + 5 + 0 + 5) / (50 * 4) + 0 + (0 + 13 + 50 + 50) / (50 * 4)) / 3,
+    # ((60² + 30²) / 2, twice, 40² + 10², 45²); alike; (50², 25² + 5² + 7², 0, 0)
+    "abr": (2 * (2250 - 2250) + 550 + 225) / (2250 * 4) / 3 + ((2500 - 699) + 2 * 2500) / (2500 * 4) / 3,
+    "cr": (90 + 170) / 442,
+    "ave_tokens": 442 / 2,
+    "predicted_s": 4.0,
+}
+
+
+def test_a_plan_that_says_only_its_world_is_completed_from_its_rows(tmp_path: Path) -> None:
+    plan = read_plan(write_by_hand(tmp_path))
+    info = plan.info
+    assert (info.strategy, info.seed, info.dropped, info.n_samples, info.n_tokens) == ("unnamed", 0, (), 11, 442)
+    assert info.lengths_sha256 == hash_lengths(np.array([60, 30, 40, 10, 45, 150, 20, 50, 25, 5, 7]))
+    assert set(info.groups) == {Group(50, 1, 0), Group(100, 2, 0), Group(200, 4, 0)}
+    assert dict(info.metrics) == pytest.approx(METRICS_BY_HAND)
+    assert read_info(tmp_path) == info
+    write_plan(plan, tmp_path / "again")
+    assert same(read_plan(tmp_path / "again"), plan)
+
+
+def test_what_a_plan_says_itself_is_kept(tmp_path: Path) -> None:
+    """With the fixed keys of the contract; a group that it does not list is added, a metric that it has is its own."""
+    groups = [{"capacity": 200, "sp_degree": 4, "gc_layers": 0}]
+    own = {"groups": groups, "metrics": {"pr": 0.5}, "dropped": [{"sample_id": 11, "reason": "too long"}]}
+    info = read_plan(write_by_hand(tmp_path, **own, strategy="theirs", settings={"colour": "red"})).info
+    assert info.groups[0] == Group(200, 4, 0) and len(info.groups) == 3
+    assert dict(info.metrics) == pytest.approx({**METRICS_BY_HAND, "pr": 0.5})
+    assert (info.strategy, info.n_samples, info.settings) == ("theirs", 12, {"colour": "red"})
+    assert info.lengths_sha256 == "", "lengths of dropped samples are not known"
+
+
+def test_a_step_overhead_counts(tmp_path: Path) -> None:
+    plan = read_plan(write_by_hand(tmp_path, cluster={"step_overhead_s": 0.25, "what": "ours"}))
+    assert plan.info.metrics["predicted_s"] == 4.5
 
 
 def test_lengths_of_a_plan_with_dropped_samples_need_not_hash(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Helpers of the distributed tests: run a function in several gloo processes, tiny models, plans written by hand."""
+"""Helpers of the distributed tests: run a function in several gloo processes, tiny models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-from hbp.plan import Plan, PlanInfo, hash_lengths, validate
-
 torch.set_num_threads(1)  # these models are too small for more
 CPU = torch.device("cpu")
+PRELOADED = ["hbp.run.job", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
+"""Imported once, by the server that ranks fork from: five seconds of processor time a rank."""
 LLAMA = {  # grouped queries, tied embeddings
     "model_type": "llama",
     "hidden_size": 32,
@@ -91,11 +91,11 @@ FAMILIES = {
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 300) -> list[Any]:
     """``function(rank, world, *args)`` of a module's top level in `world` gloo processes; what each returned.
 
-    Processes fork from one server that has imported torch and transformers, so that a launch costs no imports. A
+    Processes fork from one server that has imported :data:`PRELOADED`, so that a launch costs no imports. A
     failure in one ends all and comes out with its traceback.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.set_forkserver_preload(["hbp.train.loop", "transformers.models.auto.modeling_auto"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with TemporaryDirectory() as folder:
         context = start_processes(
             _rank_main, (world, folder, function, args, timeout), world, join=False, start_method="forkserver"
@@ -166,42 +166,6 @@ def random_samples(lengths: Iterable[int], vocab: int, seed: int = 0) -> Samples
     return Samples(
         [(rng.integers(0, vocab, n).astype(np.int32), (rng.random(n) < 0.67).astype(np.uint8)) for n in lengths]
     )
-
-
-Row = tuple[int, int, int, int, int, list[int]]
-"""step, micro-step, first rank, SP degree, recomputed layers, sample ids"""
-
-
-def plan_of(rows: list[Row], lengths: np.ndarray, world: int) -> Plan:
-    """A valid plan of these rows; samples that no row names are dropped."""
-    step, micro, start, degree, gc, ids = zip(*rows, strict=True)
-    sample_ids = np.concatenate([np.array(i, np.int64) for i in ids])
-    dropped = sorted(set(range(len(lengths))) - set(sample_ids.tolist()))
-    info = PlanInfo(
-        strategy="hand",
-        seed=0,
-        world_size=world,
-        groups=(),
-        n_samples=len(lengths),
-        n_tokens=int(lengths[sample_ids].sum()),
-        lengths_sha256=hash_lengths(lengths),
-        dropped=tuple((i, "left out") for i in dropped),
-    )
-    plan = Plan(
-        info,
-        step=np.array(step, np.int32),
-        micro_step=np.array(micro, np.int16),
-        rank_start=np.array(start, np.int32),
-        sp_degree=np.array(degree, np.int16),
-        gc_layers=np.array(gc, np.int16),
-        capacity=np.array([max(1, lengths[i].sum()) for i in ids], np.int32),
-        predicted_s=np.ones(len(rows), np.float32),
-        sample_offsets=np.cumsum([0, *map(len, ids)]).astype(np.int64),
-        sample_ids=sample_ids,
-        lengths=lengths[sample_ids].astype(np.int32),
-    )
-    validate(plan)
-    return plan
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

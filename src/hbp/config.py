@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, did_you_mean
 
 
 class _Section(BaseModel):
@@ -82,7 +82,9 @@ class ClusterConfig(_Section):
 class PlanConfig(_Section):
     """How the samples are packed."""
 
-    path: str | None = Field(None, description="run this plan folder instead of making one")
+    path: str | None = Field(
+        None, description="run this plan folder instead of making one, or the pieces of a planned stream that are in it"
+    )
     strategy: str = Field("hbp-mixed", description="see `hbp plan --help`")
     baseline: str | None = Field(
         None, description="also train this strategy on the same samples and compare, such as `concat`"
@@ -108,9 +110,9 @@ class PlanConfig(_Section):
 class TrainConfig(_Section):
     """Optimizer and outputs. AdamW with the paper's recipe."""
 
-    loss: Literal["ave-token", "token-mean", "sample-mean", "sum"] = Field(
+    loss: Literal["ave-token", "sample-mean", "sum"] = Field(
         "ave-token",
-        description="over the global batch of a step: every loss token alike (the first two), every sample, or the sum",
+        description="over the global batch of a step: every loss token alike, every sample alike, or the sum",
     )
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
@@ -193,8 +195,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise HbpError(f"{path}: no option {key}{_nearest(key)}; see `hbp train --help`") from None
         value = "" if first["type"] == "missing" else f" (got {first['input']!r})"
         raise HbpError(f"{path}: {key}: {first['msg']}{value}; see `hbp train --help`") from None
+
+
+def _nearest(key: str) -> str:
+    """Which option may have been meant: one of this name in another section, or one that is written alike."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    known = [
+        name if option is None else f"{name}.{option}"
+        for name, section in sections.items()
+        for option in (None, *getattr(section, "model_fields", ()))
+    ]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f" (did you mean {elsewhere[0]!r}?)" if elsewhere else did_you_mean(key, known)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

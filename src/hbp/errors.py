@@ -1,7 +1,9 @@
 """The errors that users are meant to read, and how they travel from a rank to the process that started it."""
 
+import difflib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 ERROR_FILE = "HBP_ERROR_FILE"
@@ -14,6 +16,12 @@ class HbpError(Exception):
     The command line prints it without a traceback and exits with code 2; anything else that escapes is a fault
     of ours (exit code 1).
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where one of the `known` names is near, or nothing; for the middle of a message."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class RankFailed(Exception):

@@ -17,6 +17,8 @@ Invariants, checked on write and on read (:func:`validate`):
 A rank that no row of a micro-step covers is idle there: the trainer keeps it in step with a one-token pack that
 carries no loss, and every metric counts it as waiting.
 
+What another program's ``plan.json`` leaves out is filled in from the rows on reading (:mod:`hbp.plan_info`).
+
 In memory the list columns are flat arrays with offsets (the Arrow layout), so a plan of 100 million samples is a
 handful of numpy arrays. Legend: ``P`` packs, ``N`` samples in the plan.
 """
@@ -27,7 +29,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hbp.errors import HbpError
+from hbp.plan_info import (
+    JSON_NAME,
+    RATIOS,
+    SCHEMA_VERSION,
+    TOLD_BY_SAMPLES,
+    Group,
+    PlanInfo,
+    info_from_json,
+    info_to_json,
+    one_line,
+    read_json,
+)
 
-SCHEMA_VERSION = 1
+__all__ = ["JSON_NAME", "PARQUET_NAME", "SCALAR_COLUMNS", "SCHEMA", "SCHEMA_VERSION", "Group", "Plan", "PlanInfo"]
+__all__ += ["completed", "hash_lengths", "imbalance", "ratios", "read_info", "read_plan", "validate", "write_plan"]
+
 PARQUET_NAME = "plan.parquet"
-JSON_NAME = "plan.json"
 
 SCHEMA = pa.schema(
     [
@@ -60,54 +75,6 @@ SCALAR_COLUMNS = ("step", "micro_step", "rank_start", "sp_degree", "gc_layers", 
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True, order=True)
-class Group:
-    """A packing group: how long its packs are and how they are run (paper, Section 4.1)."""
-
-    capacity: int
-    """Packing length in tokens."""
-    sp_degree: int
-    """Ranks that share one pack."""
-    gc_layers: int
-    """Layers whose activations are recomputed."""
-
-    def __str__(self) -> str:
-        return f"{self.capacity} tokens, SP {self.sp_degree}, GC {self.gc_layers}"
-
-
-@dataclass(frozen=True)
-class PlanInfo:
-    """Everything about a plan that is not a row: the contents of ``plan.json``."""
-
-    strategy: str
-    seed: int
-    world_size: int
-    groups: tuple[Group, ...]
-    n_samples: int
-    """Samples in the data set, dropped ones included; of a piece of a stream, those that had come by then."""
-    n_tokens: int
-    """Tokens in the plan."""
-    lengths_sha256: str
-    """:func:`hash_lengths` of the data set that the plan was made for; of a piece of a stream, of the samples that it
-    packs, in order of their ids."""
-    dropped: tuple[tuple[int, str], ...] = ()
-    """Pairs of sample id and reason."""
-    model: Mapping[str, Any] = field(default_factory=dict)
-    cluster: Mapping[str, Any] = field(default_factory=dict)
-    cost_model: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    details: Mapping[str, float] = field(default_factory=dict)
-    """Further figures: time imbalance, composition drift, travel from random order (docs/plan-format.md)."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Options that shaped the plan (global batch, curriculum, longest packing length, windows). ``stream`` is there in
-    a piece of a stream: its number and the stream's steps before it."""
-
-    @property
-    def is_piece(self) -> bool:
-        """Whether the plan holds only some samples of a stream, numbered as the stream numbers them."""
-        return "stream" in self.settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +142,23 @@ class Plan:
             if len(values):
                 result[a : a + PACKS_AT_A_TIME] = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=dtype)
         return result
+
+    def groups_of_rows(self) -> tuple[tuple[Group, ...], IntArray]:
+        """The groups of a plan, and which of them each row is of.
+
+        Returns:
+            The groups that ``plan.json`` names, in its order, then any others that rows have (another program's plan
+            may name none), rising; and the index of each row's group, int64 ``[P]``.
+        """
+        # Three columns in one number: 31 bits of capacity over 16 of degree over 16 of recomputed layers.
+        capacity, degree, layers = (
+            column.astype(np.int64) for column in (self.capacity, self.sp_degree, self.gc_layers)
+        )
+        keys, of_row = np.unique(capacity << 32 | degree << 16 | layers, return_inverse=True)
+        used = [Group(key >> 32, key >> 16 & 0xFFFF, key & 0xFFFF) for key in keys.tolist()]
+        groups = list(dict.fromkeys([*self.info.groups, *used]))
+        number = np.array([groups.index(group) for group in used], np.int64)
+        return tuple(groups), number[of_row]
 
     def micro_step_index(self) -> IntArray:
         """Number of each row's micro-step counted over the whole plan, int64 ``[P]``, from 0."""
@@ -311,7 +295,7 @@ def write_plan(plan: Plan, folder: Path) -> None:
     with pq.ParquetWriter(folder / PARQUET_NAME, SCHEMA, **options) as writer:
         for begin in range(0, max(plan.n_packs, 1), PACKS_AT_A_TIME):  # no copy of the whole
             writer.write_batch(_rows(plan, slice(begin, begin + PACKS_AT_A_TIME)))
-    (folder / JSON_NAME).write_text(json.dumps(_info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
+    (folder / JSON_NAME).write_text(json.dumps(info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
 
 
 def _rows(plan: Plan, rows: slice) -> pa.RecordBatch:
@@ -335,20 +319,19 @@ def _arrow(array: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def read_plan(folder: Path) -> Plan:
-    """Read and validate a plan folder.
+    """Read and validate a plan folder; what another program's plan does not say is filled in (module docstring).
 
     Raises:
         HbpError: a file is missing, damaged, of another schema version, or breaks an invariant.
     """
-    info = read_info(folder)
-    path = folder / PARQUET_NAME
+    data, path = read_json(folder), folder / PARQUET_NAME
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         missing = set(SCHEMA.names).difference(table.column_names)
     except FileNotFoundError:
         raise HbpError(f"no {PARQUET_NAME} in {folder}; make a plan with `hbp plan --out {folder}`") from None
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name is not UTF-8
-        raise HbpError(f"cannot read {path} ({_one_line(error)}); make the plan again") from None
+        raise HbpError(f"cannot read {path} ({one_line(error)}); make the plan again") from None
     if missing:
         raise HbpError(f"{path} lacks the columns {', '.join(sorted(missing))}; make the plan again with `hbp plan`")
     try:
@@ -356,12 +339,69 @@ def read_plan(folder: Path) -> Plan:
         scalars = {name: table.column(name).to_numpy() for name in SCALAR_COLUMNS}
         ids, lengths = (_list_column(table.column(name)) for name in ("sample_ids", "lengths"))
     except (pa.ArrowException, ValueError) as error:
-        raise HbpError(f"{path} does not fit the plan's schema ({_one_line(error)}); make it again") from None
+        raise HbpError(f"{path} does not fit the plan's schema ({one_line(error)}); make it again") from None
     if not np.array_equal(ids[0], lengths[0]):
         raise HbpError(f"{path} is damaged: a row has more sample ids than lengths; make the plan again")
+    info = info_from_json(folder, {**_told_by_samples(ids[1], lengths[1], data), **data})
     plan = Plan(info, sample_offsets=ids[0], sample_ids=ids[1], lengths=lengths[1], **scalars)
     validate(plan)
-    return plan
+    whole = "checksum" in data and info.groups and info.metrics.keys() >= RATIOS  # as ours are; spares a look
+    return plan if whole else completed(plan)
+
+
+def _told_by_samples(ids: IntArray, lengths: IntArray, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What plan.json may leave out, from the samples that the rows hold. Without a hash of lengths that are not all
+    known (some samples are dropped) it stays empty."""
+    if data.keys() >= TOLD_BY_SAMPLES:
+        return {}
+    dropped = data.get("dropped", [])
+    told = {"n_samples": len(ids) + (len(dropped) if isinstance(dropped, list) else 0), "n_tokens": int(lengths.sum())}
+    known = not dropped and len(ids) and ids.min() >= 0 and ids.max() < len(ids)
+    in_order = np.zeros(len(ids), np.int32)
+    if known:
+        in_order[ids] = lengths
+    return told | {"lengths_sha256": hash_lengths(in_order) if known else ""}
+
+
+def completed(plan: Plan) -> Plan:
+    """With the groups and ratios that its rows tell, where it does not list them."""
+    info, groups = plan.info, plan.groups_of_rows()[0]
+    metrics = info.metrics if info.metrics.keys() >= RATIOS or not plan.n_packs else {**ratios(plan), **info.metrics}
+    return dataclasses.replace(plan, info=dataclasses.replace(info, groups=groups, metrics=metrics))
+
+
+def ratios(plan: Plan) -> dict[str, float]:
+    """The paper's ratios (Section 3.1) and the predicted seconds of a plan that holds at least one pack.
+
+    An *iteration* is a micro-step, since that is where ranks wait for each other; a rank that it leaves idle counts
+    with zero. ``pr``: unused share of the packs' capacity. ``dbr``, ``abr``: :func:`imbalance` of tokens and of squared
+    lengths between ranks. ``cr``: share of tokens in packs of several ranks. ``ave_tokens``: of an optimizer step.
+    """
+    micro, degree = plan.micro_step_index(), plan.sp_degree.astype(np.float64)
+    tokens, world = plan.tokens().astype(np.float64), plan.info.world_size
+    overhead = plan.info.cluster.get("step_overhead_s", 0.0)
+    return {
+        "pr": float(1 - tokens.sum() / plan.capacity.sum(dtype=np.float64)),
+        "dbr": imbalance(tokens / degree, degree, micro, world),
+        "abr": imbalance(plan.sum_squares() / degree, degree, micro, world),
+        "cr": float(tokens[degree > 1].sum() / tokens.sum()),
+        "ave_tokens": float(tokens.sum() / plan.n_steps),
+        "predicted_s": float(plan.micro_step_seconds().sum() + plan.n_steps * overhead),
+    }
+
+
+def imbalance(per_rank: FloatArray, degree: FloatArray, micro_step: IntArray, world_size: int) -> float:
+    """Mean over micro-steps of Σ_ranks (max − own) / (max · ranks), for a quantity per rank of each pack ``[P]``."""
+    n = int(micro_step[-1]) + 1
+    most = np.zeros(n)
+    np.maximum.at(most, micro_step, per_rank)
+    total = np.bincount(micro_step, weights=per_rank * degree, minlength=n)
+    return float(np.mean(1 - total / (np.maximum(most, 1e-300) * world_size)))
+
+
+def piece_folders(folder: Path) -> list[Path]:
+    """Folders of the pieces of a planned stream, in order; empty where the folder is none."""
+    return sorted(path.parent for path in folder.glob(f"piece-*/{JSON_NAME}"))
 
 
 def _list_column(column: pa.ChunkedArray) -> tuple[IntArray, IntArray]:
@@ -374,73 +414,10 @@ def _list_column(column: pa.ChunkedArray) -> tuple[IntArray, IntArray]:
 
 
 def read_info(folder: Path) -> PlanInfo:
-    """Read ``plan.json`` alone.
+    """Read ``plan.json`` alone; the rows too where it leaves to them what they tell.
 
     Raises:
-        HbpError: missing, not JSON, of another schema version, or without a required key.
+        HbpError: missing, not JSON, of another schema version, without ``world_size``, or of values that do not fit.
     """
-    path = folder / JSON_NAME
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise HbpError(f"no plan in {folder} ({JSON_NAME} is missing); make one with `hbp plan`") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise HbpError(f"cannot read {path} ({_one_line(error)}); make the plan again") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
-        raise HbpError(f"{path} has schema version {version}, this hbp reads {SCHEMA_VERSION}; make the plan again")
-    if data.get("checksum", _checksum(data)) != _checksum(data):  # plans of other tools need not have one
-        raise HbpError(
-            f"{path} is not as it was written; make the plan again, or take `checksum` out if you changed it"
-        )
-    try:
-        return _info_from_json(data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise HbpError(f"{path} is damaged ({_one_line(error)}); make the plan again") from None
-
-
-def _info_to_json(info: PlanInfo) -> dict[str, Any]:
-    data: dict[str, Any] = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
-    data["schema_version"] = SCHEMA_VERSION
-    data["groups"] = [dataclasses.asdict(group) for group in info.groups]
-    data["dropped"] = [{"sample_id": sample, "reason": reason} for sample, reason in info.dropped]
-    data["checksum"] = _checksum(data)
-    return data
-
-
-def _checksum(data: Mapping[str, Any]) -> str:
-    """SHA-256 of everything else in plan.json."""
-    rest = {key: value for key, value in data.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _info_from_json(data: Mapping[str, Any]) -> PlanInfo:
-    values = {f.name: data[f.name] for f in dataclasses.fields(PlanInfo) if f.name != "details"}
-    values["details"] = data.get("details", {})  # plans of other tools need not have it
-    for name in ("seed", "world_size", "n_samples", "n_tokens"):
-        _whole(data, name)
-    for name in ("strategy", "lengths_sha256"):
-        if not isinstance(values[name], str):
-            raise ValueError(f"{name} is not a text")
-    for name in ("model", "cluster", "cost_model", "metrics", "details", "settings"):
-        if not isinstance(values[name], dict):
-            raise ValueError(f"{name} is not an object")
-    for name, value in [*values["metrics"].items(), *values["details"].items()]:
-        if type(value) not in (int, float):
-            raise ValueError(f"{name} is not a number")
-    values["groups"] = tuple(
-        Group(*(_whole(group, name) for name in ("capacity", "sp_degree", "gc_layers"))) for group in data["groups"]
-    )
-    values["dropped"] = tuple((_whole(entry, "sample_id"), str(entry["reason"])) for entry in data["dropped"])
-    return PlanInfo(**values)
-
-
-def _whole(data: Mapping[str, Any], name: str) -> int:
-    if type(data[name]) is not int or not 0 <= data[name] < 2**63:
-        raise ValueError(f"{name} is not a whole number from 0 up")
-    return int(data[name])
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+    data = read_json(folder)
+    return info_from_json(folder, data) if data.keys() >= TOLD_BY_SAMPLES else read_plan(folder).info

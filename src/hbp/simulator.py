@@ -24,11 +24,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hbp.cost.cluster import cluster_from_json
-from hbp.cost.model_spec import ModelSpec
 from hbp.cost.parts import PARTS, pack_parts
 from hbp.cost.predict import CostModel
-from hbp.errors import HbpError
 from hbp.plan import Plan
 
 Float = npt.NDArray[np.float64]
@@ -111,18 +108,12 @@ class Timeline:
 
 
 def plan_cost_model(plan: Plan) -> CostModel | None:
-    """The cost model that a plan was made with; None if it carries none.
+    """The cost model that a plan was made with; None if it carries none that we know.
 
     Raises:
         HbpError: it carries one that is damaged.
     """
-    info = plan.info
-    if not info.model:
-        return None
-    try:
-        return CostModel(ModelSpec.from_json(info.model), cluster_from_json(info.cluster), info.world_size)
-    except (TypeError, ValueError) as error:
-        raise HbpError(f"the plan's cluster is damaged ({error}); make the plan again with `hbp plan`") from None
+    return CostModel.from_json(plan.info.model, plan.info.cluster, plan.info.world_size)
 
 
 def step_seconds(plan: Plan) -> Float:

@@ -23,8 +23,8 @@ from hbp.parallel import gather_kv  # noqa: E402
 from hbp.parallel.mesh import make_mesh  # noqa: E402
 from hbp.parallel.varlen import Documents  # noqa: E402
 from hbp.train.batch import micro_batch_of  # noqa: E402
+from hbp.train.loop import forward_backward  # noqa: E402
 from hbp.train.measure.fake_world import fake_world  # noqa: E402
-from hbp.train.measure.micro_batch import forward_backward  # noqa: E402
 from hbp.train.model import CausalLMWithLoss, load_model, shard  # noqa: E402
 from tests.cost.test_model_spec import CONFIGS  # noqa: E402
 

@@ -20,9 +20,9 @@ from hbp.parallel import varlen
 from hbp.parallel.mesh import make_mesh
 from hbp.parallel.varlen import document_attention, make_documents
 from hbp.train.batch import micro_batch_of
-from hbp.train.loop import evaluate, train
+from hbp.train.loop import Learner, evaluate, forward_backward, train
 from hbp.train.measure.fake_world import drawn_model, fake_world
-from hbp.train.measure.micro_batch import forward_backward, measure_point, peak_alone
+from hbp.train.measure.micro_batch import measure_point, peak_alone
 
 WORLD = 16
 
@@ -85,11 +85,12 @@ def test_training_and_evaluation(tmp_path, degree):
         mesh = make_mesh(4, [degree], "cuda", heads=4)
         model = drawn_model(write_config(tmp_path, wide(LLAMA)), mesh.world, DEVICE, compute_dtype=torch.bfloat16)
         before = memory.now
+        learner = Learner.of(model, mesh, TrainConfig(), DEVICE)
         trained = sum(p.to_local().nbytes for p in model.parameters())
-        records = train(model, plan, samples, samples.loss_tokens, mesh, TrainConfig(), DEVICE)
+        records = train(learner, plan, samples)
         assert len(records) == 3
         assert memory.now - before < 2.5 * trained + 4096 * len(list(model.parameters()))  # AdamW's moments
-        assert math.isfinite(evaluate(model, plan, samples, samples.loss_tokens, mesh, DEVICE))
+        assert math.isfinite(evaluate(learner, plan, samples))
         assert memory.now - before < 2.5 * trained + 4096 * len(list(model.parameters()))  # nothing stays gathered
 
 
@@ -106,7 +107,7 @@ def test_a_pack_that_does_not_fit_is_found_and_left(tmp_path):
             assert math.isinf(peak_alone(model, batch, DEVICE))
             memory.limit = math.inf
             assert memory.now - start < 8192
-            assert peak_alone(model, batch, DEVICE) == fits
+            assert peak_alone(model, batch, DEVICE) == pytest.approx(fits, rel=1e-3)
 
 
 def test_a_micro_batch_is_measured(tmp_path):

@@ -9,28 +9,17 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import Row, plan_of
 from torch import Tensor
-from workers import (
-    CPU,
-    FAMILIES,
-    LLAMA,
-    MISTRAL,
-    QWEN3,
-    Row,
-    plan_of,
-    random_samples,
-    relative_error,
-    run_ranks,
-    write_model,
-)
+from workers import CPU, FAMILIES, LLAMA, MISTRAL, QWEN3, random_samples, relative_error, run_ranks, write_model
 
 from hbp.parallel.gather_kv import make_gather
 from hbp.parallel.mesh import make_mesh
 from hbp.parallel.varlen import make_documents
 from hbp.train import batch as batch_module
 from hbp.train.batch import IDLE, make_micro_batch, rows_of_rank
+from hbp.train.loop import forward_backward
 from hbp.train.loss import global_batches
-from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import TRAINED_FAMILIES, load_model, shard
 
 WORLD = 4

@@ -14,11 +14,13 @@ from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
-from hbp.planning.metrics import imbalance, lower_bound_seconds, measure, rank_seconds
+from hbp.plan import imbalance
+from hbp.planning.metrics import lower_bound_seconds, measure, rank_seconds
 from hbp.planning.planner import STRATEGIES, make_plan
 
 
 def test_metrics_of_a_hand_made_plan() -> None:
+    cost = tiny_cost(4)
     plan = hand_plan(
         [
             (0, 0, 0, 2, 100, 0.5, [60, 20]),  # a rank: 40 tokens, (3600 + 400) / 2 = 2000
@@ -31,8 +33,8 @@ def test_metrics_of_a_hand_made_plan() -> None:
             (1, 0, 0, 4, 200, 1.0, [160]),
         ],
         world=4,
+        step_overhead_s=cost.cluster.step_overhead_s,
     )
-    cost = tiny_cost(4)
     metrics = measure(plan, cost)
     assert metrics.pr == pytest.approx(1 - 470 / 550)
     assert metrics.dbr == pytest.approx(((0 + 0 + 10 + 40) / (40 * 4) + 0 + 0) / 3)

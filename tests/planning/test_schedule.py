@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbp.plan import Group
-from hbp.planning.metrics import imbalance
+from hbp.plan import Group, imbalance
 from hbp.planning.packs import Int, Packs, packs_of
 from hbp.planning.schedule import Schedule, _deal_tail, balance_batches, micro_steps_per_step, tile_mixed
 

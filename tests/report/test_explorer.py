@@ -12,7 +12,7 @@ from hbp.plan import Group
 from hbp.planning.planner import make_plan
 from hbp.report import explorer
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
-from hbp.report.figures import Lane
+from hbp.report.lanes import Lane
 from hbp.simulator import simulate
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from jobs import hbp
+from jobs import hbp, hbp_here
 from workers import LLAMA, write_config
 
 from hbp.data.stdlib_sft import train_tokenizer
@@ -88,7 +88,7 @@ def test_a_plan_of_the_users_own(job: Path, summary: dict[str, Any]) -> None:
     """Plan here for two ranks; run it; then refuse to run it on three, or on other data."""
     run, plan = job / "run", str(job / "own")
     model, lengths = str(job / "model"), str(run / "lengths.npy")
-    made = hbp("plan", "--lengths", lengths, "--model", model, "--cluster", str(run / "profile.json"),
+    made = hbp_here("plan", "--lengths", lengths, "--model", model, "--cluster", str(run / "profile.json"),
                "--gpus", "2", "--strategy", "dcp", "--out", plan, "--json")  # fmt: skip
     assert made.returncode == 0, made.stderr
     own = [f"plan.path={plan}", "plan.baseline=null", f"run_dir={job / 'own-run'}"]
@@ -97,9 +97,9 @@ def test_a_plan_of_the_users_own(job: Path, summary: dict[str, Any]) -> None:
     (result,) = json.loads(done.stdout)["results"]
     assert result["strategy"] == "dcp"
     assert result["metrics"] == json.loads(made.stdout)["metrics"]
-    three = hbp("train", str(job / "cfg.yaml"), *own, "cluster.processes=3")
+    three = hbp_here("train", str(job / "cfg.yaml"), *own, "cluster.processes=3")
     assert three.returncode == 2
     assert "made for 2 ranks but 3 are running" in three.stderr
-    other = hbp("train", str(job / "cfg.yaml"), *own, "data.eval_samples=11")
+    other = hbp_here("train", str(job / "cfg.yaml"), *own, "data.eval_samples=11")
     assert other.returncode == 2
     assert "made for other data" in other.stderr

@@ -14,8 +14,7 @@ from workers import CPU, run_ranks
 from hbp.config import Config
 from hbp.run.engine import Engine
 from hbp.run.job import run_job
-from hbp.run.training import by_group
-from hbp.train.logs import read_records
+from hbp.run_log import StepRecord, by_group, read_log
 from hbp.train.model import CausalLMWithLoss
 
 
@@ -73,7 +72,7 @@ def test_trace_shows_the_model_of_every_rank(run):
 
 def test_efficiency_is_logged(run):
     folder, result = run
-    records = read_records(folder / "steps.jsonl")
+    records = read_log(folder, StepRecord)
     assert all(0 < record.mfu < 1.5 for record in records)
     assert all(0 <= record.skew <= 1 for record in records)
     assert all(record.memory_bytes > 2**20 for record in records)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from workers import CPU, Samples, plan_of, random_samples
+from plans import plan_of
+from workers import CPU, Samples, random_samples
 
 from hbp.parallel.mesh import ParallelMesh, SequenceGroups
 from hbp.train.batch import IDLE, MicroBatch, make_micro_batch, micro_batch_of, micro_batches, rows_of_rank

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ from hbp.train.checkpoint import (
     newest_checkpoint,
     read_position,
 )
-from hbp.train.loop import make_optimizer
-from hbp.train.measure.micro_batch import forward_backward
+from hbp.train.loop import forward_backward, make_optimizer
 from hbp.train.model import CausalLMWithLoss, load_model, shard
 
 DOCUMENTS = random_samples([9, 4, 12], LLAMA["vocab_size"]).documents
@@ -108,32 +108,35 @@ def test_what_was_saved_is_loaded_bit_for_bit_by_any_number_of_ranks(saved, worl
         assert newest == (folder / "step-00000004", position(4, 2))
 
 
-def damaged(rank: int, world: int, folder: str):
-    return newest_checkpoint(Path(folder))
+def newest_of(rank: int, world: int, folders: list[Path]):
+    return [newest_checkpoint(folder) for folder in folders]
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "position"])
-def test_damage_is_found(saved, tmp_path, harm):
-    import shutil
+HARM = {
+    "flip": lambda shard: shard.write_bytes(flipped(shard.read_bytes())),
+    "cut": lambda shard: shard.write_bytes(shard.read_bytes()[:-1]),
+    "remove": lambda shard: shard.unlink(),
+    "position": lambda shard: (shard.parent / "position.json").write_text("{"),
+}
 
+
+def flipped(data: bytes) -> bytes:
+    """One bit in the middle."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def test_damage_is_found(saved, tmp_path):
+    """Of every kind, in one start of two ranks; the one before is what is left."""
     _, folder, _ = saved
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    newest, before = list_checkpoints(copy)
-    shard_file = sorted(newest.glob("*.distcp"))[-1]
-    data = bytearray(shard_file.read_bytes())
-    if harm == "flip":
-        data[len(data) // 2] ^= 1
-        shard_file.write_bytes(data)
-    elif harm == "cut":
-        shard_file.write_bytes(data[:-1])
-    elif harm == "remove":
-        shard_file.unlink()
-    else:
-        (newest / "position.json").write_text("{")
-    assert run_ranks(damaged, 2, str(copy)) == [(before, position(3, 2))] * 2
-    assert list_checkpoints(copy) == [before]
-    assert newest.with_suffix(".damaged").is_dir()  # kept, but out of the way
+    copies = [Path(shutil.copytree(folder, tmp_path / harm)) for harm in HARM]
+    both = [list_checkpoints(copy) for copy in copies]
+    for harm, (newest, _) in zip(HARM.values(), both, strict=True):
+        harm(sorted(newest.glob("*.distcp"))[-1])
+    assert run_ranks(newest_of, 2, copies) == [[(before, position(3, 2)) for _, before in both]] * 2
+    for copy, (newest, before) in zip(copies, both, strict=True):
+        assert list_checkpoints(copy) == [before]
+        assert newest.with_suffix(".damaged").is_dir()  # kept, but out of the way
 
 
 def save_where_it_cannot(rank: int, world: int, config: str, folder: str) -> str:

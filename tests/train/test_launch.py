@@ -7,14 +7,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from workers import LLAMA, plan_of, run_ranks, write_config
+from jobs import hbp, hbp_here, ranks_of, start
+from plans import plan_of
+from workers import LLAMA, run_ranks, write_config
 
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.errors import HbpError
@@ -48,16 +49,8 @@ def job(tmp_path_factory) -> Path:
     return folder
 
 
-def refused(job: Path, *overrides: str) -> list[str]:
+def error_of(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What `hbp train` writes to standard error when it refuses, except for its notices (`hbp: …`, not an error)."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-m", "hbp", "train", str(job / "cfg.yaml"), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -65,10 +58,15 @@ def refused(job: Path, *overrides: str) -> list[str]:
     return [line for line in lines if not re.match(r"hbp: (?!error: )", line)]
 
 
+def refused(job: Path, *overrides: str) -> list[str]:
+    """Before any process is started."""
+    return error_of(hbp_here("train", str(job / "cfg.yaml"), *overrides))
+
+
 @pytest.fixture(scope="module")
 def refused_by_ranks(job) -> list[str]:
     """An error that is found only while planning, inside the processes that `hbp train` started."""
-    return refused(job, "cluster.memory_gib=0.0001")
+    return error_of(hbp("train", str(job / "cfg.yaml"), "cluster.memory_gib=0.0001"))
 
 
 def test_error_in_the_ranks_ends_the_command(refused_by_ranks):
@@ -118,28 +116,18 @@ def test_rank_zero_first(failure: Exception | None, here: str, there: str) -> No
     assert run_ranks(prepare_first, WORLD, failure) == [(["prepared", *rest], here), (rest, there)]
 
 
-def ranks_of(parent: int) -> list[int]:
-    """Process ids of the ranks that a process started."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(c) for c in children if b"-m\0hbp\0train" in Path(f"/proc/{c}/cmdline").read_bytes()]
-
-
 def test_killed_rank_is_named_in_one_line_and_the_others_stop(job: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "hbp", "train", str(job / "cfg.yaml"), f"run_dir={job / 'killed'}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
-        deadline = time.monotonic() + 60
-        while len(ranks := ranks_of(running.pid)) < WORLD and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(0.5)
-        os.kill(ranks[1], signal.SIGKILL)
-        _, said = running.communicate(timeout=60)
-        assert running.returncode == 1
-        errors = [line for line in said.splitlines() if "error:" in line]
-        assert len(errors) == 1
-        assert "rank 1 was ended by SIGKILL" in errors[0]
-        assert "Traceback" not in said
-        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    running = start(job, f"run_dir={job / 'killed'}")
+    ranks = ranks_of(running, WORLD)
+    time.sleep(0.5)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 1
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "rank 1 was ended by SIGKILL" in errors[0]
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def test_what_can_be_known_before_is_refused_before_data_are_prepared(job, monkeypatch):

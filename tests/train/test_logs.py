@@ -8,9 +8,9 @@ import pytest
 
 from hbp.config import LogConfig
 from hbp.errors import HbpError
+from hbp.run_log import StepRecord
 from hbp.train import logs as writers
-from hbp.train.logs import check_writers, line_of, open_writers, read_records, scalars_of
-from hbp.train.loop import StepRecord
+from hbp.train.logs import check_writers, open_writers, scalars_of
 
 RECORD = StepRecord(
     step=3,
@@ -41,14 +41,6 @@ def test_scalars_are_kept_apart_by_group():
     group = "group/4096-SP2-GC1+512-SP1-GC0"
     assert (scalars[f"{group}/mfu"], scalars[f"{group}/memory_gib"], scalars[f"{group}/skew"]) == (0.4, 1.0, 0.25)
     assert not any(name.endswith("mfu") for name in scalars_of(dataclasses.replace(RECORD, mfu=None)))
-
-
-def test_records_survive_their_file(tmp_path):
-    log = tmp_path / "steps.jsonl"
-    assert read_records(log) == []
-    later = dataclasses.replace(RECORD, step=4, loss=1 / 3)
-    log.write_text(line_of(RECORD) + line_of(later) + line_of(RECORD)[:40])  # cut off with its run
-    assert read_records(log) == [RECORD, later]
 
 
 def test_tensorboard_events_are_read_back(tmp_path):

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from workers import CPU, LLAMA, Row, Samples, plan_of, run_ranks, write_config
+from plans import Row, plan_of
+from workers import CPU, LLAMA, Samples, run_ranks, write_config
 
 from hbp.config import TrainConfig
 from hbp.cost.cluster import load_cluster
@@ -16,20 +17,10 @@ from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
-from hbp.report.explorer import MOST_CELLS, MOST_RANKS
 from hbp.train.export import export_model
-from hbp.train.loop import (
-    TIMELINE_CELLS,
-    TIMELINE_RANKS,
-    StepLimit,
-    _timeline,
-    evaluate,
-    groups_of_step,
-    learning_rate,
-    timeline_micro_steps,
-    train,
-)
+from hbp.train.loop import Learner, StepLimit, evaluate, learning_rate, train
 from hbp.train.model import load_model, shard
+from hbp.train.records import groups_of_steps
 
 WORLD = 2
 CONFIG = TrainConfig(lr=1e-2, warmup=0.1)
@@ -69,12 +60,11 @@ def run_training(rank: int, world: int, plans: dict[str, Plan], config_folder: s
         model = load_model(config_folder, seed=3)
         shard(model, mesh.world)
         seen: list[int] = []
-        records[name] = train(
-            model, plan, SAMPLES, SAMPLES.loss_tokens, mesh, CONFIG, CPU, lambda r, seen=seen: seen.append(r.step)
-        )
+        learner = Learner.of(model, mesh, CONFIG, CPU)
+        records[name] = train(learner, plan, SAMPLES, lambda r, seen=seen: seen.append(r.step))
         assert seen == list(range(plan.n_steps))
         if out and name == "planned":
-            result["eval"] = evaluate(model, plan, SAMPLES, SAMPLES.loss_tokens, mesh, CPU)
+            result["eval"] = evaluate(learner, plan, SAMPLES)
             export_model(model, Path(out))
             result["weights"] = {n.removeprefix("lm."): p.full_tensor().detach() for n, p in model.named_parameters()}
     return records, result
@@ -103,12 +93,13 @@ def test_loss_falls(runs):
 
 def test_records_count_what_was_trained(runs):
     plan, records, _, _ = runs
+    groups = groups_of_steps(plan)
     for record in records["planned"]:
         rows = np.flatnonzero(plan.step == record.step)
         ids = np.concatenate([plan.samples(row)[0] for row in rows])
         assert record.tokens == sum(len(SAMPLES.documents[i][0]) for i in ids)
         assert record.loss_tokens == sum(int(SAMPLES.documents[i][1][1:].sum()) for i in ids)
-        assert record.group == groups_of_step(plan, record.step)
+        assert record.group == groups[record.step]
         assert record.tokens_per_s == pytest.approx(record.tokens / record.seconds)
         assert record.grad_norm > 0
         micro_steps = int(plan.micro_step[rows].max()) + 1
@@ -174,28 +165,6 @@ def test_exported_model_is_the_trained_one(runs):
     with torch.no_grad():
         total = float(sum(document_loss(model, i) for i in range(len(SAMPLES.documents))))
     assert total / SAMPLES.loss_tokens.sum() == pytest.approx(result["eval"], rel=1e-5)
-
-
-def test_groups_of_step():
-    lengths = np.array([4, 6, 5], np.int32)
-    rows: list[Row] = [(0, 0, 0, 1, 0, [2]), (0, 0, 1, 1, 0, [0]), (1, 0, 0, 2, 3, [1])]
-    plan = plan_of(rows, lengths, 2)
-    assert groups_of_step(plan, 0) == "4/SP1/GC0 + 5/SP1/GC0"
-    assert groups_of_step(plan, 1) == "6/SP2/GC3"
-
-
-def test_micro_steps_are_logged_as_far_as_the_report_draws():
-    """However many ranks and steps there are: a line without them is as long as any other."""
-    assert (TIMELINE_RANKS, TIMELINE_CELLS) == (MOST_RANKS, MOST_CELLS)
-    world, steps, micro = 64, 90, 3
-    rows: list[Row] = [(s, m, 0, 64, 0, [s * micro + m]) for s in range(steps) for m in range(micro)]
-    plan = plan_of(rows, np.ones(steps * micro, np.int32), world)
-    drawn = timeline_micro_steps(plan)
-    assert drawn == [3] * 83 + [1] + [0] * 6
-    seconds = np.ones((world, micro))
-    assert np.shape(_timeline(seconds, drawn[0])) == (TIMELINE_RANKS, micro)
-    assert sum(np.size(_timeline(seconds, n)) for n in drawn) == TIMELINE_CELLS
-    assert _timeline(seconds, drawn[-1]) == []
 
 
 def test_learning_rate_follows_tokens():

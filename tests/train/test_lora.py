@@ -12,11 +12,10 @@ from hbp.config import Config, LoraConfig
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
 from hbp.run.engine import make_engine
-from hbp.run.profile import sharded_stack
 from hbp.train.batch import micro_batch_of
 from hbp.train.checkpoint import list_checkpoints
+from hbp.train.loop import forward_backward
 from hbp.train.lora import add_adapters, has_adapters
-from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import load_model, shard
 
 pytest.importorskip("peft")
@@ -93,7 +92,7 @@ def test_what_cannot_be(tmp_path):
 def stack_of_two(rank: int, world: int, config: Config) -> tuple[int, int, list[str]]:
     """Trained parameters of a stack of two layers, predicted and there, and the trained ones without adapters."""
     engine = make_engine(config, CPU)
-    model = sharded_stack(engine, 2)
+    model = engine.stack(2)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     strangers = [name for name in trained if "lora_" not in name]
     return engine.cost.model.with_layers(2).adapter_parameters, sum(trained.values()), strangers

@@ -17,7 +17,7 @@ from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.train import weights
 from hbp.train.batch import micro_batch_of
-from hbp.train.measure.micro_batch import forward_backward
+from hbp.train.loop import forward_backward
 from hbp.train.model import CausalLMWithLoss, load_model, load_sharded, local_parameter_bytes, shard
 
 WORLD = 3  # divides neither the rows nor the experts

@@ -36,11 +36,11 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, An
             f"{m['abr']:.4f}",
             f"{m['cr']:.3f}",
             f"{m['ave_tokens']:,.0f}",
-            f"{m['efficiency']:.3f}",
+            f"{m['efficiency']:.3f}" if "efficiency" in m else "–",  # another program's plan
             f"{s['utilization']:.1%}",
             duration(s["seconds"]),
             f"{s['tokens_per_s']:,.0f}",
-            f"{s['tokens_per_s'] / first:.2f}×",
+            f"{s['tokens_per_s'] / first:.2f}×" if first else "–",
         )
         for name, m, s in rows
     ]
@@ -159,8 +159,8 @@ def profile_table(profile: Mapping[str, Any]) -> None:
     print(f"held-out error: median {profile['median_error']:.1%}, nine in ten below {profile['p90_error']:.1%}")
 
 
-def run_table(summary: Mapping[str, Any]) -> None:
-    """What a run measured, from its ``summary.json``."""
+def run_table(summary: Mapping[str, Any], *, disturbed: bool = False) -> None:
+    """What a run measured, from its ``summary.json``; no comparison where the measurement was disturbed."""
     rows = []
     for r in summary["results"]:
         settings = " ".join(f"{g['capacity']}/SP{g['sp_degree']}/GC{g['gc_layers']}" for g in r["groups"])
@@ -179,7 +179,11 @@ def run_table(summary: Mapping[str, Any]) -> None:
         )
     header = ("strategy", "groups", "tokens/s", "seconds", "train loss", "eval loss", "peak GiB", "ABR", "CR")
     table("measured", header, rows)
-    if "speedup" in summary:
+    if disturbed:
+        print(
+            "another program used the machine meanwhile (no rank worked for part of the time): speeds compare nothing"
+        )
+    elif "speedup" in summary:
         ours, theirs = (r["strategy"] for r in summary["results"][:2])
         print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens")
 

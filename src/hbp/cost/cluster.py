@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, did_you_mean
 
 GIB = 2**30
 GB = 10**9
@@ -155,7 +155,8 @@ def load_cluster(name_or_file: str) -> ClusterSpec:
     path = Path(name_or_file)
     if not path.is_file():
         raise HbpError(
-            f"no cluster {name_or_file!r}: give one of {', '.join(CLUSTERS)}, or a profile written by `hbp profile`"
+            f"no cluster {name_or_file!r}{did_you_mean(name_or_file, CLUSTERS)}: give one of {', '.join(CLUSTERS)}, "
+            "or a profile written by `hbp profile`"
         )
     try:
         data = json.loads(path.read_text())

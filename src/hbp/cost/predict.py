@@ -26,14 +26,16 @@ Bytes: :mod:`hbp.cost.memory`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.cluster import GIB, ClusterSpec, load_cluster
+from hbp.cost.cluster import GIB, ClusterSpec, cluster_from_json, load_cluster
 from hbp.cost.memory import REDUCE_BYTES, moments
 from hbp.cost.model_spec import ModelSpec, load_model_spec
 from hbp.errors import HbpError
@@ -116,6 +118,23 @@ class CostModel:
                 raise HbpError(f"{memory_gib:g} GiB is no device's memory; give it in GiB, such as 80")
             spec = replace(spec, memory_bytes=memory_gib * GIB)
         return cls(load_model_spec(str(model)), spec, gpus)
+
+    @classmethod
+    def from_json(cls, model: Mapping[str, Any], cluster: Mapping[str, Any], world_size: int) -> CostModel | None:
+        """Of the ``model`` and ``cluster`` of a ``plan.json``; None where a program that is not ours describes them in
+        its own way, by keys that are not all of ours and no others, or not at all.
+
+        Raises:
+            HbpError: they are described in our way, by a value that cannot be.
+        """
+        required = {field.name for field in fields(ClusterSpec) if field.default is MISSING}
+        ours = {field.name for field in fields(ModelSpec)} == model.keys()
+        if not ours or not required <= cluster.keys() <= {field.name for field in fields(ClusterSpec)}:
+            return None
+        try:
+            return cls(ModelSpec.from_json(model), cluster_from_json(cluster), world_size)
+        except (TypeError, ValueError) as error:
+            raise HbpError(f"the plan's cluster is damaged ({error}); make the plan again with `hbp plan`") from None
 
     def work(self, lengths: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer] | None = None) -> Work:
         """Sums over each segment ``lengths[offsets[i]:offsets[i + 1]]``; over each document alone if None."""

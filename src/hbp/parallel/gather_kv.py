@@ -52,7 +52,7 @@ class Gather:
 
     ways: int
     group: ProcessGroup | None
-    """None: nothing is sent, each rank takes its own part for everyone's (:mod:`hbp.train.measure.alone`)."""
+    """None: nothing is sent, each rank takes its own part for everyone's (:mod:`hbp.train.measure.micro_batch`)."""
     chunks: tuple[Chunk, ...]
 
     def pinned(self) -> Gather:

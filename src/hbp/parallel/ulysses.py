@@ -45,7 +45,7 @@ class PackLayout:
     sp_degree: int = 1
     sp_group: ProcessGroup | None = None
     """The ranks that exchange heads: the whole SP group, unless keys and values are gathered too. None above degree 1:
-    nothing is sent, each rank keeps its own (:mod:`hbp.train.measure.alone`)."""
+    nothing is sent, each rank keeps its own (:mod:`hbp.train.measure.micro_batch`)."""
     gather: Gather | None = None
     sp_rank: int = 0
     filler: int = 0

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
 from hbp.errors import HbpError
-from hbp.plan import Plan
+from hbp.plan import Plan, imbalance, ratios
 from hbp.planning.kernels import count_lengths
 from hbp.planning.mixed.order import drift
 from hbp.planning.packs import Lengths
@@ -57,15 +57,6 @@ class Metrics:
     ave_tokens: float
     efficiency: float
     predicted_s: float
-
-
-def imbalance(per_rank: Float, degree: Float, micro_step: npt.NDArray[np.integer], world_size: int) -> float:
-    """Mean over micro-steps of Σ_ranks (max − own) / (max · ranks), for a quantity per rank of each pack ``[P]``."""
-    n = int(micro_step[-1]) + 1
-    most = np.zeros(n)
-    np.maximum.at(most, micro_step, per_rank)
-    total = np.bincount(micro_step, weights=per_rank * degree, minlength=n)
-    return float(np.mean(1 - total / (np.maximum(most, 1e-300) * world_size)))
 
 
 def lower_bound(lengths: Lengths, cost: CostModel, *, steps: int = 0, max_length: int | None = None) -> float:
@@ -142,22 +133,12 @@ def _charges(cost: CostModel, work: Work, counts: Float, limit: int | None, x: f
 
 def measure(plan: Plan, cost: CostModel, limit: int | None = None) -> Metrics:
     """Every metric of a plan that holds at least one pack; `limit` is the user's, of the tokens of a pack."""
-    micro, degree = plan.micro_step_index(), plan.sp_degree.astype(np.float64)
-    tokens = plan.tokens().astype(np.float64)
-    world = plan.info.world_size
-    predicted = float(plan.micro_step_seconds().sum() + plan.n_steps * cost.cluster.step_overhead_s)
+    found = ratios(plan)
     batch = int(plan.info.settings.get("global_batch_tokens", 0)) or 1
     asked = min(plan.n_steps, -(-plan.info.n_tokens // batch))
-    efficiency = lower_bound_seconds(cost, plan.lengths, asked, limit) / predicted
-    return Metrics(
-        pr=float(1 - tokens.sum() / plan.capacity.sum(dtype=np.float64)),
-        dbr=imbalance(tokens / degree, degree, micro, world),
-        abr=imbalance(plan.sum_squares() / degree, degree, micro, world),
-        cr=float(tokens[degree > 1].sum() / tokens.sum()),
-        ave_tokens=float(tokens.sum() / plan.n_steps),
-        efficiency=1.0 if 1 < efficiency < 1 + FLOAT32 else efficiency,  # more would be a fault, and has to show
-        predicted_s=predicted,
-    )
+    efficiency = lower_bound_seconds(cost, plan.lengths, asked, limit) / found["predicted_s"]
+    # More than 1 but for rounding would be a fault, and has to show.
+    return Metrics(**found, efficiency=1.0 if 1 < efficiency < 1 + FLOAT32 else efficiency)
 
 
 def measure_order(plan: Plan) -> dict[str, float]:

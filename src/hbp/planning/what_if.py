@@ -20,25 +20,6 @@ from hbp.planning.planner import STRATEGIES, make_plan
 from hbp.simulator import plan_cost_model
 
 
-def parse_counts(text: str) -> list[int]:
-    """Numbers of devices: ``8,24,32``, or ``8..256`` for doublings from the first up to the last.
-
-    Raises:
-        HbpError: neither of these, or a number below 1.
-    """
-    try:
-        if ".." in text:
-            first, last = (int(end) for end in text.split(".."))
-            counts = [first << i for i in range(max(0, last.bit_length())) if first << i <= last]
-        else:
-            counts = [int(count) for count in text.split(",") if count.strip()]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise HbpError(f"--gpus {text}: give numbers from 1 up, such as 8,24,32, or doublings such as 8..256")
-    return counts
-
-
 def plan_elsewhere(
     plan: Plan, gpus: int, cluster: ClusterSpec | None = None, global_batch_tokens: int | None = None
 ) -> Plan:
@@ -53,13 +34,11 @@ def plan_elsewhere(
     Raises:
         HbpError: nothing fits these devices, or the plan does not say how it was made.
     """
-    info = plan.info
-    if info.strategy not in STRATEGIES or not info.model:
+    info, own = plan.info, plan_cost_model(plan)
+    if info.strategy not in STRATEGIES or own is None:
         raise HbpError(
             f"the plan (strategy {info.strategy!r}) does not say how to plan it anew; make one with `hbp plan`"
         )
-    own = plan_cost_model(plan)
-    assert own is not None  # info.model was looked at
     where = cluster or own.cluster
     lengths = plan.lengths[np.argsort(plan.sample_ids, kind="stable")]
     # What was left to its default follows the samples and the world. Plans of streams say only what became of it.

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hbp.plan import Group, Plan
-from hbp.report.figures import PALETTE, PART_COLOURS, Lane, group_name
+from hbp.report.figures import PALETTE, PART_COLOURS, group_name
+from hbp.report.lanes import Lane, number_of_rows
 from hbp.simulator import PART_NAMES, timeline
 
 MOST_RANKS = 32
@@ -39,13 +40,14 @@ def predicted_lane(plan: Plan, title: str, groups: Sequence[Group]) -> dict[str,
     played = timeline(plan, 0, count, range(ranks))
     rows, where = np.unique(played.row, return_index=True)
     spent = np.array([seconds.ravel()[where] for seconds in played.parts.values()])  # [parts, rows]
+    spent = spent.reshape(len(played.parts), len(rows))  # no parts: nothing is predicted to take time
     tokens, documents = plan.tokens(), np.diff(plan.sample_offsets)
-    number = {(g.capacity, g.sp_degree, g.gc_layers): index for index, g in enumerate(groups)}
-    packs = []
-    for row, seconds in zip(rows.tolist(), spent.T, strict=True):
-        if row >= 0:
-            key = (int(plan.capacity[row]), int(plan.sp_degree[row]), int(plan.gc_layers[row]))
-            packs.append([number[key], int(tokens[row]), int(documents[row]), *_seconds(seconds)])
+    number = number_of_rows(plan, groups)
+    packs = [
+        [int(number[row]), int(tokens[row]), int(documents[row]), *_seconds(seconds)]
+        for row, seconds in zip(rows.tolist(), spent.T, strict=True)
+        if row >= 0
+    ]
     idle = int((rows < 0).any())  # counted among the rows, has no pack
     return {
         "title": title,

@@ -9,18 +9,19 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hbp.plan import Group
+from hbp.report.lanes import Lane
 from hbp.simulator import PART_NAMES
 
 Float = npt.NDArray[np.float64]
@@ -29,7 +30,13 @@ INK, FAINT, WAIT = "#010203", "#040506", "#070809"
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--rule)", WAIT: "var(--wait)"}
 LIGHT = {INK: "#1c2430", FAINT: "#d5dae1", WAIT: "#f3c6bf"}
 PALETTE = ("#2f7fc1", "#e3912f", "#7d5fb8", "#3b9b78", "#c2557f", "#6f7f2e", "#35a0b5", "#9a6a44")
-LABEL_WIDTH = 0.13
+WIDTHS = (10.0, 4.4)
+"""Inches of the main pictures, beside a page's text and on a phone."""
+SMALL = (4.8, 3.0)
+"""Of those that stand two in a row."""
+WITHIN = 0.1
+"""The band around equality in the scatters."""
+LABEL_WIDTH = 0.17
 """Of a packing length, as a share of the axis."""
 PART_COLOURS = {
     "linear": "#2f7fc1",
@@ -57,23 +64,11 @@ STYLE: Any = {
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "text.color": INK,
+    "text.parse_math": False,  # a strategy may be called $x
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
 }
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One strategy on some ranks, predicted or measured. ``R`` ranks drawn, ``M`` micro-steps drawn."""
-
-    title: str
-    begin_s: Float  # [R, M]
-    busy_s: Float  # [R, M]
-    wall_s: Float  # [R, M] busy and waiting
-    group: npt.NDArray[np.int64]  # [R, M] index into the groups, -1 idle
-    end_s: float
-    """When the whole run ends, drawn or not."""
 
 
 def group_name(group: Group) -> str:
@@ -81,22 +76,32 @@ def group_name(group: Group) -> str:
     return f"{group.capacity:,} tokens · SP {group.sp_degree} · GC {group.gc_layers}"
 
 
-def timelines(lanes: Sequence[Lane], groups: Sequence[Group]) -> str:
-    """Ranks over time, one panel a lane, all on one time axis: work in the group's colour, waiting in the pale one."""
+def timelines(lanes: Sequence[Lane], groups: Sequence[Group], *, narrow: bool = False) -> str:
+    """Ranks over time, one panel a lane, all on one time axis: work in the group's colour, waiting in the pale one.
+
+    Args:
+        lanes: to draw.
+        groups: that they number.
+        narrow: for a phone.
+    """
     with mpl.rc_context(STYLE):
         heights = [0.35 + 0.26 * len(lane.begin_s) for lane in lanes]
-        figure = Figure(figsize=(10, sum(heights) + 0.42 * len(lanes) + 0.75), layout="constrained")
+        used = sorted({int(g) for lane in lanes for g in np.unique(lane.group) if g >= 0})
+        columns = 1 if narrow else min(3, len(used) + 1)
+        below = 0.3 + 0.25 * -(-(len(used) + 1) // columns)
+        figure = Figure(figsize=(WIDTHS[narrow], sum(heights) + 0.42 * len(lanes) + below), layout="constrained")
         axes = figure.subplots(len(lanes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        longest = max(float((lane.begin_s + lane.wall_s).max(initial=0.0)) for lane in lanes)
+        longest = max(*(float((lane.begin_s + lane.wall_s).max(initial=0.0)) for lane in lanes), 1e-9)
         for axis, lane in zip(axes, lanes, strict=True):
             _draw_lane(axis, lane, longest)
+            if narrow:  # two lines where one is too wide
+                axis.set_title(lane.title.replace(": ", "\n", 1), fontsize=9.5)
         axes[-1].set_xlabel("seconds")
         axes[0].set_xlim(0, longest * 1.01)
-        used = sorted({int(g) for lane in lanes for g in np.unique(lane.group) if g >= 0})
         handles = [Patch(color=_colour(g), label=group_name(groups[g])) for g in used]
         handles.append(Patch(color=WAIT, label="waiting for other ranks"))
-        figure.legend(handles=handles, loc="outside lower left", ncols=min(3, len(handles)))
-        return as_svg(figure, "timelines")
+        figure.legend(handles=handles, loc="outside lower left", ncols=columns)
+        return as_svg(figure, f"timelines {'narrow' if narrow else 'wide'}")
 
 
 def _draw_lane(axis: Axes, lane: Lane, longest: float) -> None:
@@ -118,35 +123,39 @@ def _draw_lane(axis: Axes, lane: Lane, longest: float) -> None:
         axis.axvline(lane.end_s, color=INK, linewidth=1.2)
 
 
-def time_parts(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str = "seconds") -> str:
+def time_parts(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str = "seconds", *, narrow: bool = False) -> str:
     """What the mean rank's time goes into, one stacked bar a row, all on one axis.
 
     Args:
         rows: name, and the amount of each part of :data:`hbp.simulator.PART_NAMES` that there is.
         unit: of the amounts.
+        narrow: for a phone.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 0.9 + 0.36 * len(rows)), layout="constrained")
+        shown = [part for part in PART_NAMES if any(parts.get(part) for _, parts in rows)]
+        columns = 2 if narrow else 6
+        below = 0.65 + 0.25 * -(-len(shown) // columns)
+        figure = Figure(figsize=(WIDTHS[narrow], below + 0.36 * len(rows)), layout="constrained")
         axis = figure.subplots()
         at = np.zeros(len(rows))
-        for part, name in PART_NAMES.items():
+        for part in shown:
             amounts = np.array([parts.get(part, 0.0) for _, parts in rows])
-            if amounts.any():
-                axis.barh(range(len(rows)), amounts, left=at, height=0.72, color=PART_COLOURS[part], label=name)
+            axis.barh(range(len(rows)), amounts, left=at, height=0.72, color=PART_COLOURS[part], label=PART_NAMES[part])
             at += amounts
         axis.set_yticks(range(len(rows)), [name for name, _ in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
         axis.tick_params(length=0)
         axis.set_xlabel(unit)
-        figure.legend(loc="outside lower left", ncols=6)
-        return as_svg(figure, "parts")
+        if shown:
+            figure.legend(loc="outside lower left", ncols=columns)
+        return as_svg(figure, f"parts {'narrow' if narrow else 'wide'}")
 
 
 def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) -> str:
     """Share of samples and of tokens over length, with the packing lengths of the groups."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+        figure = Figure(figsize=SMALL, layout="constrained")
         axis = figure.subplots()
         low, high = max(1, int(lengths.min())), max(int(lengths.max()), max(g.capacity for g in groups))
         bins = np.geomspace(low, high + 1, 40)
@@ -164,7 +173,7 @@ def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) 
             height = 1.01 + 0.07 * row
             axis.text(capacity, height, f"{capacity:,}", transform=axis.get_xaxis_transform(), ha="center")
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(_count))
+        axis.xaxis.set_major_formatter(FuncFormatter(count))
         axis.xaxis.set_minor_formatter("")
         axis.set_xlabel("tokens of a sample (dashed: packing lengths)")
         axis.set_ylabel("%")
@@ -172,37 +181,138 @@ def length_histogram(lengths: npt.NDArray[np.integer], groups: Sequence[Group]) 
         return as_svg(figure, "lengths")
 
 
-def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
-    """Training loss over tokens, one curve a strategy."""
+class Curve(NamedTuple):
+    """One line over the tokens trained on."""
+
+    name: str
+    tokens: Sequence[float]
+    values: Sequence[float]
+    strategy: int = 0
+    """Says the colour."""
+    dashed: bool = False
+
+
+def curves(lines: Sequence[Curve], quantity: str, name: str) -> str:
+    """A quantity over tokens: the training loss of each strategy (dashed: of held-out samples), or learning rate."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+        figure = Figure(figsize=SMALL, layout="constrained")
         axis = figure.subplots()
-        for index, (name, (tokens, loss)) in enumerate(curves.items()):
-            axis.plot(tokens, loss, color=PALETTE[index], linewidth=1.8, label=name, marker="o", markersize=2.5)
-        axis.xaxis.set_major_formatter(FuncFormatter(_count))
+        for line in lines:
+            style: Any = {"linestyle": (0, (4, 2)), "marker": "s", "markersize": 4} if line.dashed else {}
+            colour = PALETTE[line.strategy % len(PALETTE)]
+            axis.plot(
+                line.tokens, line.values, color=colour, linewidth=1.8, label=_label(line.name),
+                **{"marker": "o", "markersize": 2.5, **style},
+            )  # fmt: skip
+        axis.xaxis.set_major_formatter(FuncFormatter(count))
         axis.set_xlabel("tokens trained on")
-        axis.set_ylabel("loss of the step")
-        axis.legend()
-        return as_svg(figure, "loss")
+        axis.set_ylabel(quantity)
+        figure.legend(loc="outside upper left", ncols=2)
+        return as_svg(figure, name)
 
 
-def predicted_against_measured(points: Sequence[tuple[float, float, int]], quantity: str, unit: str) -> str:
-    """Scatter of (measured, predicted, SP degree) with the line on which both are equal."""
+class Mark(NamedTuple):
+    """One micro-batch in a scatter."""
+
+    measured: float
+    predicted: float
+    sp_degree: int
+    recomputes: bool
+
+
+def scatter(marks: Sequence[Mark], quantity: str, name: str) -> str:
+    """Predicted over measured, both logarithmic, with the line on which both are equal and a band of ±10 %.
+
+    Colour is the SP degree; a hollow mark recomputes layers.
+    """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.0, 4.0), layout="constrained")
         axis = figure.subplots()
-        values = np.array([p[:2] for p in points])
-        ends = 0.0, values.max() * 1.08
+        both = np.array([[mark.measured, mark.predicted] for mark in marks])
+        ends = np.array([both.min() * 0.85, both.max() * 1.18])
+        axis.fill_between(ends, ends * (1 - WITHIN), ends * (1 + WITHIN), color=FAINT, alpha=0.6, linewidth=0)
         axis.plot(ends, ends, color=INK, linewidth=1)
-        axis.fill_between(ends, np.multiply(ends, 0.9), np.multiply(ends, 1.1), color=FAINT, alpha=0.6, linewidth=0)
-        for index, degree in enumerate(sorted({p[2] for p in points})):
-            mine = np.array([p[:2] for p in points if p[2] == degree])
-            axis.scatter(mine[:, 0], mine[:, 1], s=26, color=PALETTE[index], alpha=0.85, label=f"SP {degree}")
-        axis.set(xlim=ends, ylim=ends)
-        axis.set_xlabel(f"measured {quantity}, {unit}")
-        axis.set_ylabel(f"predicted, {unit}")
-        axis.legend()
-        return as_svg(figure, quantity)
+        colours = degree_colours([mark.sp_degree for mark in marks])
+        for degree, colour in colours.items():
+            for recomputes, face in ((False, colour), (True, "none")):
+                mine = [mark for mark in marks if (mark.sp_degree, mark.recomputes) == (degree, recomputes)]
+                xs, ys = [mark.measured for mark in mine], [mark.predicted for mark in mine]
+                style: Any = {"markerfacecolor": face, "markeredgecolor": colour, "markeredgewidth": 1.3}
+                axis.plot(xs, ys, linestyle="", marker="o", markersize=5.5, alpha=0.9, **style)
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(_round_ticks(ends))
+            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            side.set_minor_locator(FixedLocator([]))
+        axis.set_xlabel(f"measured {quantity}")
+        axis.set_ylabel("predicted")
+        keys = [Line2D([], [], color=c, marker="o", linestyle="", label=f"SP {d}") for d, c in colours.items()]
+        keys.append(Line2D([], [], color=INK, marker="o", linestyle="", label="no GC"))
+        keys.append(Line2D([], [], color=INK, marker="o", linestyle="", fillstyle="none", label="GC"))
+        axis.legend(handles=keys, loc="upper left")
+        return as_svg(figure, name)
+
+
+def degree_colours(degrees: Sequence[int]) -> dict[int, str]:
+    """A colour for each SP degree."""
+    return {degree: PALETTE[i % len(PALETTE)] for i, degree in enumerate(sorted(set(degrees)))}
+
+
+def _round_ticks(ends: Float) -> FixedLocator:
+    """1, 2 and 5 times the powers of ten; closer ones where the range holds fewer than three of these."""
+    powers = 10.0 ** np.arange(np.floor(np.log10(ends[0])), np.ceil(np.log10(ends[1])) + 1)
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = np.outer(powers, steps).ravel()
+        ticks = ticks[(ticks >= ends[0]) & (ticks <= ends[1])]
+        if len(ticks) >= 3:
+            break
+    return FixedLocator(ticks.tolist())
+
+
+def _label(name: str) -> str:
+    """In a legend, which leaves out what begins with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
+def strategies_over_gpus(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Efficiency and speed-up over the first strategy, one line a strategy.
+
+    Args:
+        rows: with ``strategy``, ``gpus``, ``efficiency`` and ``speedup``, as `hbp compare --json` has them.
+    """
+    names = list(dict.fromkeys(row["strategy"] for row in rows))
+    sizes = sorted({row["gpus"] for row in rows})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+        for axis, quantity, title in zip(
+            figure.subplots(1, 2),
+            ("efficiency", "speedup"),
+            ("share of the best possible speed", f"speed over {names[0]}"),
+            strict=True,
+        ):
+            for index, name in enumerate(names):
+                mine = (row for row in rows if row["strategy"] == name and row[quantity] is not None)
+                own = {row["gpus"]: row[quantity] for row in mine}
+                ours = name.startswith("hbp")
+                axis.plot(
+                    list(own),
+                    list(own.values()),
+                    color=INK if index >= len(PALETTE) else PALETTE[index],
+                    linewidth=2.2 if ours else 1.3,
+                    linestyle="-" if ours else "--",
+                    marker="o",
+                    markersize=4,
+                    label=_label(name),
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes)
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axis.set_xlabel("GPUs")
+            axis.set_title(title)
+            axis.set_ylim(0, 1.02 if quantity == "efficiency" else None)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
+        return as_svg(figure, "strategies")
 
 
 def standalone(svg: str) -> str:
@@ -220,7 +330,8 @@ def _colour(group: int) -> str:
     return PALETTE[group % len(PALETTE)]
 
 
-def _count(value: float, _: Any) -> str:
+def count(value: float, _: Any = None) -> str:
+    """A number on an axis, in thousands, millions or billions."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:g}{unit}"

@@ -45,7 +45,7 @@ def train_baseline(
         HbpError: no setting fits the memory budget.
     """
     budget = engine.cost.cluster.memory_bytes
-    longest = max(group.capacity for group in ours.info.groups)
+    longest = max(group.capacity for group in ours.groups_of_rows()[0])
     global_batch = global_batch_tokens(ours, engine.config)
     trials: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
@@ -56,10 +56,11 @@ def train_baseline(
         if epochs is None:
             continue
 
-        def next_epoch(last: Part, _: object, epochs: Sequence[Part] = epochs) -> Part:
-            return epochs[last.epoch + 1]
+        def next_epoch(last: Part, _: object, epochs: Sequence[Part] = epochs) -> Part | None:
+            return epochs[last.epoch + 1] if last.epoch + 1 < len(epochs) else None
 
-        result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plan)
+        tokens = sum(epoch.plan.info.n_tokens for epoch in epochs)
+        result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plan, tokens)
         trials[-1]["tokens_per_s"] = result["tokens_per_s"]
         if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
             best = result

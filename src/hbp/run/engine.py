@@ -6,8 +6,10 @@ Every rank calls these alike; rank 0 makes what is shared on disk while the othe
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from hbp.config import Config, DataConfig
-from hbp.cost.cluster import GIB, load_cluster
+from hbp.cost.cluster import GIB, ClusterSpec, load_cluster
 from hbp.cost.model_spec import spec_from_config
 from hbp.cost.predict import CostModel
+from hbp.cost.profile_file import profile_json
 from hbp.data.stdlib_sft import train_tokenizer, write_dataset
 from hbp.data.store import TokenStore, open_store
 from hbp.data.tokenize import prepare_store
@@ -29,7 +32,11 @@ from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.progress import say
 from hbp.train.launch import rank_zero_first
 from hbp.train.lora import adapter_parameters, add_adapters
-from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, read_config
+from hbp.train.measure.live import live_profile, load_stack, packs_to_measure, stack_heights
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, read_config, shard
+
+PROFILE_LIMIT_S = 170.0
+"""Micro-batches that would end later are left out of a profile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +89,26 @@ class Engine:
             compiled=config.compile,
             adapt=adapt,
         )
+        model.offload_activations = config.offload_activations
+        return model
+
+    def stack(self, height: int) -> CausalLMWithLoss:
+        """The first layers of the model, freshly initialised, with adapters where the run trains some."""
+        config, lora, spec = self.config.model, self.config.lora, self.cost.model
+        model = load_stack(
+            config.path,
+            height,
+            self.device,
+            vocab_size=spec.vocab,
+            seed=self.config.seed,
+            attention=config.attention,
+        )
+        if lora.rank:
+            add_adapters(model, lora, config.path, self.config.seed)
+            model.to(self.device)
+        dtype = getattr(torch, config.compute_dtype)
+        by_layer = spec.sharded_by_layer
+        shard(model, self.mesh.world, by_layer=by_layer, compute_dtype=dtype, compiled=config.compile)
         model.offload_activations = config.offload_activations
         return model
 
@@ -162,3 +189,41 @@ def split_samples(
         )
     eval_ids = order[fits][:held]
     return np.setdiff1d(np.arange(n), eval_ids), np.sort(eval_ids)
+
+
+def profile_cluster(
+    engine: Engine, out: Path, heights: Sequence[int] | None = None, limit_s: float = PROFILE_LIMIT_S
+) -> ClusterSpec:
+    """The cluster as measured on this engine with packs of its data; rank 0 writes the profile file. A collective.
+
+    Args:
+        engine: whose cluster keeps what cannot be measured.
+        out: the file.
+        heights: layers of the stacks to measure; none given: the whole model where it is small, else two stacks.
+        limit_s: micro-batches that would end later are left out.
+    """
+    lengths, cost = engine.samples.lengths, engine.cost
+    if heights is None:
+        heights = stack_heights(cost.model.parameters(), cost.model.n_layers)
+
+    def make_model(height: int | None) -> CausalLMWithLoss:
+        return engine.fresh_model() if height is None else engine.stack(height)
+
+    longest = min(engine.config.data.max_length or int(lengths.max()), int(lengths.max()))
+    packs = packs_to_measure(cost, lengths, longest, engine.device, heights=heights, seed=engine.config.seed)
+    measured = live_profile(make_model, cost, engine.mesh, engine.device, packs, limit_s=limit_s)
+    if dist.get_rank() == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        data = profile_json(
+            measured.fit,
+            cost.model,
+            cost.world_size,
+            measured.points,
+            measured.collectives,
+            date=datetime.date.today().isoformat(),
+            torch=torch.__version__,
+            measured_in_s=measured.seconds,
+            skipped=measured.skipped,
+        )
+        out.write_text(json.dumps(data, indent=1) + "\n")
+    return measured.fit.cluster

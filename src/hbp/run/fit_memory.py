@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from hbp.config import Config
-from hbp.cost.cluster import GIB, ClusterSpec
+from hbp.cost.cluster import GIB
 from hbp.errors import HbpError
-from hbp.plan import Group, Plan, hash_lengths, read_plan, write_plan
+from hbp.plan import Group, Plan, hash_lengths, piece_folders, read_info, read_plan, write_plan
 from hbp.planning.planner import make_plan
 from hbp.progress import say
 from hbp.run.engine import Engine
+from hbp.simulator import plan_cost_model
 from hbp.train.launch import rank_zero_first
 from hbp.train.measure.micro_batch import measure_rows
 from hbp.train.model import CausalLMWithLoss
@@ -31,21 +31,28 @@ OVER_BY = 0.1
 """Share of the budget that a pack which ran out of memory is taken to be over it."""
 
 
-def plan_to_run(engine: Engine, folder: Path, model: CausalLMWithLoss | None = None) -> tuple[Plan, float]:
-    """The plan to run, in ``folder/plan``, and the peak bytes of its fullest packs. A collective.
+def own_plans(config: Config) -> list[Path]:
+    """Folders of the user's own plan, or of a stream's pieces in their order; none where plans are made here."""
+    if config.plan.path is None:
+        return []
+    path = Path(config.plan.path)
+    pieces = [piece for piece in piece_folders(path) if read_info(piece).n_tokens]  # the last may hold nothing
+    return pieces or [path]
+
+
+def own_plan(engine: Engine, own: Path, folder: Path, model: CausalLMWithLoss | None = None) -> tuple[Plan, float]:
+    """A plan of the user's own, copied to ``folder/plan``, and the peak bytes of its fullest packs. A collective.
 
     Args:
         engine: samples and cost model.
+        own: the plan's folder.
         folder: of the part.
         model: in training; none yet: a fresh one runs the packs.
 
     Raises:
-        HbpError: the user's own plan was made for other ranks or data, or its packs do not fit the device.
+        HbpError: it was made for other ranks or data, or its packs do not fit the device.
     """
-    config = engine.config
-    if config.plan.path is None:
-        return plan_within_memory(engine, config.plan.strategy, folder, model)
-    own, copy = Path(config.plan.path), folder / "plan"
+    copy = folder / "plan"
     with rank_zero_first() as first:
         if first:
             plan = read_plan(own)
@@ -68,7 +75,7 @@ def plan_within_memory(
     seed: int | None = None,
     global_batch_tokens: int | None = None,
 ) -> tuple[Plan, float]:
-    """Plan, run the fullest packs, and plan again with what they took known, until they keep within the budget.
+    """Plan into ``folder/plan``, run the fullest packs, plan again knowing what they took, until all fit.
 
     The plan's own cluster (:func:`as_planned`) then knows it too.
 
@@ -106,12 +113,10 @@ def peak_bytes(engine: Engine, plan: Plan, model: CausalLMWithLoss) -> float:
 
 def as_planned(engine: Engine, plan: Plan) -> Engine:
     """With the cost model that a plan was made with, and so what was learnt of memory while it was made."""
-    cluster: Mapping[str, Any] = plan.info.cluster
-    try:
-        spec = ClusterSpec(**cluster)
-    except TypeError:  # another program's plan
+    planned = plan_cost_model(plan)
+    if planned is None:  # another program's plan
         return engine
-    return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=spec))
+    return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=planned.cluster))
 
 
 def global_batch_tokens(plan: Plan, config: Config) -> int:
@@ -127,11 +132,30 @@ def check_plan(plan: Plan, lengths: npt.NDArray[np.int32], world_size: int) -> N
             f"the plan was made for {plan.info.world_size} ranks but {world_size} are running; "
             f"make one with `hbp plan --gpus {world_size}`"
         )
-    same = plan.info.lengths_sha256 == hash_lengths(lengths)
-    if not same or not np.array_equal(plan.lengths, lengths[plan.sample_ids]):
+    inside = int(plan.sample_ids.max(initial=-1)) < len(lengths)
+    known = plan.info.is_piece or not plan.info.lengths_sha256  # of another program, with samples dropped
+    whole = known or plan.info.lengths_sha256 == hash_lengths(lengths)
+    if not inside or not whole or not np.array_equal(plan.lengths, lengths[plan.sample_ids]):
         raise HbpError(
             f"the plan was made for other data ({plan.info.n_samples} samples) than this ({len(lengths)} samples): "
             "lengths differ; make it again with `hbp plan`"
+        )
+
+
+def check_plans(plans: Sequence[Plan], lengths: npt.NDArray[np.int32], world_size: int) -> None:
+    """Refuse plans of an epoch that do not fit the ranks or the data, or together not every sample once."""
+    for plan in plans:
+        check_plan(plan, lengths, world_size)
+    if not plans[0].info.is_piece:
+        return
+    held = [plan.sample_ids for plan in plans]
+    dropped = [sample for plan in plans for sample, _ in plan.info.dropped if sample < len(lengths)]
+    times = np.bincount(np.concatenate([*held, np.array(dropped, np.int64)]), minlength=len(lengths))
+    if (times != 1).any():
+        sample = int(np.flatnonzero(times != 1)[0])
+        raise HbpError(
+            f"the pieces of the stream hold sample {sample} {times[sample]} times, of {len(lengths)} that must each be "
+            "there once; plan the whole data as one stream"
         )
 
 

@@ -1,10 +1,12 @@
 """A whole run: data → store → live profile → plan → training → baseline → report. What `hbp train` does.
 
-Every rank runs this from top to bottom; rank 0 prepares what is shared on disk while the others wait. The training half
-is handed a plan and knows nothing of how it was made; the planning half runs on rank 0 alone, without torch.
+Every rank runs :func:`run_job` from top to bottom; rank 0 prepares what is shared on disk while the others wait. The
+training half is handed a plan and knows nothing of how it was made; the planning half runs on rank 0 alone, without
+torch.
 
-Where `run_dir` holds an unfinished run of the same configuration, its last whole checkpoint is gone on with
-(:mod:`hbp.run.resume`).
+A run is a row of parts, each following one plan (:mod:`hbp.run.resume`): an epoch is one, or as many as the pieces of a
+stream that the user planned. Where `run_dir` holds an unfinished run of the same configuration, its last whole
+checkpoint is gone on with.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,23 @@ from hbp.planning.planner import STRATEGIES
 from hbp.progress import say
 from hbp.run import resume
 from hbp.run.baseline import train_baseline
-from hbp.run.engine import Engine, make_engine
-from hbp.run.fit_memory import as_planned, evaluation_plan, global_batch_tokens, plan_to_run, plan_within_memory
-from hbp.run.preflight import check_ready
-from hbp.run.profile import profile_cluster
-from hbp.run.resume import Part, Point, part_folder
+from hbp.run.engine import Engine, make_engine, prepare, profile_cluster, split_samples
+from hbp.run.fit_memory import (
+    as_planned,
+    check_plans,
+    evaluation_plan,
+    global_batch_tokens,
+    own_plan,
+    own_plans,
+    plan_within_memory,
+)
+from hbp.run.resume import Part, part_folder
 from hbp.run.training import train_strategy
+from hbp.run_log import EvalRecord, StepRecord
+from hbp.train.checkpoint import Checkpoint
 from hbp.train.launch import rank_zero_first
-from hbp.train.model import CausalLMWithLoss
+from hbp.train.logs import check_writers
+from hbp.train.model import CausalLMWithLoss, read_config
 from hbp.train.watch import watch_others
 
 
@@ -48,96 +60,120 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
         with rank_zero_first() as first:  # before data are prepared; the other nodes may lack what only rank 0 needs
             if first:
                 check_ready(config)
-        return _run(config, device)
+        ours = check_strategies(config)
+        run, engine = Path(config.run_dir), make_engine(config, device)
+        summary = _summary(run) if resume.is_trained(config, engine.samples.store.fingerprint) else None
+        if summary is None:
+            summary = _train(engine, run, ours)
+        elif config.plan.baseline in (None, *(r["strategy"] for r in summary["results"])):
+            say(f"{run} holds this run, finished; set train.resume=never to run it again")
+        return _with_baseline(engine, run, ours, summary)
 
 
-def _run(config: Config, device: torch.device) -> dict[str, Any]:
-    ours = check_strategies(config)
-    run, engine = Path(config.run_dir), make_engine(config, device)
-    fingerprint = engine.samples.store.fingerprint
-    found = resume.find(config, ours, fingerprint)
-    summary = _summary(run) if found.trained else None
+def _train(engine: Engine, run: Path, ours: str) -> dict[str, Any]:
+    """The strategy itself, from the start or from a checkpoint; the summary without a baseline."""
+    config, fingerprint = engine.config, engine.samples.store.fingerprint
+    checkpoint = resume.find(config, ours, fingerprint)
     dist.barrier()  # every rank has read what was there
-    if summary is None:
-        if found.point is None:
-            part = _first_part(engine, run, ours, fingerprint)
-        else:
-            if dist.get_rank() == 0:  # the checkpoint may come from another folder
-                np.save(run / "lengths.npy", engine.samples.lengths)
-                resume.write_run(config, fingerprint, trained=False)
-            part = _next_part_of(found.point, engine, run / ours)
-        engine = as_planned(engine, part.plan)
-        result = train_strategy(
-            engine,
-            run / ours,
-            part,
-            lambda last, model: _next_epoch(last, engine, run / ours, model),
-            evaluation_plan(engine),
-            point=found.point,
-            keeps_state=True,
-        )
-        summary = {"memory_budget_bytes": engine.cost.cluster.memory_bytes, "results": [result]}
-        _write_summary(run, summary)
-        if dist.get_rank() == 0:
-            resume.write_run(config, fingerprint, trained=True)
-    elif config.plan.baseline in (None, *(r["strategy"] for r in summary["results"])):
-        say(f"{run} holds this run, finished; set train.resume=never to run it again")
-    return _with_baseline(engine, run, ours, summary)
-
-
-def _first_part(engine: Engine, run: Path, ours: str, fingerprint: str) -> Part:
-    """Start anew: profile, plan."""
-    config = engine.config
     if dist.get_rank() == 0:
-        _clear(run, config.plan.path)
-        np.save(run / "lengths.npy", engine.samples.lengths)
+        if checkpoint is None:
+            _clear(run, config.plan.path)
+        np.save(run / "lengths.npy", engine.samples.lengths)  # a checkpoint may come from another folder
         resume.write_run(config, fingerprint, trained=False)
-    if config.plan.path is None and config.cluster.profile:
-        engine = _profiled(engine, run)
-    plan, peak_bytes = plan_to_run(engine, run / ours)
-    return Part(0, 0, engine.samples, plan, run / ours, peak_bytes)
+    part = _first_part(engine, run / ours) if checkpoint is None else _part_of(checkpoint, engine, run / ours)
+    tokens = sum(read_info(plan).n_tokens for plan in own_plans(config)) or part.plan.info.n_tokens
+    engine = as_planned(engine, part.plan)
+    result = train_strategy(
+        engine,
+        run / ours,
+        part,
+        lambda last, model: _next_part(last, engine, run / ours, model),
+        evaluation_plan(engine),
+        tokens * config.train.epochs,
+        checkpoint=checkpoint,
+        keeps_state=True,
+    )
+    summary = {"memory_budget_bytes": engine.cost.cluster.memory_bytes, "results": [result]}
+    _write_summary(run, summary)
+    if dist.get_rank() == 0:
+        resume.write_run(config, fingerprint, trained=True)
+    return summary
 
 
-def _profiled(engine: Engine, run: Path) -> Engine:
-    cluster = profile_cluster(engine, run / "profile.json")
+def _first_part(engine: Engine, folder: Path) -> Part:
+    """Start anew, with the user's own plan or one that is made here."""
+    own = own_plans(engine.config)
+    if own:
+        with rank_zero_first() as first:
+            if first:
+                check_plans([read_plan(each) for each in own], engine.samples.lengths, engine.cost.world_size)
+        plan, peak_bytes = own_plan(engine, own[0], folder)
+    else:
+        plan, peak_bytes = plan_within_memory(_profiled(engine, folder), engine.config.plan.strategy, folder)
+    return Part(0, 0, engine.samples, plan, folder, peak_bytes)
+
+
+def _profiled(engine: Engine, folder: Path) -> Engine:
+    """With the cluster as it is measured, if that is wanted."""
+    if not engine.config.cluster.profile:
+        return engine
+    cluster = profile_cluster(engine, folder.parent / "profile.json")
     return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster))
 
 
-def _next_part_of(point: Point, engine: Engine, folder: Path) -> Part:
+def _part_of(checkpoint: Checkpoint, engine: Engine, folder: Path) -> Part:
     """The checkpoint's own part; with another number of ranks, a new one of the samples that are left of it."""
-    part = resume.read_part(folder, point.position, engine.samples)
+    part = resume.read_part(folder, checkpoint.position, engine.samples)
     if part.plan.info.world_size == engine.cost.world_size:
-        resume.say_where(point, part, 0)
+        resume.say_where(checkpoint, part, 0)
         return part
-    left = resume.remaining(part, point.position.step)
-    resume.say_where(point, part, len(left.ids))
-    if not len(left.ids) and part.epoch + 1 >= engine.config.train.epochs:
+    left = resume.remaining(part, checkpoint.position.step)
+    resume.say_where(checkpoint, part, len(left.ids))
+    if len(left.ids):
+        return _planned_part(dataclasses.replace(_profiled(engine, folder), samples=left), part, part.turn, folder)
+    if _turn_after(part, engine.config) is None:
         return part
-    if engine.config.cluster.profile:
-        engine = _profiled(engine, folder.parent)
-    if not len(left.ids):
-        return _next_epoch(part, engine, folder)
-    return _planned_part(dataclasses.replace(engine, samples=left), part, part.epoch, folder)
+    return _next_part(part, _profiled(engine, folder), folder) or part
 
 
-def _next_epoch(last: Part, engine: Engine, folder: Path, model: CausalLMWithLoss | None = None) -> Part:
-    """All samples again, planned with another seed; a plan of the user's own is run again as it is.
+def _turn_after(last: Part, config: Config) -> tuple[int, int] | None:
+    """Epoch and piece of the part that follows; None after the last."""
+    pieces = max(1, len(own_plans(config)))
+    if last.piece + 1 < pieces:
+        return last.epoch, last.piece + 1
+    return (last.epoch + 1, 0) if last.epoch + 1 < config.train.epochs else None
 
-    What was learnt of memory in the last epoch is in the cluster of its plan.
+
+def _next_part(last: Part, engine: Engine, folder: Path, model: CausalLMWithLoss | None = None) -> Part | None:
+    """The next piece of the user's own plans as it is; else all samples again, planned with another seed.
+
+    A piece that was made for another number of ranks is planned again. What was learnt of memory before is in the
+    cluster of the last plan.
     """
-    own = engine.config.plan.path
-    if own is None or read_info(Path(own)).world_size != engine.cost.world_size:
-        return _planned_part(engine, last, last.epoch + 1, folder, model)
+    turn, own = _turn_after(last, engine.config), own_plans(engine.config)
+    if turn is None:
+        return None
+    if not own:
+        return _planned_part(engine, last, turn, folder, model)
+    epoch, piece = turn
     here = part_folder(folder, last.number + 1)
-    plan, peak_bytes = plan_to_run(engine, here, model)
-    return Part(last.number + 1, last.epoch + 1, engine.samples, plan, here, max(peak_bytes, last.peak_bytes))
+    if read_info(own[piece]).world_size != engine.cost.world_size:
+        as_it_was = Part(last.number + 1, epoch, engine.samples, read_plan(own[piece]), here)
+        return _planned_part(
+            dataclasses.replace(engine, samples=resume.remaining(as_it_was, 0)), last, turn, folder, model
+        )
+    plan, peak_bytes = own_plan(engine, own[piece], here, model)
+    return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes), piece)
 
 
-def _planned_part(engine: Engine, last: Part, epoch: int, folder: Path, model: CausalLMWithLoss | None = None) -> Part:
+def _planned_part(
+    engine: Engine, last: Part, turn: tuple[int, int], folder: Path, model: CausalLMWithLoss | None = None
+) -> Part:
     """The engine's samples, planned as the last part was, whoever planned that."""
     info, config, here = last.plan.info, engine.config, part_folder(folder, last.number + 1)
     if info.world_size == engine.cost.world_size:
         engine = as_planned(engine, last.plan)
+    epoch, piece = turn
     plan, peak_bytes = plan_within_memory(
         engine,
         info.strategy if info.strategy in STRATEGIES else config.plan.strategy,
@@ -146,7 +182,7 @@ def _planned_part(engine: Engine, last: Part, epoch: int, folder: Path, model: C
         seed=config.seed + epoch,
         global_batch_tokens=global_batch_tokens(last.plan, config),
     )
-    return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes))
+    return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes), piece)
 
 
 def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]) -> dict[str, Any]:
@@ -177,9 +213,9 @@ def check_strategies(config: Config) -> str:
     Returns:
         The strategy that is trained.
     """
-    ours = config.plan.strategy
-    if config.plan.path is not None:
-        ours = read_info(Path(config.plan.path)).strategy
+    ours, own = config.plan.strategy, own_plans(config)
+    if own:
+        ours = read_info(own[0]).strategy
     elif ours not in STRATEGIES:
         raise HbpError(f"plan.strategy: no strategy {ours!r}: give one of {', '.join(STRATEGIES)}")
     if config.plan.baseline is not None and config.plan.baseline not in STRATEGIES:
@@ -187,6 +223,46 @@ def check_strategies(config: Config) -> str:
     if config.plan.baseline == ours:
         raise HbpError(f"plan.baseline is {ours}, which is what it would be compared with; name another")
     return ours
+
+
+def check_ready(config: Config, *, logs: bool = True) -> None:
+    """Refuse a model that cannot be trained, packages that are missing and writers that nobody is logged in to.
+
+    Args:
+        config: of the run.
+        logs: the run writes logs.
+
+    Raises:
+        HbpError: says what is missing.
+    """
+    read_config(config.model.path)
+    if config.lora.rank and find_spec("peft") is None:
+        raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
+    if logs:
+        check_writers(config.log)
+
+
+def check_before_launch(config: Config, *, logs: bool = True) -> None:
+    """Find what can be wrong with the input before any process is started; prepares the data.
+
+    Args:
+        config: of the run.
+        logs: the run writes logs.
+
+    Raises:
+        HbpError: says what is wrong, and how to mend it.
+    """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < config.cluster.processes:
+        raise HbpError(f"cluster.processes is {config.cluster.processes} but this machine has {gpus} GPUs; lower it")
+    check_strategies(config)
+    check_ready(config, logs=logs)
+    store = prepare(config)
+    train_ids, _ = split_samples(store.lengths, config)
+    own = own_plans(config)
+    if own and not resume.may_resume(config):
+        plans, lengths = [read_plan(plan) for plan in own], np.asarray(store.lengths[train_ids])
+        check_plans(plans, lengths, config.cluster.processes)
 
 
 def _clear(run: Path, kept: str | None) -> None:
@@ -199,8 +275,8 @@ def _clear(run: Path, kept: str | None) -> None:
         for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS, plan):
             if kept is None or not Path(kept).resolve().is_relative_to(stale.resolve()):
                 shutil.rmtree(stale, ignore_errors=True)
-        for name in ("steps.jsonl", "eval.jsonl"):
-            (plan.parent / name).unlink(missing_ok=True)
+        for kind in (StepRecord, EvalRecord):
+            (plan.parent / kind.FILE).unlink(missing_ok=True)
 
 
 def _summary(run: Path) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
 """Going on with a run: whose checkpoints a folder holds, how far they came, what is left to train on.
 
-A run is a row of *parts*, each following one plan: one part an epoch, and one more for what was left of an epoch when
-the number of ranks changed. Part 0 lives in the strategy's folder, part n in ``part-n`` in it: ``plan``,
-``steps.jsonl`` and ``samples.npy``, the token store's ids of what the plan's sample ids mean. A checkpoint says which
-part it belongs to and how many of its steps are done, so with the same number of ranks the same plan goes on, bit for
-bit.
+A run is a row of *parts*, each following one plan: one part an epoch (or one for each piece of a stream that the user
+planned), and one more for what was left of a part when the number of ranks changed. Part 0 lives in the strategy's
+folder, part n in ``part-n`` in it: ``plan``, ``steps.jsonl`` and ``samples.npy``, the token store's ids of what the
+plan's sample ids mean. A checkpoint says which part it belongs to and how many of its steps are done, so with the same
+number of ranks the same plan goes on, bit for bit.
 
 With another number of ranks the plan does not fit. The samples of its remaining steps, and only they, are planned again
 for the ranks that there are (a new part); steps that are done stay done, so every sample is trained on exactly once.
@@ -29,7 +29,7 @@ from hbp.errors import HbpError
 from hbp.plan import Plan, read_plan
 from hbp.progress import say
 from hbp.run.engine import Samples
-from hbp.train.checkpoint import Position, list_checkpoints, newest_checkpoint, read_position
+from hbp.train.checkpoint import Checkpoint, Position, list_checkpoints, newest_checkpoint, read_position
 from hbp.train.launch import rank_zero_first
 
 RUN = "run.json"
@@ -54,23 +54,13 @@ class Part:
     folder: Path
     peak_bytes: float = 0.0
     """Of the fullest packs of this part and those before, as measured before they were trained on."""
+    piece: int = 0
+    """Of the stream of plans that the user made; 0 where there is one plan an epoch."""
 
-
-@dataclass(frozen=True)
-class Point:
-    """Where to go on: a checkpoint."""
-
-    checkpoint: Path
-    position: Position
-
-
-@dataclass(frozen=True)
-class Found:
-    """What `run_dir` holds of the run that is asked for."""
-
-    trained: bool = False
-    """The strategy itself is trained and its result is in the summary."""
-    point: Point | None = None
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Epoch and piece."""
+        return self.epoch, self.piece
 
 
 def identity(config: Config, store_fingerprint: str) -> dict[str, Any]:
@@ -84,30 +74,35 @@ def identity(config: Config, store_fingerprint: str) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if not name.startswith(FREE)}
 
 
-def find(config: Config, strategy: str, store_fingerprint: str) -> Found:
-    """What there is to go on from. A collective.
+def is_trained(config: Config, store_fingerprint: str) -> bool:
+    """Whether `run_dir` holds the run that is asked for with its strategy trained, and this may be made use of."""
+    there = _read(Path(config.run_dir) / RUN)
+    if config.train.resume != "auto" or there is None or not there["trained"]:
+        return False
+    return _changed(there["identity"], identity(config, store_fingerprint)) is None
+
+
+def find(config: Config, strategy: str, store_fingerprint: str) -> Checkpoint | None:
+    """The checkpoint to go on from, None to start anew. A collective.
 
     Raises:
         HbpError: an unfinished run of another configuration, plan or data; or no such checkpoint.
     """
     run, wanted = Path(config.run_dir), identity(config, store_fingerprint)
     if config.train.resume == "never":
-        return Found()
+        return None
     if config.train.resume != "auto":
         given = Path(config.train.resume).resolve()
         position = read_position(given)
         _refuse_change(_read(given.parents[2] / RUN), wanted, given)
-        return Found(point=Point(_adopt(given, run / strategy), position))
+        return Checkpoint(_adopt(given, run / strategy), position)
     there = _read(run / RUN)
-    if there is None:
-        return Found()
-    if there["trained"]:
-        return Found(trained=_changed(there["identity"], wanted) is None)
+    if there is None or there["trained"]:
+        return None
     for folder in sorted(run.glob(f"*/{CHECKPOINTS}")):  # of whatever strategy: nothing unfinished is thrown away
         for checkpoint in list_checkpoints(folder)[:1]:
             _refuse_change(there, wanted, checkpoint)
-    newest = newest_checkpoint(run / strategy / CHECKPOINTS)
-    return Found(point=Point(*newest) if newest else None)
+    return newest_checkpoint(run / strategy / CHECKPOINTS)
 
 
 def may_resume(config: Config) -> bool:
@@ -183,7 +178,7 @@ def part_folder(strategy_folder: Path, number: int) -> Path:
 def write_part(part: Part) -> None:
     """Keep what a part needs beside its plan, which is there already. Rank 0."""
     np.save(part.folder / "samples.npy", part.samples.ids)
-    more = {"epoch": part.epoch, "peak_bytes": part.peak_bytes}
+    more = {"epoch": part.epoch, "piece": part.piece, "peak_bytes": part.peak_bytes}
     (part.folder / "part.json").write_text(json.dumps(more) + "\n")
 
 
@@ -197,7 +192,7 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
     try:
         ids = np.load(folder / "samples.npy", allow_pickle=False)
         more = json.loads((folder / "part.json").read_text())
-        epoch, peak_bytes = int(more["epoch"]), float(more.get("peak_bytes", 0.0))
+        epoch, peak_bytes, piece = int(more["epoch"]), float(more.get("peak_bytes", 0.0)), int(more.get("piece", 0))
     except (OSError, ValueError, KeyError, TypeError):
         raise HbpError(f"{folder} lacks what its checkpoint needs; use train.resume=never to start anew") from None
     plan = read_plan(folder / "plan")
@@ -206,7 +201,7 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
             f"the plan in {folder / 'plan'} has changed since the checkpoint of step {position.run_step}; "
             "restore it, or use train.resume=never to start anew"
         )
-    return Part(position.part, epoch, Samples(samples.store, ids), plan, folder, peak_bytes)
+    return Part(position.part, epoch, Samples(samples.store, ids), plan, folder, peak_bytes, piece)
 
 
 def remaining(part: Part, step: int) -> Samples:
@@ -226,10 +221,10 @@ def fingerprint(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def say_where(point: Point, part: Part, left: int) -> None:
+def say_where(checkpoint: Checkpoint, part: Part, left: int) -> None:
     """One line on what is gone on with."""
-    at = point.position
-    where = f"resuming from {point.checkpoint}: step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens done"
+    at = checkpoint.position
+    where = f"resuming from {checkpoint.folder}: step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens done"
     if at.world_size == dist.get_world_size():
         say(where)
     else:

@@ -1,138 +1,138 @@
 """Train one strategy from its first plan to its result, part after part, with everything that goes on around a step.
 
 Logs, writers, evaluation, checkpoints, the trace and ending on a signal all hang on the record of a step, which is the
-same on every rank: so every rank saves, evaluates and ends at the same step without asking the others.
+same on every rank: so every rank saves, evaluates and ends at the same step without asking the others. How far the run
+is stands in one place, the :class:`~hbp.train.checkpoint.Position` that a checkpoint keeps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
+from hbp.config import TrainConfig
 from hbp.errors import RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress
 from hbp.run.engine import Engine
-from hbp.run.resume import CHECKPOINTS, Part, Point, fingerprint, part_folder, run_id, write_part
+from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, run_id, write_part
+from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
 from hbp.simulator import step_seconds
-from hbp.train.checkpoint import Checkpoints, Position, load_checkpoint
+from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model, source_dtype
-from hbp.train.launch import device_name, free_memory
-from hbp.train.logs import Writer, line_of, open_writers, read_records, scalars_of
-from hbp.train.loop import Efficiency, Start, StepFailed, StepRecord, evaluate, make_optimizer, train
-from hbp.train.mfu import peak_flops_per_s, step_flops
+from hbp.train.launch import Received, device_name, free_memory, stop_signals
+from hbp.train.logs import Writer, open_writers, scalars_of, trace
+from hbp.train.loop import Learner, Start, StepFailed, evaluate, train
 from hbp.train.model import CausalLMWithLoss
-from hbp.train.signals import Received, stop_signals
-from hbp.train.trace import trace
+from hbp.train.records import Efficiency, peak_flops_per_s, step_flops
 from hbp.train.watch import current
 
 SHOWN_SAMPLES = 8
 
 
 @dataclass
+class _HeldOut:
+    """The held-out samples, and when their loss was last taken."""
+
+    plan: Plan | None
+    run_step: int
+    tokens: int
+    loss: float | None = None
+
+    def due(self, config: TrainConfig, at: Position) -> bool:
+        """By steps or by tokens."""
+        steps, tokens = at.run_step - self.run_step, at.tokens - self.tokens
+        by_steps = config.eval_steps is not None and steps >= config.eval_steps
+        return by_steps or (config.eval_tokens is not None and tokens >= config.eval_tokens)
+
+
+@dataclass
+class _Saving:
+    """The checkpoints of a run, and when the state was last saved."""
+
+    checkpoints: Checkpoints
+    run_step: int
+    part_s: float = 0.0
+    """Seconds of the part."""
+
+    def due(self, config: TrainConfig, at: Position, part_s: float) -> bool:
+        """By steps or by time."""
+        by_steps = config.save_steps is not None and at.run_step % config.save_steps == 0
+        return by_steps or (config.save_minutes is not None and part_s - self.part_s >= 60 * config.save_minutes)
+
+    def save(self, learner: Learner, at: Position, part_s: float) -> None:
+        """In the background, unless this state is saved already."""
+        if at.run_step != self.run_step:
+            self.checkpoints.save(learner.model, learner.optimizer, at)
+        self.run_step, self.part_s = at.run_step, part_s
+
+
+@dataclass
 class _Run:
-    """What the parts of one strategy's training share on this rank."""
+    """One strategy's training on this rank: what its parts share, and how far it is."""
 
     engine: Engine
     folder: Path
-    model: CausalLMWithLoss
-    optimizer: torch.optim.Optimizer
-    eval_plan: Plan | None
-    tokens_total: int
+    learner: Learner
+    at: Position
+    """Moves on with every step."""
+    held_out: _HeldOut
     peak_flops: float | None
     received: Received
-    checkpoints: Checkpoints | None = None
-    writers: list[Writer] = field(default_factory=list)
+    saving: _Saving | None = None
+    """None: no state is kept."""
+    writers: Sequence[Writer] = ()
     traced: Callable[[], None] = lambda: None
-    step: int = 0
-    """Of the whole run."""
-    tokens: int = 0
-    mark: str = ""
-    """Fingerprint of the part's plan."""
-    saved_s: float = 0.0
-    """Seconds of the part at which the state was last saved."""
-    saved_step: int = 0
-    """Step of the run at which it was."""
-    evaluated: tuple[int, int] = (0, 0)
-    """Step and tokens at which the held-out loss was last taken."""
-    eval_loss: float | None = None
-    stopped_by: int = 0
-
-    def evaluate(self) -> float | None:
-        """Loss of the held-out samples; logged."""
-        if self.eval_plan is None:
-            return None
-        if self.step and self.evaluated[0] == self.step and self.eval_loss is not None:
-            return self.eval_loss  # the last step's turn came, and the end of training too
-        held_out, engine = self.engine.held_out, self.engine
-        loss = evaluate(self.model, self.eval_plan, held_out, held_out.loss_tokens, engine.mesh, engine.device)
-        self.evaluated, self.eval_loss = (self.step, self.tokens), loss
-        self.write({"eval/loss": loss})
-        if dist.get_rank() == 0:
-            with (self.folder / "eval.jsonl").open("a") as log:
-                log.write(json.dumps({"run_step": self.step, "tokens": self.tokens, "eval_loss": loss}) + "\n")
-        return loss
 
     def write(self, scalars: Mapping[str, float]) -> None:
         """To every writer."""
         for writer in self.writers:
-            writer(scalars, self.step)
+            writer(scalars, self.at.run_step)
 
-    def evaluation_due(self) -> bool:
-        """By steps or by tokens."""
-        config = self.engine.config.train
-        steps, tokens = self.step - self.evaluated[0], self.tokens - self.evaluated[1]
-        by_steps = config.eval_steps is not None and steps >= config.eval_steps
-        return by_steps or (config.eval_tokens is not None and tokens >= config.eval_tokens)
-
-    def save(self, part: Part, step: int) -> None:
-        """Save a checkpoint after the first `step` steps of a part, unless there is one; if any are kept."""
-        if self.checkpoints is None or self.step == self.saved_step:
-            return
-        position = Position(
-            part.number, step, self.step, self.tokens, self.tokens_total, self.mark, dist.get_world_size()
-        )
-        self.checkpoints.save(self.model, self.optimizer, position)
-        self.saved_step = self.step
-
-    def save_due(self, seconds: float) -> bool:
-        """By steps or by time."""
-        config = self.engine.config.train
-        by_steps = config.save_steps is not None and self.step % config.save_steps == 0
-        return by_steps or (config.save_minutes is not None and seconds - self.saved_s >= 60 * config.save_minutes)
+    def evaluate(self) -> float | None:
+        """Loss of the held-out samples; logged."""
+        last, at, samples = self.held_out, self.at, self.engine.held_out
+        if last.plan is None or (last.loss is not None and last.run_step == at.run_step):
+            return last.loss  # the last step's turn came, and the end of training too
+        last.loss = evaluate(self.learner, last.plan, samples)
+        last.run_step, last.tokens = at.run_step, at.tokens
+        self.write({"eval/loss": last.loss})
+        if dist.get_rank() == 0:
+            append_record(self.folder, EvalRecord(at.run_step, at.tokens, last.loss))
+        return last.loss
 
 
 def train_strategy(
     engine: Engine,
     folder: Path,
     part: Part,
-    next_part: Callable[[Part, CausalLMWithLoss], Part],
+    next_part: Callable[[Part, CausalLMWithLoss], Part | None],
     eval_plan: Plan | None,
+    tokens_total: int,
     *,
-    point: Point | None = None,
+    checkpoint: Checkpoint | None = None,
     keeps_state: bool = False,
 ) -> dict[str, Any]:
-    """Train a fresh model, or go on with a checkpoint's, to the end of the last epoch. A collective.
+    """Train a fresh model, or go on with a checkpoint's, to the end of the last part. A collective.
 
     Args:
         engine: of this rank.
         folder: of the strategy; gets its steps, checkpoints and model.
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
-        next_part: makes the part of the next epoch; gets the last one, and the model to try packs with.
+        next_part: makes the part after the one given, None after the last; the model is there to try packs with.
         eval_plan: of the held-out samples.
-        point: to go on from.
+        tokens_total: that the run is to see, for the learning rate; a checkpoint knows it itself.
+        checkpoint: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
 
     Returns:
@@ -142,147 +142,147 @@ def train_strategy(
         Stopped: a signal came; the state is saved.
         RankFailed: a step raised on this rank; names it, the step, the pack and the error.
     """
-    config = engine.config.train
     folder.mkdir(parents=True, exist_ok=True)
-    dtype, model = source_dtype(engine.config.model.path), engine.fresh_model()
-    records, step = _take_up_logs(folder, part, point)
-    optimizer = make_optimizer(model, config)
+    dtype = source_dtype(engine.config.model.path)
+    learner = Learner.of(engine.fresh_model(), engine.mesh, engine.config.train, engine.device)
+    records = _take_up_logs(folder, part, checkpoint)
     with ExitStack() as stack:
-        received = stack.enter_context(stop_signals()) if keeps_state else Received()
-        total = point.position.tokens_total if point else part.plan.info.n_tokens * config.epochs
-        peak = [peak_flops_per_s(engine.device)]
-        dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
-        run = _Run(engine, folder, model, optimizer, eval_plan, total, peak[0], received)
-        if point:
-            load_checkpoint(point.checkpoint, model, optimizer, engine.config.seed)
-            run.step, run.tokens = point.position.run_step, point.position.tokens
-            run.evaluated, run.saved_step = (run.step, run.tokens), run.step
-        if keeps_state:
-            run.checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints)
-            if dist.get_rank() == 0:
-                shown = engine.config.model_dump(mode="json")
-                run.writers = stack.enter_context(
-                    open_writers(engine.config.log, folder, shown, run_id(engine.config), run.step)
-                )
-            run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
+        at = checkpoint.position if checkpoint else Position(part.number, 0, 0, 0, tokens_total, "", 0)
+        run = _open(stack, engine, folder, learner, at, eval_plan, keeps_state)
+        if checkpoint:
+            load_checkpoint(checkpoint.folder, learner.model, learner.optimizer, engine.config.seed)
+        first_step = at.step if part.number == at.part else 0
         while True:
-            records[-1] += _train_part(run, part, step, before_here=_seconds(records[-1]))
-            if run.stopped_by:
-                raise _stopped(run)
-            if part.epoch + 1 >= config.epochs:
+            new = _train_part(run, part, first_step, before_s=_seconds(records[-1]))
+            records[-1] += new
+            if run.saving and new and new[-1].signal:
+                raise _stopped(run.saving.checkpoints, run.at, new[-1].signal)
+            following = next_part(part, learner.model)
+            if following is None:
                 break
-            part, step = next_part(part, model), 0
+            part, first_step = following, 0
             _begin_part(part)
             records.append([])
-        run.save(part, part.plan.n_steps)  # whatever becomes of the export
-        if run.checkpoints:
-            run.checkpoints.close()
+        if run.saving:  # whatever becomes of the export
+            run.saving.save(learner, run.at, 0.0)
+            run.saving.checkpoints.close()
         eval_loss = run.evaluate()
-        if config.export:
-            export_model(model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
-        del run, model, optimizer
+        if engine.config.train.export:
+            export_model(learner.model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
+        del run, learner
         free_memory()
     return _result(engine, folder, part, records, eval_loss)
 
 
-def _begin_part(part: Part) -> None:
-    """Rank 0 clears the logs of a part that is to begin, and notes what it needs to be resumed."""
+def _open(
+    stack: ExitStack,
+    engine: Engine,
+    folder: Path,
+    learner: Learner,
+    at: Position,
+    eval_plan: Plan | None,
+    keeps_state: bool,
+) -> _Run:
+    """A run at a position, with its writers, trace and checkpoints open if it keeps state. A collective."""
+    config = engine.config.train
+    received = stack.enter_context(stop_signals()) if keeps_state else Received()
+    peak = [peak_flops_per_s(engine.device)]
+    dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
+    run = _Run(engine, folder, learner, at, _HeldOut(eval_plan, at.run_step, at.tokens), peak[0], received)
+    if not keeps_state:
+        return run
+    run.saving = _Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints), at.run_step)
     if dist.get_rank() == 0:
-        (part.folder / "steps.jsonl").unlink(missing_ok=True)
+        shown, name = engine.config.model_dump(mode="json"), run_id(engine.config)
+        run.writers = stack.enter_context(open_writers(engine.config.log, folder, shown, name, at.run_step))
+    run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
+    return run
+
+
+def _begin_part(part: Part) -> None:
+    """Rank 0 clears the log of a part that is to begin, and notes what it needs to be resumed."""
+    if dist.get_rank() == 0:
+        rewrite_log(part.folder, StepRecord, [])
         write_part(part)
     dist.barrier()
 
 
-def _take_up_logs(folder: Path, part: Part, point: Point | None) -> tuple[list[list[StepRecord]], int]:
-    """Cut the logs back to the checkpoint.
-
-    Returns:
-        The records of what is done, part by part up to the one at hand, and the first step to run of that.
-    """
-    if point is None:
-        if dist.get_rank() == 0:
-            (folder / "eval.jsonl").unlink(missing_ok=True)
+def _take_up_logs(folder: Path, part: Part, checkpoint: Checkpoint | None) -> list[list[StepRecord]]:
+    """Cut the logs back to the checkpoint; the records of what is done, part by part up to the one at hand."""
+    first = dist.get_rank() == 0
+    if checkpoint is None:
+        if first:
+            rewrite_log(folder, EvalRecord, [])
         _begin_part(part)
-        return [[]], 0
-    at = point.position
-    logs = [part_folder(folder, number) / "steps.jsonl" for number in range(at.part + 1)]
-    records = [_read_log(log) for log in logs]
-    records[-1] = records[-1][: at.step]
-    if dist.get_rank() == 0:
-        logs[-1].write_text("".join(map(line_of, records[-1])))
-        _cut_evaluations(folder / "eval.jsonl", at.run_step)
+        return [[]]
+    at = checkpoint.position
+    folders = [part_folder(folder, number) for number in range(at.part + 1)]
+    records: list[Any] = [[read_log(here, StepRecord) for here in folders] if first else None]
+    dist.broadcast_object_list(records)
+    done: list[list[StepRecord]] = records[0]
+    done[-1] = done[-1][: at.step]
+    if first:
+        rewrite_log(folders[-1], StepRecord, done[-1])
+        evaluations = read_log(folder, EvalRecord)
+        rewrite_log(folder, EvalRecord, [record for record in evaluations if record.run_step <= at.run_step])
         for later in folder.glob("part-*"):  # of a way that the run is not going again
             if later.name[5:].isdecimal() and int(later.name[5:]) > part.number:
                 shutil.rmtree(later)
     if part.number == at.part:
         dist.barrier()
-        return records, at.step
+        return done
     _begin_part(part)
-    return [*records, []], 0
+    return [*done, []]
 
 
-def _read_log(log: Path) -> list[StepRecord]:
-    """The records of a log on every rank, read by the first. A collective."""
-    records: list[Any] = [read_records(log) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(records)
-    return list(records[0])
-
-
-def _cut_evaluations(log: Path, run_step: int) -> None:
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text().splitlines(keepends=True):
-        try:
-            kept += [line] if json.loads(line)["run_step"] <= run_step else []
-        except ValueError:  # cut off with its run
-            break
-    log.write_text("".join(kept))
-
-
-def _train_part(run: _Run, part: Part, first_step: int, before_here: float) -> list[StepRecord]:
+def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list[StepRecord]:
+    """The records of the steps from `first_step` on; `before_s` seconds were spent on the part before."""
     engine, plan = run.engine, part.plan
-    run.mark = fingerprint(plan)
     if first_step == plan.n_steps:  # resumed for what comes after; the plan may be one of other ranks
         return []
-    run.saved_s = before_here
+    run.at = dataclasses.replace(
+        run.at, part=part.number, step=first_step, plan=fingerprint(plan), world_size=plan.info.world_size
+    )
+    if run.saving:
+        run.saving.part_s = before_s
+    start = Start(first_step, run.at.tokens, run.at.tokens_total, before_s)
     efficiency = Efficiency(step_flops(plan, engine.cost.model), run.peak_flops)
-    start = Start(first_step, run.tokens, run.tokens_total, before_here)
-    tokens = plan.tokens()
-    left = int(tokens[np.searchsorted(plan.step, first_step) :].sum())
-    with ExitStack() as stack:
-        log = stack.enter_context((part.folder / "steps.jsonl").open("a")) if dist.get_rank() == 0 else None
-        progress = stack.enter_context(Progress(plan.info.strategy, left))
-
-        def on_step(record: StepRecord) -> bool:
-            run.step, run.tokens = run.step + 1, run.tokens + record.tokens
-            if log:
-                log.write(line_of(record))
-                log.flush()
-            run.write(scalars_of(record))
-            run.traced()
-            progress.advance(
-                f"step {record.step + 1}/{plan.n_steps} {record.group} loss {record.loss:.3f} "
-                f"{record.tokens_per_s:,.0f} tok/s",
-                record.tokens,
-            )
-            if run.evaluation_due():
-                run.evaluate()
-            seconds = record.started_s + record.seconds
-            if run.checkpoints and (record.signal or run.save_due(seconds)):
-                run.save(part, record.step + 1)
-                run.saved_s = seconds
-                run.stopped_by = record.signal
-            return run.stopped_by != 0
-
-        samples, config = part.samples, engine.config.train
+    left = int(plan.tokens()[np.searchsorted(plan.step, first_step) :].sum())
+    with Progress(plan.info.strategy, left) as progress:
+        on_step = _around_a_step(run, part, progress)
         try:
             return train(
-                run.model, plan, samples, samples.loss_tokens, engine.mesh, config, engine.device, on_step,
-                optimizer=run.optimizer, start=start, signal=run.received, efficiency=efficiency,
-            )  # fmt: skip
+                run.learner, plan, part.samples, on_step, start=start, signal=run.received, efficiency=efficiency
+            )
         except StepFailed as failed:
             raise _rank_failed(failed, part) from failed.__cause__
+
+
+def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepRecord], bool]:
+    """What is done after each step, the same on every rank: log, evaluate, save; True ends training."""
+    config, first = run.engine.config.train, dist.get_rank() == 0
+
+    def on_step(record: StepRecord) -> bool:
+        run.at = dataclasses.replace(
+            run.at, step=record.step + 1, run_step=run.at.run_step + 1, tokens=run.at.tokens + record.tokens
+        )
+        if first:
+            append_record(part.folder, record)
+        run.write(scalars_of(record))
+        run.traced()
+        progress.advance(
+            f"step {record.step + 1}/{part.plan.n_steps} {record.group} loss {record.loss:.3f} "
+            f"{record.tokens_per_s:,.0f} tok/s",
+            record.tokens,
+        )
+        if run.held_out.due(config, run.at):
+            run.evaluate()
+        part_s = record.started_s + record.seconds
+        if run.saving and (record.signal or run.saving.due(config, run.at, part_s)):
+            run.saving.save(run.learner, run.at, part_s)
+        return run.saving is not None and record.signal != 0
+
+    return on_step
 
 
 def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
@@ -305,13 +305,12 @@ def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
     return error
 
 
-def _stopped(run: _Run) -> Stopped:
-    assert run.checkpoints is not None
-    run.checkpoints.close()
-    name = signal.Signals(run.stopped_by).name
+def _stopped(checkpoints: Checkpoints, at: Position, number: int) -> Stopped:
+    checkpoints.close()
+    name = signal.Signals(number).name
     return Stopped(
-        f"{name}: stopped after step {run.step}, {run.tokens:,} of {run.tokens_total:,} tokens, and saved in "
-        f"{run.checkpoints.folder}; the same command goes on from there"
+        f"{name}: stopped after step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens, "
+        f"and saved in {checkpoints.folder}; the same command goes on from there"
     )
 
 
@@ -361,22 +360,3 @@ def _part_result(plan: Plan, records: Sequence[StepRecord]) -> dict[str, Any]:
         "seconds": sum(record.seconds for record in records),
         "predicted_s": float(step_seconds(plan)[: len(records)].sum()),
     }
-
-
-def by_group(records: Sequence[StepRecord]) -> dict[str, dict[str, float | None]]:
-    """Speed, utilisation, skew and memory of each packing group's steps."""
-    table: dict[str, dict[str, float | None]] = {}
-    for name in sorted({record.group for record in records}):
-        own = [record for record in records if record.group == name]
-        seconds = sum(record.seconds for record in own)
-        known = [record.mfu * record.seconds for record in own if record.mfu is not None]
-        table[name] = {
-            "steps": len(own),
-            "tokens": sum(record.tokens for record in own),
-            "seconds": seconds,
-            "tokens_per_s": sum(record.tokens for record in own) / seconds,
-            "mfu": sum(known) / seconds if known else None,
-            "skew": float(np.median([record.skew for record in own])),
-            "memory_bytes": max(record.memory_bytes for record in own),
-        }
-    return table

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,13 @@ class Position:
     plan: str
     """Fingerprint of the plan."""
     world_size: int
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint."""
+
+    folder: Path
+    position: Position
 
 
 @dataclass(frozen=True)
@@ -163,15 +170,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, Position] | None:
-    """The newest undamaged checkpoint and its position, on every rank; damaged ones are named. A collective."""
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint, on every rank; damaged ones are named. A collective."""
     names: list[Any] = [[path.name for path in list_checkpoints(folder)] if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names, src=0)
     for number, name in enumerate(names[0]):
         path = folder / name
         damage = _find_damage(path)
         if damage is None:
-            return path, read_position(path)
+            return Checkpoint(path, read_position(path))
         after = "the one before is used" if number + 1 < len(names[0]) else "there is none before it: starting anew"
         say(f"checkpoint {path} is damaged ({damage}); {after}")
         if dist.get_rank() == 0:  # out of the way of later checkpoints, but not lost

@@ -1,4 +1,9 @@
-"""Processes and devices: under torchrun as it says, alone by local processes through torch's launcher."""
+"""Processes and devices: under torchrun as it says, alone by local processes through torch's launcher.
+
+Signals ask a run to save and end: SIGTERM from a scheduler or a user, SIGUSR1 from SLURM before its limit. The handler
+only notes the signal (:func:`stop_signals`). Every rank reports what it has received with the numbers that are gathered
+at the end of each step anyway, so that all ranks learn of it at the same step, whichever of them got it, at no cost.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +30,7 @@ from hbp.train.watch import silence_is_fine
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 
 # glibc gives large blocks back to the kernel at once and pays for their pages again at the next micro-step. Keeping
 # them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
@@ -207,3 +214,32 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         model = "CPU"
     return f"{model}, {torch.get_num_threads()} thread a process"
+
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Received:
+    """The last signal that this process got, 0 for none."""
+
+    number = 0
+
+    def __call__(self) -> int:
+        """The signal's number."""
+        return self.number
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler."""
+        self.number = number
+
+
+@contextmanager
+def stop_signals() -> Iterator[Received]:
+    """Note :data:`STOPPING` signals while the body runs instead of dying of them."""
+    received = Received()
+    before = {number: signal.signal(number, received.note) for number in STOPPING}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,13 +2,13 @@
 
 Scalars are numbered by the step of the whole run and named ``train/loss``, ``eval/loss``, ``group/16384-SP1-GC0/mfu``:
 speed and memory are kept apart by packing group, since each group is a regime of its own. Only rank 0 writes.
+
+Chosen steps are traced by PyTorch's own profiler, for Perfetto or ``chrome://tracing``: one file a rank.
 """
 
 from __future__ import annotations
 
 import configparser
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,9 +18,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, schedule
+
 from hbp.config import LogConfig
 from hbp.errors import HbpError
-from hbp.train.loop import StepRecord
+from hbp.run_log import StepRecord
 
 Writer = Callable[[Mapping[str, float], int], None]
 """Takes scalars by name, and the step."""
@@ -152,19 +156,25 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
     return values
 
 
-def read_records(log: Path) -> list[StepRecord]:
-    """The whole lines of a ``steps.jsonl``; the last may have been cut off with its run."""
-    records: list[StepRecord] = []
-    names = {field.name for field in dataclasses.fields(StepRecord)}
-    if log.is_file():
-        for line in log.read_text().splitlines():
-            try:
-                records.append(StepRecord(**{k: v for k, v in json.loads(line).items() if k in names}))
-            except (ValueError, TypeError):
-                break
-    return records
+@contextmanager
+def trace(folder: Path, first: int, count: int) -> Iterator[Callable[[], None]]:
+    """Trace `count` steps from step `first` on; the caller calls what is yielded at the end of every step.
 
+    Args:
+        folder: gets ``rank-0.json`` and so on when the last of them is over.
+        first: steps to pass before, from where the run stands. One more before it warms the profiler up.
+        count: steps in the trace; 0 for no trace.
+    """
+    if not count:
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    warmup = min(1, first)
 
-def line_of(record: StepRecord) -> str:
-    """A line of ``steps.jsonl``."""
-    return json.dumps(dataclasses.asdict(record)) + "\n"
+    def write(profiled: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiled.export_chrome_trace(str(folder / f"rank-{dist.get_rank()}.json"))
+
+    plan = schedule(wait=first - warmup, warmup=warmup, active=count, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiled:
+        yield profiled.step

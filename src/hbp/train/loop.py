@@ -1,9 +1,9 @@
 """The training loop: run a plan, one optimizer step after another.
 
-It reads top to bottom: the rows of this rank, the micro-steps of a step, one clip, one optimizer step, one record. The
-plan decides everything about packs; the loop only keeps the collectives of all ranks in step, which the plan's equal
-micro-step counts guarantee. What goes on around a step (logs, checkpoints, evaluation, ending early) is done by the
-caller in ``on_step``, from a record that is the same on every rank, so that every rank decides alike.
+:func:`train` reads top to bottom: the rate, the micro-steps, one update, one record, and ``on_step``. The plan decides
+everything about packs; the loop only keeps the collectives of all ranks in step, which the plan's equal micro-step
+counts guarantee. What goes on around a step (logs, checkpoints, evaluation, ending early) is done by the caller in
+``on_step``, from a record that is the same on every rank, so that every rank decides alike.
 
 Learning rate follows tokens, not steps: plans that cut the same tokens into different steps see the same schedule.
 """
@@ -11,78 +11,58 @@ Learning rate follows tokens, not steps: plans that cut the same tokens into dif
 from __future__ import annotations
 
 import math
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from hbp.config import TrainConfig
 from hbp.errors import HbpError
-from hbp.parallel.gather_kv import ALL_GATHER
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
-from hbp.train.batch import IDLE, SampleSource, make_micro_batch, micro_batches, rows_of_rank
+from hbp.run_log import StepRecord
+from hbp.train.batch import IDLE, MicroBatch, SampleSource, make_micro_batch, micro_batches, rows_of_rank
 from hbp.train.loss import global_batches
-from hbp.train.measure.micro_batch import forward_backward
-from hbp.train.model import CausalLMWithLoss
+from hbp.train.model import CausalLMWithLoss, set_gc_layers
+from hbp.train.records import Efficiency, Recorder, StepClock, gather
 from hbp.train.watch import enter, leave
 
 SLOWER = 10
 """A step that takes so many times what the slowest before would have it take may have hung."""
-TIMELINE_RANKS = 32
-"""First ranks whose micro-steps are logged one by one,"""
-TIMELINE_CELLS = 8_000
-"""in the first micro-steps of a plan, so many of all these ranks together: what the report draws."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """What one optimizer step did, the same on all ranks; a line of ``steps.jsonl``. Its size is that of no cluster."""
+class CountedSamples(SampleSource, Protocol):
+    """Samples whose targets are counted."""
 
-    step: int
-    loss: float
-    """Of the global batch, as `train.loss` defines it."""
-    grad_norm: float
-    lr: float
-    tokens: int
-    loss_tokens: int
-    started_s: float
-    """Seconds since training began, by rank 0's clock."""
-    seconds: float
-    tokens_per_s: float
-    group: str
-    """The packing groups that the step ran."""
-    skew: float
-    """Busy seconds of the busiest rank minus those of the idlest, over the former; on CUDA that of the wall times."""
-    slowest_rank: int
-    """The busiest rank."""
-    mean_wall_s: float
-    """Seconds from the start of the first micro-step to the end of the last, mean over ranks."""
-    mean_busy_s: float
-    """The part of it that the rank computed; the rest it waited for others. On CUDA equal to the wall time."""
-    memory_bytes: int
-    """Of the rank that used most: peak of CUDA's allocator in this step; on CPU the process's resident memory."""
-    rank_wall_s: list[list[float]] = field(default_factory=list)
-    """``[rank][micro_step]``: from the start of a micro-step to the start of the next; of :data:`TIMELINE_RANKS` ranks
-    at most, and empty after :data:`TIMELINE_CELLS`."""
-    rank_busy_s: list[list[float]] = field(default_factory=list)
-    """The part of it that the rank computed."""
-    tflops: float | None = None
-    """Model FLOPs (forward and backward, without recomputation) a second of each rank, in 10¹²."""
-    mfu: float | None = None
-    """The same over the device's peak, 0 to 1."""
-    signal: int = 0
-    """Number of a signal that some rank had received when the step ended, 0 for none."""
+    @property
+    def loss_tokens(self) -> npt.NDArray[np.integer]:
+        """Targets of each sample, int ``[N]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is trained on this rank, and what with."""
+
+    model: CausalLMWithLoss
+    """Sharded over ``mesh.world``."""
+    optimizer: torch.optim.Optimizer
+    mesh: ParallelMesh
+    """Gets the SP groups of a plan's degrees that it does not hold yet."""
+    config: TrainConfig
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: CausalLMWithLoss, mesh: ParallelMesh, config: TrainConfig, device: torch.device) -> Learner:
+        """With a new optimizer."""
+        return cls(model, make_optimizer(model, config), mesh, config, device)
 
 
 @dataclass(frozen=True)
@@ -97,16 +77,6 @@ class Start:
     """Tokens that the run is to see; None: those of the plan."""
     seconds: float = 0.0
     """Seconds that the run has taken in this plan."""
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """What MFU needs to know."""
-
-    step_flops: npt.NDArray[np.float64]
-    """Model FLOPs of each step of the plan, all ranks together ``[steps]``."""
-    peak_flops_per_s: float | None
-    """Of one device; None: unknown."""
 
 
 class StepLimit:
@@ -135,59 +105,12 @@ class StepFailed(Exception):
         self.step, self.micro_step, self.row, self.sample_ids = step, micro_step, row, sample_ids
 
 
-@dataclass
-class _MicroClock:
-    """Wall and busy seconds of each micro-step of a step, as this rank saw them.
-
-    On CPU a rank that waits in a collective uses no processor time, so the process's own time is what it worked. On
-    CUDA events are recorded in the stream and read once, when the step is over: nothing waits in between.
-    """
-
-    device: torch.device
-    wall: list[float] = field(default_factory=list)
-    busy: list[float] = field(default_factory=list)
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    @contextmanager
-    def micro_step(self) -> Iterator[None]:
-        if self.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self.events.append((begin, end))
-            return
-        wall, busy = time.perf_counter(), time.process_time()
-        yield
-        self.wall.append(time.perf_counter() - wall)
-        self.busy.append(min(time.process_time() - busy, self.wall[-1]))
-
-    def read(self) -> None:
-        """Fill in the times of a step that is over."""
-        for begin, end in self.events:
-            end.synchronize()
-            self.wall.append(begin.elapsed_time(end) / 1e3)
-        if self.events:
-            self.busy = list(self.wall)
-
-
-def make_optimizer(model: CausalLMWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that are trained; fused, as `foreach` would hold another copy of them all."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
-
-
 def train(
-    model: CausalLMWithLoss,
+    learner: Learner,
     plan: Plan,
-    samples: SampleSource,
-    loss_tokens: npt.NDArray[np.integer],
-    mesh: ParallelMesh,
-    config: TrainConfig,
-    device: torch.device,
+    samples: CountedSamples,
     on_step: Callable[[StepRecord], bool | None] = lambda record: None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
     start: Start = Start(),
     signal: Callable[[], int] = lambda: 0,
     efficiency: Efficiency | None = None,
@@ -195,15 +118,10 @@ def train(
     """Run the steps of a plan on this rank.
 
     Args:
-        model: sharded over ``mesh.world``.
+        learner: model, optimizer and recipe.
         plan: made for this world size.
-        samples: token ids and loss masks by the plan's sample ids.
-        loss_tokens: targets of each sample, int ``[N]``.
-        mesh: gets the SP groups of the plan's degrees that it does not hold yet.
-        config: optimizer and loss.
-        device: of this rank.
+        samples: token ids, loss masks and counts of targets by the plan's sample ids.
         on_step: called after each step, on every rank; True ends training there.
-        optimizer: of :func:`make_optimizer`; None: a new one.
         start: where to begin.
         signal: number of a signal that this rank has received, or 0.
         efficiency: for MFU; None: not reported.
@@ -214,153 +132,87 @@ def train(
     Raises:
         StepFailed: a step raised on this rank.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    optimizer = optimizer or make_optimizer(model, config)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    mesh.prepare(plan.sp_degree.tolist())
-    rows = rows_of_rank(plan, rank)
-    tokens_of_step = np.bincount(plan.step, weights=plan.tokens(), minlength=plan.n_steps).astype(np.int64)
-    tokens_total = start.tokens_total or start.tokens + int(tokens_of_step[start.step :].sum())
-    steps, drawn = global_batches(plan, loss_tokens, config.loss), timeline_micro_steps(plan)
-    work = ((row, steps[step]) for step in range(start.step, plan.n_steps) for row in rows[step])
-    batches = micro_batches(plan, work, samples, mesh, rank, device)
-    may_take, records = StepLimit(plan, config), list[StepRecord]()
-    began, tokens_done = time.perf_counter() - start.seconds, start.tokens
+    rank, config, device = dist.get_rank(), learner.config, learner.device
+    learner.mesh.prepare(plan.sp_degree.tolist())
+    rows, batches = rows_of_rank(plan, rank), global_batches(plan, samples.loss_tokens, config.loss)
+    work = ((row, batches[step]) for step in range(start.step, plan.n_steps) for row in rows[step])
+    packs = micro_batches(plan, work, samples, learner.mesh, rank, device)
+    recorder = Recorder.of(plan, batches, device, start.seconds, efficiency)
+    may_take, records, tokens_done = StepLimit(plan, config), list[StepRecord](), start.tokens
+    tokens_total = start.tokens_total or start.tokens + sum(batch.tokens for batch in batches[start.step :])
     for step in range(start.step, plan.n_steps):
-        started = time.perf_counter()
-        lr = learning_rate(config, tokens_done, int(tokens_of_step[step]), tokens_total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        clock = _MicroClock(device)
-        summed = torch.zeros((), dtype=torch.float32, device=device)
-        limit_s = may_take.seconds(step)
-        enter(step, 0, limit_s)
-        for micro_step, row in enumerate(rows[step]):
-            with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
-                batch = next(batches)
-                enter(step, micro_step + 1, limit_s)
-                summed += forward_backward(model, batch, world_size)
-        enter(step, len(rows[step]) + 1, limit_s)
+        clock, limit_s = StepClock(device), may_take.seconds(step)
+        lr = learning_rate(config, tokens_done, batches[step].tokens, tokens_total)
+        loss = _run_micro_steps(learner.model, plan, step, rows[step], packs, clock, limit_s)
         with _naming_the_pack(plan, step):
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            clock.read()
-            now = time.perf_counter()
-            mine = [float(summed), started - began, now - started, float(signal()), memory_bytes(device)]
-            gathered = _gather([*mine, *clock.wall, *clock.busy], device)
+            norm = _update(learner, lr)
+            record = recorder.record(step, clock, loss, norm, lr, signal())
         leave()
-        n, tokens = len(rows[step]), int(tokens_of_step[step])
-        walls, busy = gathered[:, len(mine) : len(mine) + n], gathered[:, len(mine) + n :]
-        rank_busy, seconds = busy.sum(axis=1), float(gathered[:, 2].max())
-        may_take.learn(step, seconds)
-        tflops, mfu = _efficiency(efficiency, step, seconds * world_size)
-        record = StepRecord(
-            step=step,
-            loss=float(gathered[:, 0].sum()),
-            grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
-            lr=lr,
-            tokens=tokens,
-            loss_tokens=steps[step].loss_tokens,
-            started_s=float(gathered[0, 1]),
-            seconds=seconds,
-            tokens_per_s=tokens / seconds,
-            group=groups_of_step(plan, step),
-            skew=_skew(rank_busy),
-            slowest_rank=int(rank_busy.argmax()),
-            mean_wall_s=float(walls.sum(axis=1).mean()),
-            mean_busy_s=float(rank_busy.mean()),
-            memory_bytes=int(gathered[:, 4].max()),
-            rank_wall_s=_timeline(walls, drawn[step]),
-            rank_busy_s=_timeline(busy, drawn[step]),
-            tflops=tflops,
-            mfu=mfu,
-            signal=int(gathered[:, 3].max()),
-        )
-        tokens_done += tokens
+        may_take.learn(step, record.seconds)
+        tokens_done += record.tokens
         records.append(record)
         if on_step(record):
             break
     return records
 
 
-@contextmanager
-def _naming_the_pack(plan: Plan, step: int, micro_step: int | None = None, row: int = IDLE) -> Iterator[None]:
-    try:
-        yield
-    except HbpError:
-        raise
-    except Exception as error:
-        ids = [] if row == IDLE else plan.samples(row)[0].tolist()
-        raise StepFailed(step, micro_step, row, ids) from error
-
-
-def timeline_micro_steps(plan: Plan) -> list[int]:
-    """How many micro-steps of each step are logged rank by rank ``[steps]``."""
-    first = TIMELINE_CELLS // min(TIMELINE_RANKS, plan.info.world_size)
-    counts = np.zeros(plan.n_steps, np.int64)
-    np.maximum.at(counts, plan.step, plan.micro_step + 1)
-    done = np.cumsum(counts) - counts
-    return np.clip(first - done, 0, counts).tolist()
-
-
-def _timeline(seconds: npt.NDArray[np.float64], micro_steps: int) -> list[list[float]]:
-    return np.round(seconds[:TIMELINE_RANKS, :micro_steps], 5).tolist() if micro_steps else []
-
-
-def _skew(busy: npt.NDArray[np.float64]) -> float:
-    most = float(busy.max())
-    return (most - float(busy.min())) / most if most else 0.0
-
-
-def _efficiency(efficiency: Efficiency | None, step: int, device_seconds: float) -> tuple[float | None, float | None]:
-    if efficiency is None:
-        return None, None
-    rate = float(efficiency.step_flops[step]) / device_seconds
-    return rate / 1e12, rate / efficiency.peak_flops_per_s if efficiency.peak_flops_per_s else None
-
-
-def memory_bytes(device: torch.device) -> float:
-    """Peak of CUDA's allocator since the last call; on CPU the process's resident memory, 0 where none tells."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return float(peak)
-    try:
-        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0.0
-
-
-def evaluate(
+def _run_micro_steps(
     model: CausalLMWithLoss,
     plan: Plan,
-    samples: SampleSource,
-    loss_tokens: npt.NDArray[np.integer],
-    mesh: ParallelMesh,
-    device: torch.device,
-) -> float:
+    step: int,
+    rows: Sequence[int],
+    packs: Iterator[MicroBatch],
+    clock: StepClock,
+    limit_s: float,
+) -> Tensor:
+    """Forward and backward of this rank's rows of a step; its part of the loss. The watch knows how far it is."""
+    loss = torch.zeros((), dtype=torch.float32, device=clock.device)
+    enter(step, 0, limit_s)
+    for micro_step, row in enumerate(rows):
+        with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
+            batch = next(packs)
+            enter(step, micro_step + 1, limit_s)
+            loss += forward_backward(model, batch, dist.get_world_size())
+    enter(step, len(rows) + 1, limit_s)
+    return loss
+
+
+def _update(learner: Learner, lr: float) -> Tensor:
+    """Clip the gradients, take the optimizer's step, clear them; their norm before it was clipped."""
+    optimizer = learner.optimizer
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(trained, learner.config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> Tensor:
+    """One micro-step: the summed loss (detached), gradients of `scale` times it left in the parameters."""
+    set_gc_layers(model, batch.gc_layers)
+    loss = model(*batch.inputs)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float:
     """Mean cross entropy over the loss tokens of a plan's samples."""
-    total = torch.zeros((), dtype=torch.float64, device=device)  # summed there: the host does not wait
-    mesh.prepare(plan.sp_degree.tolist())
+    rank, model = dist.get_rank(), learner.model
+    total = torch.zeros((), dtype=torch.float64, device=learner.device)  # summed there: the host does not wait
+    learner.mesh.prepare(plan.sp_degree.tolist())
     model.eval()
     with torch.no_grad():
-        for step in rows_of_rank(plan, dist.get_rank()):
+        for step in rows_of_rank(plan, rank):
             for row in step:
-                batch = make_micro_batch(plan, row, samples, mesh, dist.get_rank(), device)
+                batch = make_micro_batch(plan, row, samples, learner.mesh, rank, learner.device)
                 total += model(batch.input_ids, batch.position_ids, batch.labels, batch.layout).detach()
     model.train()
     if isinstance(model, FSDPModule):  # which keeps its root gathered until a backward
         model.reshard()
-    return float(_gather([float(total)], device).sum()) / max(int(loss_tokens[plan.sample_ids].sum()), 1)
-
-
-def groups_of_step(plan: Plan, step: int) -> str:
-    """The groups of a step for people, such as ``4096/SP1/GC0``."""
-    a, b = np.searchsorted(plan.step, [step, step + 1])
-    keys = plan.capacity[a:b].astype(np.int64) << 32 | plan.sp_degree[a:b].astype(np.int64) << 16 | plan.gc_layers[a:b]
-    settings = [(key >> 32, key >> 16 & 0xFFFF, key & 0xFFFF) for key in np.unique(keys).tolist()]
-    return sys.intern(" + ".join(f"{c}/SP{d}/GC{k}" for c, d, k in settings))
+    summed = gather([float(total)], learner.device).sum()
+    return float(summed) / max(int(samples.loss_tokens[plan.sample_ids].sum()), 1)
 
 
 def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, tokens_total: int) -> float:
@@ -372,9 +224,18 @@ def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, to
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * fall)) / 2)
 
 
-def _gather(values: Sequence[float], device: torch.device) -> npt.NDArray[np.float64]:
-    """Every rank's values, ``[ranks, values]``."""
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
-    every = mine.new_empty(dist.get_world_size() * len(values))
-    ALL_GATHER(every, mine)
-    return every.view(-1, len(values)).cpu().numpy()
+def make_optimizer(model: CausalLMWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the parameters that are trained; fused, as `foreach` would hold another copy of them all."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+@contextmanager
+def _naming_the_pack(plan: Plan, step: int, micro_step: int | None = None, row: int = IDLE) -> Iterator[None]:
+    try:
+        yield
+    except HbpError:
+        raise
+    except Exception as error:
+        ids = [] if row == IDLE else plan.samples(row)[0].tolist()
+        raise StepFailed(step, micro_step, row, ids) from error

@@ -5,6 +5,13 @@ chunks, so the full logits never exist. One world mesh shards everything; nothin
 
 The model is sharded before a checkpoint of safetensors is read or fresh values are drawn, so that no rank ever holds
 the whole (:mod:`hbp.train.weights`).
+
+Activations may be offloaded (:func:`offloaded_activations`): what autograd keeps for backward waits in host memory.
+Offloading the inputs of recomputed layers leaves almost nothing on the device between forward and backward, at the cost
+of two copies over the bus. Copies go through pinned memory and queue behind the computation that needs them, so neither
+waits for the host. Parameters stay where they are (FSDP gathers and frees them itself), and so do small tensors, whose
+copies would cost more than they free. The hooks are torch's saved-tensor hooks, as in its own `save_on_cpu`, which
+knows neither exception.
 """
 
 from __future__ import annotations
@@ -13,11 +20,13 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -25,10 +34,64 @@ from torch.distributed.tensor import DTensor, Shard
 from hbp.cost.known_models import FAMILIES
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
-from hbp.train.loss import summed_cross_entropy
-from hbp.train.offload import offloaded_activations
-from hbp.train.router_loss import RouterLoss
+from hbp.train.loss import RouterLoss, summed_cross_entropy
 from hbp.train.weights import draw_shards, load_shards, safetensors_folder
+
+SMALL_BYTES = 1 << 20
+"""A tensor of fewer stays on the device."""
+
+
+@dataclass
+class Kept:
+    """A saved tensor: on its device, or in host memory."""
+
+    device: torch.device
+    tensor: Tensor
+    copied: torch.cuda.Event | None = None
+    """When the copy to the host is done."""
+
+
+def offloaded_activations(small_bytes: int = SMALL_BYTES) -> saved_tensors_hooks:
+    """A context in which tensors saved for backward move to host memory; they come back when backward asks.
+
+    Args:
+        small_bytes: tensors of fewer stay.
+    """
+
+    def pack(tensor: Tensor) -> Kept:
+        if is_parameter(tensor) or tensor.numel() * tensor.element_size() < small_bytes:
+            return Kept(tensor.device, tensor)
+        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        if not tensor.is_cuda:
+            host.copy_(tensor)
+            return Kept(tensor.device, host)
+        stream = side_stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))  # what computes it
+        with torch.cuda.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)  # its memory is not another's before that
+        return Kept(tensor.device, host, stream.record_event())
+
+    def unpack(kept: Kept) -> Tensor:
+        if kept.copied is None:
+            return kept.tensor.to(kept.device)
+        current = torch.cuda.current_stream(kept.device)
+        current.wait_event(kept.copied)
+        return kept.tensor.to(kept.device, non_blocking=True)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the copies, one a device for the whole run: each new one would keep memory of its own."""
+    return torch.cuda.Stream(device)
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+
 
 TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2")
 """Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""

@@ -12,9 +12,9 @@ from workers import CPU, LLAMA, plan_of, random_samples, write_config
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
 from hbp.train.batch import make_micro_batch
+from hbp.train.loop import forward_backward
 from hbp.train.measure import fake_world as module
 from hbp.train.measure.fake_world import OWN_BACKEND, fake_backend, fake_world
-from hbp.train.measure.micro_batch import forward_backward
 from hbp.train.model import load_model, local_parameter_bytes, shard
 
 WORLD = 32

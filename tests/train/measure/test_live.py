@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +11,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from workers import CPU, LLAMA, run_ranks, write_config
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.fit import Point, predict_bytes, predict_point
 from hbp.cost.model_spec import spec_from_config
 from hbp.cost.predict import CostModel
+from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
 from hbp.train.measure import live as live_profile_module
-from hbp.train.measure.layer_stack import load_stack
-from hbp.train.measure.live import LiveProfile, live_profile, packs_to_measure
+from hbp.train.measure.live import LiveProfile, cut_config, live_profile, load_stack, packs_to_measure, stack_heights
 from hbp.train.model import CausalLMWithLoss, load_model, shard
 
 DEEP = {**LLAMA, "num_hidden_layers": 6}
@@ -123,3 +125,36 @@ def test_no_pack_ends_after_the_limit(tmp_path: Path) -> None:
     assert short.skipped > 0
     assert len(short.points) > 1
     assert short_s <= whole_s / 2
+
+
+def test_stack_is_the_first_layers_of_the_configuration(tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        **LLAMA,
+        "model_type": "qwen3",
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 0,
+        "head_dim": 8,
+    }
+    model = load_stack(write_config(tmp_path / "qwen", config), 3, CPU, vocab_size=100)
+    assert model.lm.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    assert model.lm.config.vocab_size == 100
+    spec = dataclasses.replace(spec_from_config(config).with_layers(3), vocab=100)
+    assert sum(p.numel() for p in model.parameters()) == spec.parameters()
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_stacks_that_cannot_be(tmp_path: Path) -> None:
+    for count in (0, 7):
+        with pytest.raises(HbpError, match=f"6 layers, so a stack of {count}"):
+            cut_config(DEEP, count)
+    with pytest.raises(HbpError, match="cannot load a model"):
+        load_stack(str(tmp_path / "none"), 1, CPU)
+
+
+def test_small_models_are_measured_whole() -> None:
+    assert stack_heights(10**6, 32) == ()
+    assert stack_heights(8 * 10**9, 32) == (2, 4)
+    assert stack_heights(8 * 10**9, 4) == ()

@@ -14,7 +14,8 @@ from workers import CPU, LLAMA, run_ranks, write_config
 from hbp.cost.fit import Point
 from hbp.parallel.mesh import make_mesh
 from hbp.train.batch import micro_batch_of
-from hbp.train.measure.micro_batch import forward_backward, measure_point
+from hbp.train.loop import forward_backward
+from hbp.train.measure.micro_batch import measure_point
 from hbp.train.model import load_model, shard
 
 

@@ -4,9 +4,13 @@ Each point is a forward and a backward of packs with the given documents, one pa
 gradients that exist already, as in all but the first micro-step of training. Seconds are the slowest rank's, the median
 of the repeats. Bytes are the peak of what the allocator had given out, plus the states that stay (parameters, gradients
 and AdamW moments): ``max_memory_allocated`` on CUDA, and on CPU the running sum of the profiler's allocation events,
-which sees every tensor including temporaries. They are measured first, in a run that waits for no other rank
-(:mod:`hbp.train.measure.alone`), so that a rank may run out of memory: then its peak is infinite, and so is the
-point's.
+which sees every tensor including temporaries.
+
+Bytes are measured first, in a run that waits for no other rank (:func:`without_others`): in place of every collective
+stands a copy of the rank's own part. It allocates what training allocates, which is all that a measurement of memory
+needs. A rank that runs out of memory in the middle of a micro-batch would leave the others waiting; here nobody waits,
+so each rank finds out for itself whether the pack fits, and the ranks compare afterwards: its peak is infinite then,
+and so is the point's. Results and gradients mean nothing.
 """
 
 from __future__ import annotations
@@ -16,23 +20,27 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from hbp.cost.fit import Point
+from hbp.parallel.gather_kv import ALL_GATHER, REDUCE_SCATTER
 from hbp.parallel.mesh import ParallelMesh
-from hbp.plan import Plan
+from hbp.plan import Group, Plan
 from hbp.train.batch import MicroBatch, SampleSource, micro_batch_of
-from hbp.train.measure.alone import alone, without_others
-from hbp.train.model import CausalLMWithLoss, local_parameter_bytes, set_gc_layers
+from hbp.train.loop import forward_backward
+from hbp.train.model import CausalLMWithLoss, local_parameter_bytes
 
 GRADIENTS, MOMENTS = 1, 2  # each as large as the parameters that are trained; AdamW has two moments
 ENOUGH_S = 1.0
@@ -138,33 +146,26 @@ def _hold_gradients(model: CausalLMWithLoss) -> int:
 
 def measure_rows(
     model: CausalLMWithLoss, plan: Plan, samples: SampleSource, mesh: ParallelMesh, device: torch.device
-) -> dict[tuple[int, int, int], float]:
-    """Peak bytes of any rank for the fullest pack of each (capacity, SP degree, recomputed layers) of a plan.
+) -> dict[Group, float]:
+    """Peak bytes of any rank for the fullest pack of each group of a plan.
 
     Infinite for a pack for which a rank has not the memory.
     """
     peaks = {}
-    for setting, row in sorted(heaviest_rows(plan).items()):
-        _, lengths = plan.samples(row)
-        peaks[setting] = measure_point(
-            model, mesh, lengths.tolist(), setting[1], setting[2], device=device, repeats=0
-        ).peak_bytes
+    for group, row in sorted(heaviest_rows(plan).items()):
+        lengths = plan.samples(row)[1].tolist()
+        point = measure_point(model, mesh, lengths, group.sp_degree, group.gc_layers, device=device, repeats=0)
+        peaks[group] = point.peak_bytes
     return peaks
 
 
-def heaviest_rows(plan: Plan) -> dict[tuple[int, int, int], int]:
-    """The row with the most tokens of each (capacity, SP degree, recomputed layers) that a plan uses."""
+def heaviest_rows(plan: Plan) -> dict[Group, int]:
+    """The row with the most tokens of each group that a plan uses."""
+    groups, of_row = plan.groups_of_rows()
     order = np.argsort(plan.tokens(), kind="stable")
-    settings = zip(plan.capacity[order], plan.sp_degree[order], plan.gc_layers[order], strict=True)
-    return {(int(c), int(d), int(k)): int(row) for (c, d, k), row in zip(settings, order, strict=True)}
-
-
-def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> torch.Tensor:
-    """One micro-step: the summed loss (detached), gradients of `scale` times it left in the parameters."""
-    set_gc_layers(model, batch.gc_layers)
-    loss = model(*batch.inputs)
-    (loss * scale).backward()
-    return loss.detach()
+    heaviest = np.full(len(groups), -1)
+    heaviest[of_row[order]] = order  # the last of a group's rows is what stays
+    return {group: int(row) for group, row in zip(groups, heaviest, strict=True) if row >= 0}
 
 
 def _wait(device: torch.device) -> None:
@@ -200,3 +201,55 @@ def _allocations(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
         if event.tag == torch._C._profiler._EventType.Allocation:
             yield event.start_time_ns, event.extra_fields.alloc_size
         yield from _allocations(event.children)
+
+
+@dataclass(frozen=True)
+class _Communication:
+    """Of FSDP2 (its ``Comm`` interface), with the others or without."""
+
+    alone: bool
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _AllGather(_Communication):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False) -> Any:
+        if not self.alone:
+            return ALL_GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
+        for part in output_tensor.chunk(group.size()):
+            part.copy_(input_tensor)
+        return None
+
+
+class _ReduceScatter(_Communication):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        if not self.alone:
+            return REDUCE_SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        output_tensor.copy_(input_tensor[: output_tensor.numel()])
+        return None
+
+
+@contextmanager
+def without_others(model: nn.Module) -> Iterator[None]:
+    """FSDP2 neither gathers nor reduces inside; micro-batches have to be :func:`alone` too."""
+    _set_communication(model, alone=True)
+    try:
+        yield
+    finally:
+        _set_communication(model, alone=False)
+
+
+def _set_communication(model: nn.Module, alone: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(cast(Any, _AllGather(alone)))
+            module.set_custom_reduce_scatter(cast(Any, _ReduceScatter(alone)))
+
+
+def alone(batch: MicroBatch) -> MicroBatch:
+    """The same without process groups, so that sequence parallelism sends nothing."""
+    gather = replace(batch.layout.gather, group=None) if batch.layout.gather else None
+    return replace(batch, layout=replace(batch.layout, sp_group=None, gather=gather))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from jobs import hbp
+from jobs import hbp, hbp_here
 from workers import LLAMA, write_config
 
 from hbp.cost.profile_file import read_profile
@@ -28,7 +28,7 @@ def test_profile_of_stacks(tmp_path: Path) -> None:
         "model": {"path": write_config(tmp_path / "model", {**LLAMA, "vocab_size": 300})},
     }
     (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(config))
-    wrong = hbp("profile", str(tmp_path / "cfg.yaml"), "--layers", "0")
+    wrong = hbp_here("profile", str(tmp_path / "cfg.yaml"), "--layers", "0")
     assert (wrong.returncode, wrong.stderr) == (2, "hbp: error: --layers 0: give at least 1\n")
     too_high = hbp("profile", str(tmp_path / "cfg.yaml"), "--layers", "2")
     assert too_high.returncode == 2
@@ -47,7 +47,7 @@ def test_profile_of_stacks(tmp_path: Path) -> None:
     assert Path(printed["page"]).read_text().count("<svg") == 4
     lengths = tmp_path / "lengths.npy"
     np.save(lengths, np.full(20, 100))
-    made = hbp("plan", "--lengths", str(lengths), "--model", str(tmp_path / "model"), "--cluster", str(file),
+    made = hbp_here("plan", "--lengths", str(lengths), "--model", str(tmp_path / "model"), "--cluster", str(file),
                "--gpus", "4", "--out", str(tmp_path / "plan"), "--json")  # fmt: skip
     assert made.returncode == 0, made.stderr
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text())

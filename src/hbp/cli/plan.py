@@ -1,0 +1,262 @@
+"""``hbp plan`` and ``hbp compare``: lengths, a model and devices in; a plan folder, or a row a strategy, out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hbp.cli.usage import Commands, Parser, check_numbers, parse_counts
+from hbp.errors import HbpError, did_you_mean
+from hbp.progress import Progress, say
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from hbp.cost.predict import CostModel
+    from hbp.plan import Plan
+
+    Lengths = npt.NDArray[np.int32]
+
+STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed")
+"""Of :data:`hbp.planning.planner.STRATEGIES`, whose import takes a second that no help should."""
+SLOW_ABOVE = {"lb": 100_000}
+"""Samples above which `compare` leaves a strategy out unless it is asked for by name: it would take minutes."""
+LEAST = {"max_length": 1, "global_batch_tokens": 1, "windows": 1, "seed": 0, "short_steps": 0}
+"""The options that shape a plan, with their least values."""
+LARGER_STEP = 1.5
+"""Times the tokens that were asked for, from which a step's are pointed out."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare both commands."""
+    plan = commands.add_parser("plan", help="turn lengths into a plan folder")
+    plan.set_defaults(run=run_plan)
+    _add_planning(plan)
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
+    plan.add_argument("--strategy", default="hbp-mixed", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp-mixed)")
+    plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
+    plan.add_argument("--explain", action="store_true", help="say why each group is there and runs as it does")
+    compare = commands.add_parser("compare", help="plan with every strategy, one table")
+    compare.set_defaults(run=run_compare)
+    _add_planning(compare)
+    compare.add_argument(
+        "--gpus", required=True, metavar="N|N,N|N..N", help="ranks to plan for, one number or several (8..256 doubles)"
+    )
+    compare.add_argument(
+        "--strategies",
+        metavar="NAME,NAME",
+        help="in this order; speed-ups are over the first (default: all that take seconds)",
+    )
+    compare.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw efficiency and speed-up over GPUs")
+
+
+def _add_planning(parser: Parser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DIR|FILE", help="a token store, or samples to tokenize (needs --tokenizer)")
+    source.add_argument(
+        "--lengths", type=Path, metavar="FILE", help=".npy or .parquet with one length a sample, tokens"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME|DIR", help="for --data (default: --model)")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME|DIR", help="built-in name, or a transformers config folder"
+    )
+    parser.add_argument("--cluster", default="h100-nvlink", metavar="NAME|FILE", help="built-in name or profile file")
+    parser.add_argument(
+        "--memory-gib", type=float, metavar="GIB", help="memory budget of a device (default: the cluster's)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help="longest packing length (default: the longest sample, or longer where that is faster)",
+    )
+    parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
+    parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        metavar="N",
+        help="hbp-mixed: plan the shuffled samples in N pieces; more stay closer to a random order, fewer are faster "
+        "(default: as many as cost at most 1 %% of the speed)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another epoch")
+
+
+def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    """`hbp plan`."""
+    from hbp.plan import write_plan
+    from hbp.planning.planner import make_plan
+    from hbp.simulator import simulate
+
+    check_numbers(args, LEAST)
+    _check_strategy(args.strategy)
+    cost, lengths = _cost(args, args.gpus), _lengths(args)
+    plan = make_plan(lengths, cost, strategy=args.strategy, **_shape(args))
+    write_plan(plan, args.out)
+    result = {
+        "plan": str(args.out),
+        "strategy": plan.info.strategy,
+        "samples": len(plan.sample_ids),
+        "dropped": len(plan.info.dropped),
+        "groups": [dataclasses.asdict(group) for group in plan.info.groups],
+        "metrics": dict(plan.info.metrics),
+        "simulation": simulate(plan).to_json(),
+        "details": dict(plan.info.details),
+    }
+    if args.explain:
+        from hbp.planning.explain import explain
+
+        result["explain"] = explain(plan, cost, lengths)
+    if not args.json:
+        _show_plan(plan, result)
+    for line in _worth_knowing(plan, args.global_batch_tokens):
+        say(line)
+    return result
+
+
+def _show_plan(plan: Plan, result: Mapping[str, Any]) -> None:
+    from hbp.cli.tables import metrics_table, table
+
+    groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
+    table("groups", ("packing length", "SP degree", "GC layers"), groups)
+    metrics_table([(plan.info.strategy, plan.info.metrics, result["simulation"])])
+    for why in result.get("explain", ()):
+        print(f"- {why}")
+    print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in plan.info.details.items()))
+    print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {result['plan']}")
+
+
+def _worth_knowing(plan: Plan, asked: int | None) -> Iterator[str]:
+    """What may not be as the user meant it."""
+    mean = plan.info.metrics["ave_tokens"]
+    if mean > LARGER_STEP * (asked or math.inf):
+        yield (
+            f"a step holds {mean:,.0f} tokens, more than --global-batch-tokens {asked:,}: one micro-step of "
+            f"{plan.info.world_size} GPUs is larger; give more, or fewer --gpus"
+        )
+    if plan.info.dropped:
+        sample, reason = plan.info.dropped[0]
+        count = f"{len(plan.info.dropped):,} samples (listed in plan.json)"
+        yield f"dropped {count}, the first: sample {sample}, {reason}"
+
+
+def run_compare(args: argparse.Namespace) -> dict[str, Any]:
+    """`hbp compare`."""
+    check_numbers(args, LEAST)
+    sizes, asked = parse_counts(args.gpus), _asked_for(args.strategies)
+    costs = [_cost(args, gpus) for gpus in sizes]
+    lengths = _lengths(args)
+    rows = compare_rows(lengths, costs, asked or _quick_enough(len(lengths)), _shape(args))
+    planned = [row for row in rows if "error" not in row]
+    if not planned:
+        raise HbpError(rows[0]["error"])
+    if not args.json:
+        from hbp.cli.tables import compare_table
+
+        compare_table(rows)
+    if args.plot is not None:
+        from hbp.report.figures import standalone, strategies_over_gpus
+
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        args.plot.write_text(standalone(strategies_over_gpus(planned)))
+        say(f"plot: {args.plot}")
+    return {"rows": rows}
+
+
+def compare_rows(
+    lengths: Lengths, costs: Sequence[CostModel], strategies: Sequence[str], shape: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for each strategy at each number of ranks: its metrics and simulation, or ``error``.
+
+    Args:
+        lengths: of the samples.
+        costs: one for each number of ranks.
+        strategies: in the table's order; ``speedup`` is over the first, None where that cannot be planned.
+        shape: further options of the plans.
+    """
+    from hbp.planning.planner import make_plan
+    from hbp.simulator import simulate
+
+    rows: list[dict[str, Any]] = []
+    with Progress("compare", len(strategies) * len(costs)) as progress:
+        for cost in costs:
+            first = None  # seconds of the first strategy
+            for name in strategies:
+                row: dict[str, Any] = {"strategy": name, "gpus": cost.world_size}
+                try:
+                    plan = make_plan(lengths, cost, strategy=name, **shape)
+                except HbpError as error:
+                    rows.append(row | {"error": str(error)})
+                else:
+                    metrics = plan.info.metrics
+                    first = metrics["predicted_s"] if name == strategies[0] else first
+                    speedup = first / metrics["predicted_s"] if first else None
+                    rows.append(row | {**metrics, **simulate(plan).to_json(), "speedup": speedup})
+                progress.advance(f"{name}, {cost.world_size} GPUs")
+    return rows
+
+
+def _check_strategy(name: str) -> None:
+    if name not in STRATEGY_NAMES:
+        hint = did_you_mean(name, STRATEGY_NAMES)
+        raise HbpError(f"no strategy {name!r}{hint}: give one of {', '.join(STRATEGY_NAMES)}")
+
+
+def _asked_for(strategies: str | None) -> list[str]:
+    """The names in ``--strategies``; none where all are meant."""
+    if strategies is None:
+        return []
+    names = [name.strip() for name in strategies.split(",") if name.strip()]
+    unknown = [name for name in names if name not in STRATEGY_NAMES]
+    if not names or unknown:
+        hint = did_you_mean(unknown[0], STRATEGY_NAMES) if unknown else ""
+        raise HbpError(f"--strategies {strategies}{hint}: give some of {','.join(STRATEGY_NAMES)}")
+    return names
+
+
+def _quick_enough(samples: int) -> list[str]:
+    """All strategies that do not take minutes for so many samples."""
+    slow = [name for name, limit in SLOW_ABOVE.items() if samples > limit]
+    if slow:
+        say(f"{', '.join(slow)} left out, slow on {samples:,} samples; --strategies takes it")
+    return [name for name in STRATEGY_NAMES if name not in slow]
+
+
+def _lengths(args: argparse.Namespace) -> Lengths:
+    import numpy as np
+
+    from hbp.data.store import open_store, read_lengths
+
+    if args.lengths is not None:
+        return read_lengths(args.lengths)
+    if (Path(args.data) / "store.json").is_file():
+        return np.asarray(open_store(Path(args.data)).lengths)
+    from hbp.cost.known_models import KNOWN_MODELS
+    from hbp.data.sources import source_fingerprint
+    from hbp.data.tokenize import prepare_store
+
+    if args.tokenizer is None and args.model in KNOWN_MODELS:
+        raise HbpError(f"--data needs --tokenizer DIR: the built-in {args.model} is dimensions only")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hbp"
+    folder = cache / source_fingerprint(args.data, tokenizer := args.tokenizer or args.model)[:16]
+    return np.asarray(prepare_store(args.data, tokenizer, folder).lengths)
+
+
+def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
+    from hbp.cost.predict import CostModel
+
+    if gpus < 1:
+        raise HbpError(f"--gpus {gpus}: give at least 1")
+    if args.memory_gib is not None and not 0 < args.memory_gib < 1e6:
+        raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
+    return CostModel.of(args.model, args.cluster, gpus, memory_gib=args.memory_gib)
+
+
+def _shape(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in LEAST}
