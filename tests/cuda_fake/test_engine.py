@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import DEVICE, fake_cuda
-from workers import FAMILIES, LLAMA, plan_of, random_samples, write_config
+from plans import plan_of
+from workers import FAMILIES, LLAMA, random_samples, write_config
 
 from hbp.config import TrainConfig
 from hbp.parallel import varlen

@@ -7,7 +7,8 @@ import builtins
 import pytest
 import torch
 import torch.distributed as dist
-from workers import CPU, LLAMA, plan_of, random_samples, write_config
+from plans import plan_of
+from workers import CPU, LLAMA, random_samples, write_config
 
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
