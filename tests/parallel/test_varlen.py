@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from workers import CPU
 
 from hbp.errors import HbpError
+from hbp.parallel import varlen
 from hbp.parallel.varlen import check_kernel, document_attention, make_documents
 
 HEADS, SIZE = 4, 8
@@ -131,6 +132,46 @@ def test_flex_equals_dense_attention(window, kv_heads, v_size):
     mask = documents.block_masks[window]
     document_attention(*inputs, documents, sliding_window=window, kernel="flex")
     assert documents.block_masks == {window: mask}  # made once a pack
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+@pytest.mark.parametrize("queries", [(700, 3, 260, 130), (130, 1, 129, 130)])
+def test_block_masks_see_what_attention_sees(window, queries):
+    """Against torch's own, made from every query and key: whole blocks are seen in full, no other sees more."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    keys = (700, 3, 260, 130)
+    documents = make_documents(queries, CPU, keys)
+    mask = varlen._block_mask(documents, window, CPU)
+    want = create_block_mask(mask.mask_mod, None, None, sum(queries), sum(keys), device="cpu")
+    full, some = (blocks(want.full_kv_num_blocks, want.full_kv_indices), blocks(want.kv_num_blocks, want.kv_indices))
+    got_full, got_some = (
+        blocks(mask.full_kv_num_blocks, mask.full_kv_indices),
+        blocks(mask.kv_num_blocks, mask.kv_indices),
+    )
+    assert got_full <= full
+    assert full | some <= got_full | got_some
+    assert got_full or queries[0] != 700 or window == 100
+    if queries == keys and window is None:
+        assert (got_full, got_some) == (full, some)
+    q, k, v = (x.detach() for x in qkv(sum(keys), 2))
+    last = torch.cat([torch.arange(sum(keys[: i + 1]) - n, sum(keys[: i + 1])) for i, n in enumerate(queries)])
+    got = document_attention(q[last], k, v, documents, sliding_window=window, kernel="flex")
+    torch.testing.assert_close(got, dense(q, k, v, keys, window=window)[last])
+
+
+def blocks(counts, indices):
+    chosen = zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)
+    return {(row, column) for row, (count, columns) in enumerate(chosen) for column in columns[:count]}
+
+
+def test_a_long_packs_block_mask_is_small():
+    """128K tokens: a mask of every query and key would be 16 GiB of bytes, 128 of numbers."""
+    lengths = (65_536, *[128] * 512)
+    mask = varlen._block_mask(make_documents(lengths, CPU), None, CPU)
+    assert mask.kv_indices.shape[-2:] == (1024, 1024)
+    assert int(mask.full_kv_num_blocks.sum()) == 512 * 511 // 2
+    assert int(mask.kv_num_blocks.sum()) == 1024  # the diagonal
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -375,6 +375,19 @@ class ModelSpec:
         routed = e.intermediate * e.experts_per_token + e.shared_width if e is not None and self.n_moe_layers else 0
         return max(routed, self.intermediate if self.n_moe_layers < self.n_layers else 0)
 
+    def combining_bytes(self, dtype_bytes: int) -> float:
+        """Bytes per token of the gradients where the outputs of a token's experts are weighted and summed.
+
+        Three of the size of all these outputs: theirs in two orders, and that of the weights before it is summed; in
+        float32 where the router's weights are. What the shared experts kept is free by then.
+        """
+        e = self.experts
+        if e is None:
+            return 0.0
+        size = FLOAT32 if e.float32_router else dtype_bytes
+        shared = 4 * e.intermediate * e.n_shared * dtype_bytes
+        return float(3 * e.experts_per_token * self.hidden * size - shared)
+
     def checkpoint_bytes_per_token(self, dtype_bytes: int) -> float:
         """Bytes per token kept by one layer that is recomputed: its input."""
         return self.hidden * dtype_bytes

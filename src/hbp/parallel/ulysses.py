@@ -63,6 +63,11 @@ class PackLayout:
         """Ranks that exchange heads."""
         return self.sp_degree // (self.gather.ways if self.gather else 1)
 
+    def pinned(self) -> PackLayout:
+        """The same with its tensors in pinned host memory."""
+        gather = self.gather.pinned() if self.gather else None
+        return replace(self, documents=self.documents.pinned(), gather=gather)
+
     def to(self, device: torch.device) -> PackLayout:
         """The same with its tensors on a device."""
         gather = self.gather.to(device) if self.gather else None
@@ -74,6 +79,17 @@ class PackLayout:
             if group is not None:
                 dist.all_reduce(x, group=group)
         return x
+
+
+class Sealed:
+    """A pack's layout as compiled layers should see it: one object like another.
+
+    torch.compile (2.11) takes a frozen dataclass for its fields, and would compile a layer anew for every number of
+    documents, eight times, and then not at all.
+    """
+
+    def __init__(self, layout: PackLayout) -> None:
+        self.layout = layout
 
 
 class _Kept(torch.autograd.Function):
@@ -185,7 +201,7 @@ def _attention_interface(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     *,
-    hbp_layout: PackLayout | None = None,
+    hbp_layout: PackLayout | Sealed | None = None,
     hbp_kernel: str = "auto",
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -195,11 +211,12 @@ def _attention_interface(
             "the attention function 'hbp' needs the pack's layout: call the model with hbp_layout=..., or for "
             "evaluation and generate after model.set_attn_implementation('sdpa')"
         )
+    layout = hbp_layout.layout if isinstance(hbp_layout, Sealed) else hbp_layout
     if attention_mask is not None or dropout:
         raise HbpError("packed documents take no attention mask and no attention dropout; set attention_dropout to 0")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap, "kernel": hbp_kernel}
-    out = ulysses_attention(q, k, v, hbp_layout, sinks_H=s_aux, **options)
+    out = ulysses_attention(q, k, v, layout, sinks_H=s_aux, **options)
     return out[None], None
 
 

@@ -23,10 +23,13 @@ Legend: ``S`` query tokens, ``R`` key tokens, ``H`` query heads, ``K`` key/value
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +65,12 @@ class Documents:
         same = self.cu_key_lengths is self.cu_seqlens
         key_ends = ends if same else self.cu_key_lengths.to(device, non_blocking=True)
         return Documents(self.lengths, ends, self.key_lengths, key_ends)
+
+    def pinned(self) -> Documents:
+        """The same in pinned host memory, so that nothing waits for the copy to a device."""
+        ends = self.cu_seqlens.pin_memory()
+        same = self.cu_key_lengths is self.cu_seqlens
+        return Documents(self.lengths, ends, self.key_lengths, ends if same else self.cu_key_lengths.pin_memory())
 
 
 def make_documents(
@@ -132,6 +141,7 @@ def document_attention(
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    unequal: dict[str, Any] = {"enable_gqa": q.size(1) != k.size(1)} if _names_unequal_heads(varlen_attn) else {}
     size = v.size(2)
     q, k, v, scale = _one_head_size(q, k, v, scale)
     out = varlen_attn(
@@ -144,10 +154,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float 
         documents.longest_keys,
         scale=scale,
         window_size=_reach(window),
-        enable_gqa=q.size(1) != k.size(1),
+        **unequal,
     )
     assert isinstance(out, Tensor)
     return out[..., :size]
+
+
+@functools.cache
+def _names_unequal_heads(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether it has to be told of fewer key/value heads: from torch 2.12; before, it just takes them."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flash(
@@ -306,27 +322,61 @@ def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(plain, dynamic=True) if compiled else plain
 
 
-def _block_mask(documents: Documents, window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+BLOCK = 128
+"""Queries, and keys, of a block of FlexAttention."""
 
-    of_query, at_query = _places(documents.lengths, documents.key_lengths, device)
-    of_key, at_key = _places(documents.key_lengths, documents.key_lengths, device)
+
+def _block_mask(documents: Documents, window: int | None, device: torch.device) -> Any:
+    """FlexAttention's mask, from where documents begin and end alone: no query is held against every key.
+
+    The keys that a block of queries may see are one run, from the first that its first query sees (within a window, the
+    first that any of its queries does) to its last query's own. Blocks of that run are computed with a mask, but those
+    that all of its queries see in full, which are one run too if they are of one document. On the host: blocks².
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    of_query, at_query = _places(documents.lengths, documents.key_lengths)  # document, and position among the keys
+    of_key, at_key = _places(documents.key_lengths, documents.key_lengths)
+    begins = (np.cumsum(documents.key_lengths) - documents.key_lengths)[of_query]  # first key of each query's document
+    reach = np.maximum(0, at_query + 1 - window) if window is not None else np.zeros_like(at_query)
+    low, high = begins + reach, begins + at_query + 1  # the keys [low, high) that each query sees
+    first = np.arange(0, len(of_query), BLOCK)
+    last = np.minimum(first + BLOCK, len(of_query)) - 1
+    n_keys = -(-len(of_key) // BLOCK)
+    from_block = np.minimum.reduceat(low, first) // BLOCK
+    to_block = -(-high[last] // BLOCK)
+    whole = of_query[first] == of_query[last]
+    full_from = np.where(whole, -(-low[last] // BLOCK), n_keys)
+    full_to = np.where(whole & (last - first + 1 == BLOCK), high[first] // BLOCK, 0)
+    block = np.arange(n_keys)
+    full = (block >= full_from[:, None]) & (block < full_to[:, None])
+    some = (block >= from_block[:, None]) & (block < to_block[:, None]) & ~full
+
+    def chosen(blocks: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """How many key blocks each query block has, and which, those first; int32 ``[1, 1, blocks(, keys)]``."""
+        order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
+        counts = blocks.sum(axis=1).astype(np.int32)
+        return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)
+
+    of_query_d, at_query_d, of_key_d, at_key_d = (
+        torch.from_numpy(x).to(device) for x in (of_query, at_query, of_key, at_key)
+    )
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        ahead = at_query[query] - at_key[key]
-        seen = (of_query[query] == of_key[key]) & (ahead >= 0)
+        ahead = at_query_d[query] - at_key_d[key]
+        seen = (of_query_d[query] == of_key_d[key]) & (ahead >= 0)
         return seen if window is None else seen & (ahead < window)
 
-    return create_block_mask(sees, None, None, len(of_query), len(of_key), device=device)
+    lengths = len(of_query), len(of_key)
+    return BlockMask.from_kv_blocks(*chosen(some), *chosen(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=lengths)
 
 
-def _places(lengths: tuple[int, ...], ends: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _places(lengths: Sequence[int], ends: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Document of each token, and its position in it, the last token of a document standing at its end."""
-    count = torch.tensor(lengths)
-    document = torch.repeat_interleave(torch.arange(len(lengths)), count)
-    first = count.cumsum(0) - count
-    shift = torch.tensor(ends) - count - first
-    return document.to(device), (torch.arange(len(document)) + shift[document]).to(device)
+    count = np.array(lengths)
+    document = np.repeat(np.arange(len(count)), count)
+    shift = np.array(ends) - np.cumsum(count)
+    return document, np.arange(len(document)) + shift[document]
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None], Tensor]

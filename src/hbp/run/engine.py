@@ -71,12 +71,21 @@ class Engine:
     def stack(self, height: int) -> CausalLMWithLoss:
         """The first layers of the model, freshly initialised, with adapters where the run trains some."""
         config, lora, spec = self.config.model, self.config.lora, self.cost.model
-        model = load_stack(config.path, height, self.device, vocab_size=spec.vocab, seed=self.config.seed)
+        model = load_stack(
+            config.path,
+            height,
+            self.device,
+            vocab_size=spec.vocab,
+            seed=self.config.seed,
+            attention=config.attention,
+        )
         if lora.rank:
             add_adapters(model, lora, config.path, self.config.seed)
             model.to(self.device)
         dtype = getattr(torch, config.compute_dtype)
-        shard(model, self.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype)
+        by_layer = spec.sharded_by_layer
+        shard(model, self.mesh.world, by_layer=by_layer, compute_dtype=dtype, compiled=config.compile)
+        model.offload_activations = config.offload_activations
         return model
 
 

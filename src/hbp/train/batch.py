@@ -214,7 +214,8 @@ def pinned(batch: MicroBatch) -> MicroBatch:
     """The same in pinned host memory, which a CUDA device copies from while it computes."""
     weights = None if batch.weights is None else batch.weights.pin_memory()
     ids, positions, labels = (x.pin_memory() for x in (batch.input_ids, batch.position_ids, batch.labels))
-    return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights)
+    layout = batch.layout.pinned()
+    return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights, layout=layout)
 
 
 def micro_batch_of(

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from hbp.errors import HbpError
-from hbp.parallel.ulysses import PackLayout, register_attention
+from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
 from hbp.parallel.varlen import check_features
 from hbp.train.loss import RouterLoss, summed_cross_entropy
 from hbp.train.weights.load import draw_shards, load_shards, settle_ties
@@ -68,8 +69,15 @@ RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", 
 SMALL_BYTES = 1 << 20
 """A tensor of fewer stays on the device."""
 
-Kept = tuple[torch.device, Tensor]
-"""Where a tensor was, and what is kept of it"""
+
+@dataclass
+class Kept:
+    """A saved tensor: on its device, or in host memory."""
+
+    device: torch.device
+    tensor: Tensor
+    copied: torch.cuda.Event | None = None
+    """When the copy to the host is done."""
 
 
 def offloaded_activations(small_bytes: int = SMALL_BYTES) -> saved_tensors_hooks:
@@ -81,22 +89,41 @@ def offloaded_activations(small_bytes: int = SMALL_BYTES) -> saved_tensors_hooks
 
     def pack(tensor: Tensor) -> Kept:
         if is_parameter(tensor) or tensor.numel() * tensor.element_size() < small_bytes:
-            return tensor.device, tensor
-        pinned = tensor.is_cuda
-        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=pinned)
-        host.copy_(tensor, non_blocking=pinned)
-        return tensor.device, host
+            return Kept(tensor.device, tensor)
+        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        if not tensor.is_cuda:
+            host.copy_(tensor)
+            return Kept(tensor.device, host)
+        stream = side_stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))  # what computes it
+        with torch.cuda.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)  # its memory is not another's before that
+        return Kept(tensor.device, host, stream.record_event())
 
     def unpack(kept: Kept) -> Tensor:
-        device, tensor = kept
-        return tensor.to(device, non_blocking=tensor.is_pinned())
+        if kept.copied is None:
+            return kept.tensor.to(kept.device)
+        current = torch.cuda.current_stream(kept.device)
+        current.wait_event(kept.copied)
+        return kept.tensor.to(kept.device, non_blocking=True)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the copies, one a device for the whole run: each new one would keep memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def is_parameter(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter or a view of one."""
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+
+
+FLOAT32_WEIGHTS = {"deepseek_v2": ("gate.weight",)}
+"""What a family computes with in float32 in any case, where transformers (5.17) does not say so itself."""
 
 
 class CausalLMWithLoss(nn.Module):
@@ -140,7 +167,7 @@ class CausalLMWithLoss(nn.Module):
             offloaded_activations() if offload else nullcontext(),
             self.router_loss.listening() if routed else nullcontext(),
         ):
-            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=layout)
+            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=Sealed(layout))
         head = self.lm.get_output_embeddings()
         plain = type(head) is nn.Linear and head.bias is None  # not with adapters on it
         projection = head.weight if plain else head
@@ -388,8 +415,9 @@ def shard(
             routers) are gathered apart, in float32.
         compiled: see :func:`compile_layers`.
     """
+    # Inputs are of the compute dtype from the embedding on. To see that, FSDP2 would build the pack's layout anew for
+    # each layer, and with it what is made once a pack.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    in_layer = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     if compute_dtype != torch.float32:
         for module in _float32_modules(model.lm):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -397,7 +425,7 @@ def shard(
     if compiled:
         compile_layers(model)
     for layer in model.layers if by_layer else ():
-        fully_shard(layer, mesh=mesh, mp_policy=in_layer, shard_placement_fn=place)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     assert isinstance(model, FSDPModule)
 
@@ -415,7 +443,8 @@ def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:
 
 
 def _float32_modules(lm: Any) -> list[nn.Module]:
-    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    own: Iterable[str] = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    kept = own or FLOAT32_WEIGHTS.get(lm.config.model_type, ())
     names = [name.removesuffix(".weight") for name in kept]
     return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 

@@ -177,10 +177,10 @@ def _assign(lm: Any, state: Mapping[str, nn.Parameter], buffers: Mapping[str, Te
     """Parameters and persistent buffers as given, other buffers computed."""
     lm.load_state_dict({**state, **buffers}, assign=True)
     for module in lm.modules():
-        _compute_buffers(lm, module, device)
+        compute_buffers(lm, module, device)
 
 
-def _compute_buffers(lm: Any, module: nn.Module, device: torch.device) -> None:
+def compute_buffers(lm: Any, module: nn.Module, device: torch.device) -> None:
     """Give a module the buffers that no checkpoint has, by its family's own rules, which draw parameters too."""
     names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
     if not names:
