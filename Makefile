@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install quickstart test lint format typecheck browser clean
+.PHONY: install quickstart test test-more lint format typecheck browser clean
 
 install: $(STAMP)
 
@@ -23,6 +23,11 @@ quickstart: install
 
 test: install browser
 	$(BIN)/pytest
+
+# Property tests with fresh seeds and ten times the cases; MORE names what to run.
+MORE ?= tests/planning
+test-more: install
+	$(BIN)/pytest --hypothesis-profile=more $(MORE)
 
 # The report's test looks at the page in a browser; where there is none and we may, install one.
 browser:

@@ -33,8 +33,8 @@ from hbp.config import TrainConfig
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import spec_from_config
 from hbp.cost.predict import CostModel
-from hbp.data.chat import Encoded
 from hbp.data.length_sets import generate
+from hbp.data.record import Encoded
 from hbp.data.stdlib_sft import train_tokenizer, write_dataset
 from hbp.data.store import TokenStore, write_store
 from hbp.parallel.mesh import make_mesh

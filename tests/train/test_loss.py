@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from plans import plan_of
 from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN3_MOE, random_samples, write_model
 
+from hbp.config import LOSSES
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, SequenceGroups
 from hbp.train.batch import IDLE, MicroBatch, micro_batch_of
 from hbp.train.loss import (
     CHUNK,
     IGNORE,
-    LOSSES,
     GlobalBatch,
     RouterLoss,
     documents_of_tokens,

@@ -17,13 +17,18 @@ Where low-rank adapters are trained in place of the model, only they have gradie
 counted as without adapters: an adapter's input is that of the projection that it adapts, and frozen projections without
 one, which keep nothing, are taken to be few.
 
-Each moment is affine in the tokens, but for the chunk's end, so the longest pack within a budget is a closed form.
+Where activations are offloaded, what waits for backward is in host memory, but for tensors so small that they stay: at
+most :data:`STAYS_BYTES` each, a layer's all together no more than what it keeps. Backward has one whole layer on the
+device. The copies' time is not modelled (a live profile measures it), nor is host memory.
+
+Each moment is affine in the tokens, but for the chunk's end and the small tensors', so the longest pack within a budget
+is a closed form.
 Held against the allocator's own record in ``benchmarks/cost_model.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hbp.cost.cluster import ClusterSpec
@@ -35,6 +40,10 @@ REDUCE_BYTES = 4
 LOSS_CHUNK_TOKENS = 1024
 LOSS_COPIES = 3  # log-softmax, its gradient, the logits' gradient
 FLOAT32 = 4
+STAYS_BYTES = 1 << 20
+"""Tensors of fewer bytes are not offloaded."""
+SAVED_TENSORS = 24
+"""That a layer keeps, at most: norms, projections, rotary embedding, attention, MLP."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,24 @@ class Moment:
     per_token: float = 0.0
     per_chunk_token: float = 0.0
     """For each of the first :data:`LOSS_CHUNK_TOKENS`."""
+    per_small_token: float = 0.0
+    """Of activations that stay on the device while they are small, …"""
+    most_small: float = 0.0
+    """… which is no more than this in all."""
 
     def bytes(self, tokens: float) -> float:
         """With this many tokens on the rank."""
-        return self.constant + tokens * self.per_token + min(tokens, LOSS_CHUNK_TOKENS) * self.per_chunk_token
+        small = min(tokens * self.per_small_token, self.most_small)
+        return self.constant + tokens * self.per_token + min(tokens, LOSS_CHUNK_TOKENS) * self.per_chunk_token + small
 
     def most_tokens(self, budget: float) -> float:
         """Tokens on the rank that just fit a budget; 0 if none do, infinite if any number does."""
+        if self.per_small_token:
+            all_small = replace(self, per_token=self.per_token + self.per_small_token, per_small_token=0.0)
+            tokens = all_small.most_tokens(budget)
+            if tokens * self.per_small_token <= self.most_small:
+                return tokens
+            return replace(self, constant=self.constant + self.most_small, per_small_token=0.0).most_tokens(budget)
         room = budget - self.constant
         if room < 0:
             return 0.0
@@ -73,6 +93,15 @@ def moments(
     kept, whole = gc_layers * m.checkpoint_bytes_per_token(b), m.n_layers - gc_layers
     hidden = m.hidden * b
     last_norm = m.hidden * (FLOAT32 + b) + hidden
+    if cluster.offload_activations:
+        waiting = cluster.activation_scale * (whole * saved + kept)
+        small = float((whole * SAVED_TENSORS + gc_layers) * STAYS_BYTES)
+        layer = cluster.activation_scale * saved + 2 * m.widest_mlp * b + 2 * hidden
+        return (
+            Moment(states + loss, last_norm + hidden, m.vocab * float(FLOAT32) * LOSS_COPIES, waiting, small),
+            Moment(states + backward, layer, 0.0, waiting, small),
+            Moment(states + end),
+        )
     return (
         Moment(
             states + loss,

@@ -1,14 +1,16 @@
 """Attention over packed documents on one device: documents never see each other.
 
-One interface, :func:`document_attention`, over four kernels:
+One interface, :func:`document_attention`, over five kernels:
 
 - ``varlen``: torch's native variable-length flash attention, one launch for the whole pack; CUDA, half precision;
 - ``sdpa``: ``scaled_dot_product_attention``, document by document; anywhere. Equal lengths are not batched, since few
   documents have the same; one longer than a sliding window goes in blocks;
 - ``flex``: torch's FlexAttention, compiled, with a block mask made once a pack; CUDA (on CPU it has no backward);
-- ``flash``: the ``flash-attn`` package, for users who have it.
+- ``flash``: the ``flash-attn`` package, for users who have it;
+- ``eager``: written out in blocks (:mod:`hbp.parallel.written_out`); anywhere.
 
-``auto`` takes ``varlen`` on CUDA and ``sdpa`` elsewhere. All cost the sum of the squared document lengths, not the
+``auto`` takes ``varlen`` on CUDA and ``sdpa`` elsewhere, and for what these cannot do (softcapped scores, attention
+sinks: :data:`FEATURES`) ``flex`` and ``eager``. All cost the sum of the squared document lengths, not the
 square of the pack's length (``flex`` up to whole blocks of 128).
 
 Queries may be fewer than keys (:mod:`hbp.parallel.gather_kv`): then a document's queries are its *last* tokens, as in
@@ -21,7 +23,7 @@ Legend: ``S`` query tokens, ``R`` key tokens, ``H`` query heads, ``K`` key/value
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbp.errors import HbpError
+from hbp.parallel.written_out import written_out_attention
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def document_attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Causal attention within each document.
@@ -100,14 +105,28 @@ def document_attention(
         documents: query lengths that sum to ``S`` and key lengths that sum to ``R``.
         scale: softmax scale; ``D ** -0.5`` if None.
         sliding_window: tokens that a query sees, itself included; None for all before it.
-        kernel: a name of :data:`KERNELS`, or ``auto``.
+        softcap: bound of the scores, ``cap · tanh(score / cap)``; None for none.
+        sinks_H: of each head a number that takes part in the softmax; None for none.
+        kernel: a name of :data:`KERNELS` or :data:`FEATURES`, or ``auto``.
 
     Returns:
         ``[S, H, D]`` with the values' ``D``.
+
+    Raises:
+        HbpError: the kernel lacks a feature.
     """
+    features = frozenset(n for n, value in (("softcap", softcap), ("sinks", sinks_H)) if value is not None)
     if kernel == "auto":
-        kernel = "varlen" if q_SHD.is_cuda else "sdpa"
-    return KERNELS[kernel](q_SHD, k_RKD, v_RKD, documents, scale, sliding_window)
+        kernel = ("flex" if features else "varlen") if q_SHD.is_cuda else ("eager" if features else "sdpa")
+    if not features and kernel in KERNELS:
+        return KERNELS[kernel](q_SHD, k_RKD, v_RKD, documents, scale, sliding_window)
+    check_features(kernel, features)
+    if kernel == "eager":
+        lengths = documents.lengths, documents.key_lengths
+        return written_out_attention(q_SHD, k_RKD, v_RKD, *lengths, scale, sliding_window, softcap, sinks_H)
+    if kernel == "flash":
+        return _flash(q_SHD, k_RKD, v_RKD, documents, scale, sliding_window, softcap)
+    return _flex(q_SHD, k_RKD, v_RKD, documents, scale, sliding_window, softcap, sinks_H)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
@@ -131,7 +150,15 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float 
     return out[..., :size]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None = None,
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     size = v.size(2)
@@ -147,6 +174,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float |
         softmax_scale=scale,
         causal=True,
         window_size=_reach(window),
+        softcap=softcap or 0.0,
     )
     return out[..., :size]
 
@@ -233,13 +261,40 @@ _shared_mask = functools.lru_cache(maxsize=4)(_causal_mask)
 """One for all layers and packs: autograd keeps it as long as they do."""
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     if window not in documents.block_masks:
         documents.block_masks[window] = _block_mask(documents, window, q.device)
     q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
     mask, gqa = documents.block_masks[window], q.size(1) != k.size(1)
-    out = _flex_attention(q.is_cuda)(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
-    return out[0].transpose(0, 1)
+    attend, capped = _flex_attention(q.is_cuda), None if softcap is None else _capped(softcap)
+    if sinks_H is None:
+        return attend(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    sums = AuxRequest(lse=True)
+    out: Any = attend(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=sums)
+    values, log_sum = out[0][0].transpose(0, 1), out[1].lse[0].transpose(0, 1)  # [S, H, D], [S, H]
+    share = torch.sigmoid(log_sum.float() - sinks_H.float())  # of the softmax, what is not the sink's
+    return (values.float() * share[..., None]).to(values.dtype)
+
+
+@functools.cache
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    """FlexAttention's change to scores: one object for each bound, so that it is compiled once."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 @functools.cache
@@ -276,6 +331,31 @@ def _places(lengths: tuple[int, ...], ends: tuple[int, ...], device: torch.devic
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None], Tensor]
 KERNELS: Mapping[str, Kernel] = {"varlen": _varlen, "sdpa": _sdpa, "flex": _flex, "flash": _flash}
+FEATURES: Mapping[str, frozenset[str]] = {
+    "eager": frozenset(("softcap", "sinks")),
+    "flex": frozenset(("softcap", "sinks")),
+    "flash": frozenset(("softcap",)),
+}
+"""What kernels can do beyond scale and window; the others nothing."""
+
+
+def check_features(kernel: str, features: Collection[str]) -> None:
+    """Refuse a kernel for a model that needs what it lacks.
+
+    Args:
+        kernel: a name of a kernel, or ``auto``.
+        features: ``softcap``, ``sinks``.
+
+    Raises:
+        HbpError: names the feature and kernels that have it.
+    """
+    lacking = set(features) - FEATURES.get(kernel, frozenset())
+    if kernel != "auto" and lacking:
+        able = [name for name, known in FEATURES.items() if lacking <= known]
+        raise HbpError(
+            f"the model's attention has {' and '.join(sorted(lacking))}, which the kernel {kernel!r} lacks; give auto "
+            f"or {' or '.join(able)}"
+        )
 
 
 def check_kernel(kernel: str) -> None:
@@ -284,8 +364,8 @@ def check_kernel(kernel: str) -> None:
     Raises:
         HbpError: names the kernels that there are, or the package that is missing.
     """
-    if kernel != "auto" and kernel not in KERNELS:
-        raise HbpError(f"no attention kernel {kernel!r}: give auto, {', '.join(KERNELS)}")
+    if kernel not in ("auto", "eager", *KERNELS):
+        raise HbpError(f"no attention kernel {kernel!r}: give auto, eager, {', '.join(KERNELS)}")
     if kernel in ("varlen", "flex") and not torch.cuda.is_available():
         raise HbpError(f"the attention kernel {kernel!r} trains on CUDA alone; give auto or sdpa")
     if kernel == "flash":

@@ -196,9 +196,12 @@ def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 
     return loss.detach()
 
 
-def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float:
-    """Mean cross entropy over the loss tokens of a plan's samples."""
+def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float | None:
+    """Mean cross entropy over the loss tokens of a plan's samples; None if they have none."""
     total, rank, model = 0.0, dist.get_rank(), learner.model
+    targets = int(samples.loss_tokens[plan.sample_ids].sum())
+    if not targets:
+        return None
     learner.mesh.prepare(plan.sp_degree.tolist())
     model.eval()
     with torch.no_grad():
@@ -207,7 +210,7 @@ def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float:
                 batch = make_micro_batch(plan, row, samples, learner.mesh, rank, learner.device)
                 total += float(model(batch.input_ids, batch.position_ids, batch.labels, batch.layout))
     model.train()
-    return float(gather([total], learner.device).sum()) / max(int(samples.loss_tokens[plan.sample_ids].sum()), 1)
+    return float(gather([total], learner.device).sum()) / targets
 
 
 def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, tokens_total: int) -> float:

@@ -22,10 +22,11 @@ Under sequence parallelism the counts of choices, which carry no gradient, are s
 ``layers × documents × experts`` numbers, once a pack. The trade: balance is asked of each document, which is stricter
 than of the batch.
 
-Both families' own formulas, for a document of ``T`` tokens, ``E`` experts, ``k`` chosen of them, ``L`` layers, with
+The families' own formulas, for a document of ``T`` tokens, ``E`` experts, ``k`` chosen of them, ``L`` layers, with
 ``f`` choices of an expert ÷ ``T`` and ``p`` its mean probability:
 
-- Qwen3-MoE (Switch Transformer): ``E · Σ f·p``, both averaged over the layers first; ``router_aux_loss_coef``;
+- Qwen2-MoE, Qwen3-MoE, Mixtral and gpt-oss (Switch Transformer): ``E · Σ f·p``, both averaged over the layers first;
+  ``router_aux_loss_coef``;
 - DeepSeek-V2: ``E / k · Σ f·p``, summed over the layers; ``aux_loss_alpha``.
 
 Off unless the configuration says ``output_router_logits``, as in transformers.
@@ -45,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hbp.config import LOSSES
 from hbp.errors import HbpError
 from hbp.parallel.gather_kv import tokens_of_rank
 from hbp.parallel.mesh import SequenceGroups
@@ -53,7 +55,6 @@ from hbp.plan import Plan
 
 IGNORE = -100
 CHUNK = 1024
-LOSSES = ("ave-token", "sample-mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class GlobalBatch:
     """What the loss of one optimizer step is taken over."""
 
     loss: str
-    """One of :data:`LOSSES`."""
+    """One of :data:`hbp.config.LOSSES`."""
     tokens: int
     loss_tokens: int
     samples: int
@@ -82,7 +83,7 @@ def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str =
     Args:
         plan: to be run.
         loss_tokens: targets of each sample, int ``[N]``.
-        loss: one of :data:`LOSSES`.
+        loss: one of :data:`hbp.config.LOSSES`.
 
     Raises:
         HbpError: no such loss.
@@ -104,6 +105,7 @@ def summed_cross_entropy(
     labels_T: Tensor,
     weights_T: Tensor | None = None,
     chunk: int = CHUNK,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Cross entropy in float32, summed over the tokens that have a label.
 
@@ -114,6 +116,7 @@ def summed_cross_entropy(
         labels_T: next token of each position ``[T]`` int64, ``-100`` for none. Already shifted within documents.
         weights_T: what each token counts, float32 ``[T]``; none: 1.
         chunk: tokens whose logits exist at a time.
+        finish: what the family does to logits after the projection (scale, softcap), in float32.
 
     Returns:
         Scalar float32.
@@ -122,23 +125,28 @@ def summed_cross_entropy(
     weights = [None] * -(-len(labels_T) // chunk) if weights_T is None else weights_T.split(chunk)
     for inputs in zip(hidden_TE.split(chunk), labels_T.split(chunk), weights, strict=True):
         if torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_loss, projection, *inputs, use_reentrant=False)
+            total = total + checkpoint(_chunk_loss, projection, finish, *inputs, use_reentrant=False)
         else:
-            total = total + _chunk_loss(projection, *inputs)
+            total = total + _chunk_loss(projection, finish, *inputs)
     return total
 
 
 def _chunk_loss(
-    projection: Tensor | Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, weights: Tensor | None
+    projection: Tensor | Callable[[Tensor], Tensor],
+    finish: Callable[[Tensor], Tensor] | None,
+    hidden: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
 ) -> Tensor:
-    logits = (hidden @ projection.T if isinstance(projection, Tensor) else projection(hidden)).float()
+    product = hidden @ projection.T if isinstance(projection, Tensor) else projection(hidden)
+    logits = product.float() if finish is None else finish(product.float())
     if weights is None:
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none") @ weights
 
 
-ROUTERS = ("Qwen3MoeTopKRouter", "DeepseekV2TopkRouter")
-"""Modules that return logits, weights and choices."""
+ROUTERS = ("TopKRouter", "TopkRouter")
+"""Ends of the class names of modules that return logits, weights and choices."""
 DEFAULT_ALPHA = 0.001
 """DeepSeek-V2's, where the configuration leaves `aux_loss_alpha` out."""
 
@@ -155,7 +163,7 @@ class RouterLoss:
         self.pooled = config.model_type != "deepseek_v2"
         self._seen: list[Routed] | None = None
         self._heard: list[Routed] = []
-        routers = [module for module in lm.modules() if type(module).__name__ in ROUTERS]
+        routers = [module for module in lm.modules() if type(module).__name__.endswith(ROUTERS)]
         self.coefficient = 0.0
         if routers and getattr(config, "output_router_logits", False):
             name, default = ("router_aux_loss_coef", 0.0) if self.pooled else ("aux_loss_alpha", DEFAULT_ALPHA)

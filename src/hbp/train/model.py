@@ -3,8 +3,11 @@
 The root module that FSDP2 sees is :class:`CausalLMWithLoss`: the vocabulary projection is used inside its forward, in
 chunks, so the full logits never exist. One world mesh shards everything; nothing here depends on the SP degree.
 
-The model is sharded before a checkpoint of safetensors is read or fresh values are drawn, so that no rank ever holds
-the whole (:mod:`hbp.train.weights`).
+The model is sharded before a checkpoint is read or fresh values are drawn, so that no rank ever holds the whole
+(:mod:`hbp.train.weights`).
+
+Any family that transformers knows may come. Those of :data:`PROVEN_FAMILIES` are held against plain transformers in the
+tests; another has to pass the same comparison before it is trained (:mod:`hbp.train.check`).
 
 Activations may be offloaded (:func:`offloaded_activations`): what autograd keeps for backward waits in host memory.
 Offloading the inputs of recomputed layers leaves almost nothing on the device between forward and backward, at the cost
@@ -30,12 +33,38 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from hbp.cost.known_models import FAMILIES
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, register_attention
+from hbp.parallel.varlen import check_features
 from hbp.train.loss import RouterLoss, summed_cross_entropy
-from hbp.train.weights import draw_shards, load_shards, safetensors_folder
+from hbp.train.weights.load import draw_shards, load_shards, settle_ties
+from hbp.train.weights.stored import checkpoint_folder
 
+PROVEN_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2_moe",
+    "smollm3",
+)
+"""Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on what else is in the pack."""
+RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
+"""Kinds of layers that carry a state from token to token, past the ends of documents and ranks."""
 SMALL_BYTES = 1 << 20
 """A tensor of fewer stays on the device."""
 
@@ -70,12 +99,6 @@ def is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
-TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2")
-"""Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on what else is in the pack."""
-
-
 class CausalLMWithLoss(nn.Module):
     """A transformers causal language model that returns the summed, weighted cross entropy of a pack's slice."""
 
@@ -86,6 +109,7 @@ class CausalLMWithLoss(nn.Module):
         super().__init__()
         self.lm = lm
         self.router_loss = RouterLoss(lm)
+        self.finish_logits = finish_logits(lm.config)
         self.offload_activations = False
 
     def forward(
@@ -117,8 +141,10 @@ class CausalLMWithLoss(nn.Module):
             self.router_loss.listening() if routed else nullcontext(),
         ):
             out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=layout)
-        projection = self.lm.get_output_embeddings().weight
-        loss = summed_cross_entropy(out.last_hidden_state[0], projection, labels, weights)
+        head = self.lm.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None  # not with adapters on it
+        projection = head.weight if plain else head
+        loss = summed_cross_entropy(out.last_hidden_state[0], projection, labels, weights, finish=self.finish_logits)
         return loss + token_share * self.router_loss.of_pack(layout) if routed else loss
 
     @property
@@ -128,8 +154,28 @@ class CausalLMWithLoss(nn.Module):
         return layers
 
 
+def attention_features(lm: Any) -> list[str]:
+    """What a transformers model's attention needs of a kernel besides scale and window."""
+    softcap = ["softcap"] if getattr(lm.config, "attn_logit_softcapping", None) else []
+    return softcap + (["sinks"] if any(hasattr(module, "sinks") for module in lm.modules()) else [])
+
+
+def finish_logits(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a family does to its logits after the projection, from its configuration; None for nothing."""
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if factor == 1.0 and not cap:
+        return None
+
+    def finish(logits: Tensor) -> Tensor:
+        scaled = logits * factor
+        return torch.tanh(scaled / cap) * cap if cap else scaled
+
+    return finish
+
+
 def check_trainable(config: Any) -> None:
-    """Refuse a model that would not train as its documents alone do.
+    """Refuse a model of which it is known that it would not train as its documents alone do.
 
     Args:
         config: transformers configuration.
@@ -137,20 +183,36 @@ def check_trainable(config: Any) -> None:
     Raises:
         HbpError: names the family or the setting.
     """
-    if config.model_type not in TRAINED_FAMILIES:
-        known = "can be planned for but not trained yet" if config.model_type in FAMILIES else "are not known here"
-        raise HbpError(f"{config.model_type} models {known}; this trains {', '.join(TRAINED_FAMILIES)}")
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope in LENGTH_DEPENDENT_ROPE:
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind in RECURRENT_LAYERS:
+            raise HbpError(
+                f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack "
+                "into the next and is not carried from rank to rank; train a model whose layers all attend"
+            )
+    if config.get_text_config() is not config:
         raise HbpError(
-            f"the model's rotary embedding is {rope!r}, which depends on the longest document of a pack; "
-            "set rope_parameters to yarn, llama3, linear or default"
+            f"{config.model_type} models take more than text; give the configuration and weights of their text model "
+            f"({config.get_text_config().model_type}) alone"
         )
+    for rope in _rope_kinds(config):
+        if rope in LENGTH_DEPENDENT_ROPE:
+            raise HbpError(
+                f"the model's rotary embedding is {rope!r}, which depends on the longest document of a pack; "
+                "set rope_parameters to yarn, llama3, linear or default"
+            )
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise HbpError(f"the model is quantized ({method}); give its weights in bfloat16 or float32")
-    if config.attention_dropout:
-        raise HbpError(f"the model's attention_dropout is {config.attention_dropout}; set it to 0 in its config.json")
+    for name in ("attention_dropout", "attn_pdrop", "attn_dropout"):
+        if getattr(config, name, 0):
+            raise HbpError(f"the model's {name} is {getattr(config, name)}; set it to 0 in its config.json")
+
+
+def _rope_kinds(config: Any) -> set[str]:
+    """Of all layers; Gemma 3 has one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type", "default") for each in nested or [parameters]}
 
 
 def is_configuration_alone(name_or_folder: str) -> bool:
@@ -181,8 +243,8 @@ def read_config(name_or_folder: str, vocab_size: int | None = None) -> Any:
         config.vocab_size = vocab_size
     if vocab_size and config.vocab_size < vocab_size:
         raise HbpError(
-            f"the tokenizer has {vocab_size} tokens but {name_or_folder!r} embeds {config.vocab_size}; "
-            "use the model's own tokenizer"
+            f"the tokenizer's ids go up to {vocab_size - 1} but {name_or_folder!r} embeds {config.vocab_size} (ids up "
+            f"to {config.vocab_size - 1}); use the model's own tokenizer"
         )
     return config
 
@@ -225,7 +287,7 @@ def load_model(
             lm = AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation=kernel, dtype=dtype)
     except (OSError, ValueError) as error:
         raise _not_loaded(name_or_folder, error) from None
-    return _ready(lm)
+    return _ready(lm, attention)
 
 
 def load_sharded(
@@ -243,36 +305,41 @@ def load_sharded(
 ) -> CausalLMWithLoss:
     """A model in float32, sharded over the world, its values read or drawn shard by shard.
 
-    The model is built without storage, sharded, given memory, and each rank reads its own slices of a checkpoint of
-    safetensors, or draws each module's parameters and keeps its own slices, so that none holds the whole. Only a
-    checkpoint in another format is whole on every rank before it is sharded.
+    The model is built without storage, sharded, given memory, and each rank reads its own slices of a checkpoint, or
+    draws each module's parameters and keeps its own slices, so that none holds the whole.
 
     Args:
         name_or_folder: as for :func:`load_model`, and so `vocab_size`, `seed` and `attention`.
         mesh: of the world, and so `by_layer`, `compute_dtype` and `compiled` as for :func:`shard`.
         device: of this rank.
-        adapt: called with the model before it is sharded, and maybe before it has storage, to add low-rank adapters.
+        adapt: called with the model before it is sharded or has storage, to add low-rank adapters.
 
     Raises:
         HbpError: as they do, or a checkpoint whose tensors do not fit the model.
     """
-    from transformers import GenerationConfig
-
-    folder, fresh = safetensors_folder(name_or_folder), is_configuration_alone(name_or_folder)
-    if folder is None and not fresh:
-        model = load_model(name_or_folder, vocab_size=vocab_size, seed=seed, attention=attention).to(device)
-    else:
-        model = meta_model(name_or_folder, vocab_size=vocab_size, attention=attention)
+    folder, fresh = checkpoint_folder(name_or_folder), is_configuration_alone(name_or_folder)
+    model = meta_model(name_or_folder, vocab_size=vocab_size, attention=attention)
+    if folder is not None:
+        settle_ties(model.lm, folder)
+    elif not fresh:
+        raise HbpError(f"cannot load a model from {name_or_folder!r}: it has a configuration but no weights")
     if adapt:
         adapt(model)
     shard(model, mesh, by_layer=by_layer, compute_dtype=compute_dtype, compiled=compiled)
     if folder is not None:
         load_shards(model.lm, folder, device, seed)
-        if (folder / "generation_config.json").is_file():  # for the exported model
-            model.lm.generation_config = GenerationConfig.from_pretrained(folder)
-    elif fresh:
+        _take_generation_config(model.lm, folder)
+    else:
         draw_shards(model.lm, device, seed)
     return model
+
+
+def _take_generation_config(lm: Any, folder: Path) -> None:
+    """For the exported model."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        lm.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def meta_model(name_or_folder: str, *, vocab_size: int | None = None, attention: str = "auto") -> CausalLMWithLoss:
@@ -289,10 +356,11 @@ def meta_model(name_or_folder: str, *, vocab_size: int | None = None, attention:
     config, kernel = read_config(name_or_folder, vocab_size), register_attention(attention)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
-    return _ready(lm)
+    return _ready(lm, attention)
 
 
-def _ready(lm: Any) -> CausalLMWithLoss:
+def _ready(lm: Any, attention: str) -> CausalLMWithLoss:
+    check_features(attention, attention_features(lm))
     # Non-reentrant: a layer's keyword arguments (the pack's layout) are kept for the recomputation.
     name = "activation_checkpointing_enable"  # since transformers 5.2x; before that:
     enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
