@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from hbp.config import TrainConfig
+from hbp.config import LOSSES, TrainConfig
 from hbp.errors import HbpError
 from hbp.integrations.pack_loss import ARGUMENT, Sealed, attention_of, give_pack_loss
 from hbp.integrations.plan_steps import Item, PlanSteps, loader_of
@@ -34,7 +34,6 @@ from hbp.integrations.rows import Rows, as_rows, check_made_for
 from hbp.parallel.ulysses import ATTENTION_NAMES, register_attention
 from hbp.plan import Plan
 from hbp.train.batch import MicroBatch
-from hbp.train.loss import LOSSES
 from hbp.train.model import check_trainable, set_gc_layers
 
 if TYPE_CHECKING:
