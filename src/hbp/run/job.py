@@ -30,11 +30,12 @@ from hbp.planning.planner import STRATEGIES
 from hbp.progress import say
 from hbp.run import resume
 from hbp.run.baseline import train_baseline
-from hbp.run.engine import Engine, make_engine, prepare, profile_cluster, split_samples
+from hbp.run.data import check_model, choose, prepare, say_summary
+from hbp.run.engine import Engine, make_engine, profile_cluster
 from hbp.run.fit_memory import (
     as_planned,
     check_plans,
-    evaluation_plan,
+    evaluation_plans,
     global_batch_tokens,
     own_plan,
     own_plans,
@@ -43,6 +44,7 @@ from hbp.run.fit_memory import (
 from hbp.run.resume import Part, part_folder
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
+from hbp.train.check.compare import require_checked
 from hbp.train.checkpoint import Checkpoint
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
@@ -62,6 +64,8 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
                 check_ready(config)
         ours = check_strategies(config)
         run, engine = Path(config.run_dir), make_engine(config, device)
+        if dist.get_rank() == 0:
+            say_summary(config, engine.samples.store)
         summary = _summary(run) if resume.is_trained(config, engine.samples.store.fingerprint) else None
         if summary is None:
             summary = _train(engine, run, ours)
@@ -88,7 +92,7 @@ def _train(engine: Engine, run: Path, ours: str) -> dict[str, Any]:
         run / ours,
         part,
         lambda last, model: _next_part(last, engine, run / ours, model),
-        evaluation_plan(engine),
+        evaluation_plans(engine),
         tokens * config.train.epochs,
         checkpoint=checkpoint,
         keeps_state=True,
@@ -197,7 +201,7 @@ def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]
         return summary
     plan = read_plan(part_folder(run / ours, parts.index(alike[-1])) / "plan")
     engine = as_planned(engine, plan)
-    result, trials = train_baseline(engine, baseline, plan, evaluation_plan(engine), run)
+    result, trials = train_baseline(engine, baseline, plan, evaluation_plans(engine), run)
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,
@@ -228,6 +232,8 @@ def check_strategies(config: Config) -> str:
 def check_ready(config: Config, *, logs: bool = True) -> None:
     """Refuse a model that cannot be trained, packages that are missing and writers that nobody is logged in to.
 
+    A family that is not proven has to pass the comparison with transformers first.
+
     Args:
         config: of the run.
         logs: the run writes logs.
@@ -235,7 +241,8 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
     Raises:
         HbpError: says what is missing.
     """
-    read_config(config.model.path)
+    model = read_config(config.model.path)
+    require_checked(config.model.path, model, Path(config.run_dir) / "model-check.json")
     if config.lora.rank and find_spec("peft") is None:
         raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
     if logs:
@@ -258,11 +265,11 @@ def check_before_launch(config: Config, *, logs: bool = True) -> None:
     check_strategies(config)
     check_ready(config, logs=logs)
     store = prepare(config)
-    train_ids, _ = split_samples(store.lengths, config)
+    samples, held_out = choose(config, store)
+    check_model(config, store, (samples, held_out))
     own = own_plans(config)
     if own and not resume.may_resume(config):
-        plans, lengths = [read_plan(plan) for plan in own], np.asarray(store.lengths[train_ids])
-        check_plans(plans, lengths, config.cluster.processes)
+        check_plans([read_plan(plan) for plan in own], samples.lengths, config.cluster.processes)
 
 
 def _clear(run: Path, kept: str | None) -> None:

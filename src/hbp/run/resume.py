@@ -25,21 +25,23 @@ import numpy as np
 import torch.distributed as dist
 
 from hbp.config import Config
+from hbp.data.samples import Samples
 from hbp.errors import HbpError
 from hbp.plan import Plan, read_plan
 from hbp.progress import say
-from hbp.run.engine import Samples
 from hbp.train.checkpoint import Checkpoint, Position, list_checkpoints, newest_checkpoint, read_position
 from hbp.train.launch import rank_zero_first
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 FREE = (
-    "run_dir", "cluster.processes", "data.processes", "plan.baseline", "train.resume", "train.save_minutes",
+    "run_dir", "cluster.processes", "data.processes", "data.ray", "data.cache", "data.source", "data.eval_source",
+    "data.tokenizer", "data.streaming", "plan.baseline", "train.resume", "train.save_minutes",
     "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "train.eval_tokens", "train.trace_steps",
     "train.export", "train.hang_minutes", "log.",
 )  # fmt: skip
-"""Options that may change between a run and its resumption: nothing that is trained depends on them."""
+"""Options that may change between a run and its resumption: nothing that is trained depends on them, or it is told by
+the store's fingerprint, as what the sources and the tokenizer hold is."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch.distributed as dist
 
 from hbp.config import TrainConfig
+from hbp.data.samples import Samples
 from hbp.errors import RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress
@@ -38,16 +39,19 @@ from hbp.train.records import Efficiency, peak_flops_per_s, step_flops
 from hbp.train.watch import current
 
 SHOWN_SAMPLES = 8
+EvalPlans = Mapping[str, tuple[Plan, Samples]]
+"""What is evaluated, by source."""
 
 
 @dataclass
 class _HeldOut:
     """The held-out samples, and when their loss was last taken."""
 
-    plan: Plan | None
+    plans: EvalPlans
     run_step: int
     tokens: int
     loss: float | None = None
+    by_source: dict[str, float | None] = field(default_factory=dict)
 
     def due(self, config: TrainConfig, at: Position) -> bool:
         """By steps or by tokens."""
@@ -100,15 +104,21 @@ class _Run:
             writer(scalars, self.at.run_step)
 
     def evaluate(self) -> float | None:
-        """Loss of the held-out samples; logged."""
-        last, at, samples = self.held_out, self.at, self.engine.held_out
-        if last.plan is None or (last.loss is not None and last.run_step == at.run_step):
+        """Loss of the held-out samples, of all and by source; logged."""
+        last, at = self.held_out, self.at
+        if not last.plans or (last.loss is not None and last.run_step == at.run_step):
             return last.loss  # the last step's turn came, and the end of training too
-        last.loss = evaluate(self.learner, last.plan, samples)
+        last.by_source = {name: evaluate(self.learner, *packed) for name, packed in last.plans.items()}
+        targets = {name: int(samples.loss_tokens.sum()) for name, (_, samples) in last.plans.items()}
+        known = [(loss, targets[name]) for name, loss in last.by_source.items() if loss is not None]
+        last.loss = _mean(known)
         last.run_step, last.tokens = at.run_step, at.tokens
-        self.write({"eval/loss": last.loss})
+        losses = {"eval/loss": last.loss}
+        if len(last.by_source) > 1:
+            losses |= {f"eval/{name}/loss": loss for name, loss in last.by_source.items()}
+        self.write({name: loss for name, loss in losses.items() if loss is not None})
         if dist.get_rank() == 0:
-            append_record(self.folder, EvalRecord(at.run_step, at.tokens, last.loss))
+            append_record(self.folder, EvalRecord(at.run_step, at.tokens, last.loss, last.by_source))
         return last.loss
 
 
@@ -117,7 +127,7 @@ def train_strategy(
     folder: Path,
     part: Part,
     next_part: Callable[[Part, CausalLMWithLoss], Part | None],
-    eval_plan: Plan | None,
+    eval_plans: EvalPlans,
     tokens_total: int,
     *,
     checkpoint: Checkpoint | None = None,
@@ -130,7 +140,7 @@ def train_strategy(
         folder: of the strategy; gets its steps, checkpoints and model.
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
         next_part: makes the part after the one given, None after the last; the model is there to try packs with.
-        eval_plan: of the held-out samples.
+        eval_plans: of the held-out samples, by source.
         tokens_total: that the run is to see, for the learning rate; a checkpoint knows it itself.
         checkpoint: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
@@ -148,7 +158,7 @@ def train_strategy(
     records = _take_up_logs(folder, part, checkpoint)
     with ExitStack() as stack:
         at = checkpoint.position if checkpoint else Position(part.number, 0, 0, 0, tokens_total, "", 0)
-        run = _open(stack, engine, folder, learner, at, eval_plan, keeps_state)
+        run = _open(stack, engine, folder, learner, at, eval_plans, keeps_state)
         if checkpoint:
             load_checkpoint(checkpoint.folder, learner.model, learner.optimizer, engine.config.seed)
         first_step = at.step if part.number == at.part else 0
@@ -166,12 +176,12 @@ def train_strategy(
         if run.saving:  # whatever becomes of the export
             run.saving.save(learner, run.at, 0.0)
             run.saving.checkpoints.close()
-        eval_loss = run.evaluate()
+        evaluated = {"eval_loss": run.evaluate(), "eval_loss_by_source": run.held_out.by_source}
         if engine.config.train.export:
             export_model(learner.model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
         del run, learner
         free_memory()
-    return _result(engine, folder, part, records, eval_loss)
+    return {**_result(engine, folder, part, records), **evaluated}
 
 
 def _open(
@@ -180,7 +190,7 @@ def _open(
     folder: Path,
     learner: Learner,
     at: Position,
-    eval_plan: Plan | None,
+    eval_plans: EvalPlans,
     keeps_state: bool,
 ) -> _Run:
     """A run at a position, with its writers, trace and checkpoints open if it keeps state. A collective."""
@@ -188,7 +198,7 @@ def _open(
     received = stack.enter_context(stop_signals()) if keeps_state else Received()
     peak = [peak_flops_per_s(engine.device)]
     dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
-    run = _Run(engine, folder, learner, at, _HeldOut(eval_plan, at.run_step, at.tokens), peak[0], received)
+    run = _Run(engine, folder, learner, at, _HeldOut(eval_plans, at.run_step, at.tokens), peak[0], received)
     if not keeps_state:
         return run
     run.saving = _Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints), at.run_step)
@@ -271,7 +281,7 @@ def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepR
         run.write(scalars_of(record))
         run.traced()
         progress.advance(
-            f"step {record.step + 1}/{part.plan.n_steps} {record.group} loss {record.loss:.3f} "
+            f"step {record.step + 1}/{part.plan.n_steps} {record.group} loss {_shown(record.loss)} "
             f"{record.tokens_per_s:,.0f} tok/s",
             record.tokens,
         )
@@ -283,6 +293,10 @@ def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepR
         return run.saving is not None and record.signal != 0
 
     return on_step
+
+
+def _shown(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
@@ -319,15 +333,13 @@ def _seconds(records: Sequence[StepRecord]) -> float:
     return records[-1].started_s + records[-1].seconds if records else 0.0
 
 
-def _result(
-    engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[StepRecord]], eval_loss: float | None
-) -> dict[str, Any]:
+def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[StepRecord]]) -> dict[str, Any]:
     """Of all parts together; groups and metrics are those of the first plan."""
     plans = [*(read_plan(part_folder(folder, number) / "plan") for number in range(part.number)), part.plan]
     each = [_part_result(plan, own) for plan, own in zip(plans, parts, strict=True)]
     records = [record for own in parts for record in own]
     seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
-    tail = records[-max(1, len(records) // 10) :]
+    learnt = [(record.loss, record.loss_tokens) for record in records if record.loss is not None]
     info = plans[0].info
     return {
         "strategy": info.strategy,
@@ -341,14 +353,20 @@ def _result(
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "predicted_s": sum(own["predicted_s"] for own in each),
-        "final_train_loss": float(np.average([r.loss for r in tail], weights=[max(r.loss_tokens, 1) for r in tail])),
-        "eval_loss": eval_loss,
+        "final_train_loss": _mean(learnt[-max(1, len(learnt) // 10) :]),
         "peak_bytes": part.peak_bytes,
         "groups": [dataclasses.asdict(group) for group in info.groups],
         "metrics": dict(info.metrics),
         "parts": each,
         "by_group": by_group(records),
     }
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float | None:
+    """Of losses over so many loss tokens each, over all of these; None if there are none."""
+    if not losses or not sum(tokens for _, tokens in losses):
+        return None
+    return float(np.average([loss for loss, _ in losses], weights=[tokens for _, tokens in losses]))
 
 
 def _part_result(plan: Plan, records: Sequence[StepRecord]) -> dict[str, Any]:
