@@ -108,7 +108,7 @@ def _assign(lm: Any, state: dict[str, nn.Parameter], device: torch.device) -> No
     """Parameters as given, buffers computed."""
     lm.load_state_dict(state, assign=True)
     for module in lm.modules():
-        _compute_buffers(module, lm.config, device)
+        compute_buffers(module, lm.config, device)
 
 
 def _seed(name: str, seed: int) -> int:
@@ -208,7 +208,7 @@ class _Checkpoint:
         return self.file_of[name].get_slice(name)
 
 
-def _compute_buffers(module: nn.Module, config: Any, device: torch.device) -> None:
+def compute_buffers(module: nn.Module, config: Any, device: torch.device) -> None:
     """Buffers of a module that has no others and nothing else: of its class made anew on the CPU."""
     own = dict(module.named_buffers(recurse=False))
     if not own:

@@ -71,7 +71,7 @@ def measure_point(
     if not repeats or math.isinf(peak):
         return Point(tuple(lengths), sp_degree, gc_layers, 0.0, peak)
 
-    _hold_gradients(model)
+    hold_gradients(model)
     forward_backward(model, batch)  # collectives of a new group begin slowly
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
@@ -89,8 +89,8 @@ def _peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device
     batch, peak = alone(batch), math.inf
     try:
         with without_others(model):
-            gradients = _hold_gradients(model)
-            peak = _peak_bytes(lambda: forward_backward(model, batch), device)
+            gradients = hold_gradients(model)
+            peak = peak_bytes_of(lambda: forward_backward(model, batch), device)
             peak += local_parameter_bytes(model) + (GRADIENTS + MOMENTS) * gradients
     except torch.OutOfMemoryError:
         reset: Any = getattr(model, "reset_iter_state", None)
@@ -105,7 +105,7 @@ def _peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device
     return peak
 
 
-def _hold_gradients(model: CausalLMWithLoss) -> int:
+def hold_gradients(model: CausalLMWithLoss) -> int:
     """Give the parameters gradients to accumulate into; returns the bytes of this rank's part of them."""
     size = 0
     for parameter in model.parameters():
@@ -153,7 +153,7 @@ def highest(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> float:
+def peak_bytes_of(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
