@@ -26,14 +26,18 @@ def add_parser(commands: Commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN", help="plan folders, of one world size")
-    parser.add_argument("--model", required=True, metavar="DIR", help="the plan's model; only its configuration is read")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the plan's model; only its configuration is read"
+    )
     parser.add_argument(
         "--micro-steps", default="8", metavar="N|all", help="of each plan that stand for the run (default 8)"
     )
     parser.add_argument(
         "--ranks", default="all", metavar="all|N", help="of each micro-step: all, or N with the slowest among them"
     )
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="timed runs; the fastest counts (default 2)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, metavar="N", help="timed runs; the fastest counts (default 2)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--attention", default="auto", metavar="KERNEL", help="as model.attention of a run")
     parser.add_argument("--compile", action="store_true", help="compile layers, as model.compile of a run")
@@ -109,6 +113,6 @@ def _print(names: list[str], rehearsals: list[Rehearsal]) -> None:
     table("rehearsal", head, rows)
     print(
         f"{first.world_size} ranks on one device ({first.device}), {first.micro_steps} of {first.of_micro_steps} "
-        f"micro-steps, {'every rank' if first.all_ranks else 'sampled ranks'}; a step is measured compute and predicted "
-        "communication, with its 95 % interval"
+        f"micro-steps, {'every rank' if first.all_ranks else 'sampled ranks'}; a step is measured compute and "
+        "predicted communication, with its 95 % interval"
     )

@@ -6,10 +6,10 @@ recomputed layers, its documents. Tokens are random, since only lengths matter. 
 measured but predicted, and kept apart: a micro-step is its slowest rank's measured compute plus the communication that
 the cost model predicts for the pack that takes longest.
 
-A sample of micro-steps stands for the run. They are drawn evenly over the micro-steps in order of predicted seconds, and
-the run's compute is its predicted compute times the ratio of measured to predicted in the sample (a ratio estimator;
-W. G. Cochran, *Sampling Techniques*, chapter 6); the interval is Student's, at 95 %. Several plans are rehearsed in
-turn, micro-step by micro-step, so that what disturbs the machine disturbs them alike.
+A sample of micro-steps stands for the run. They are drawn evenly over the micro-steps in order of predicted seconds,
+and the run's compute is its predicted compute times the ratio of measured to predicted in the sample (a ratio
+estimator; W. G. Cochran, *Sampling Techniques*, chapter 6); the interval is Student's, at 95 %. Several plans are
+rehearsed in turn, micro-step by micro-step, so that what disturbs the machine disturbs them alike.
 
 Each pack is run once to warm up, which is when its memory is measured, and then `repeats` times of which the fastest
 counts. On a CPU seconds are processor time on one thread, which other programs disturb less than wall time; on CUDA
@@ -289,8 +289,8 @@ def _micro_step(
     plan, predicted = work.plan, work.prediction
     own = np.flatnonzero(predicted.micro_of_row == micro)
     row_of = np.full(plan.info.world_size, IDLE)
-    for row in own:
-        row_of[plan.rank_start[row] : plan.rank_start[row] + plan.sp_degree[row]] = row
+    for mine in own.tolist():
+        row_of[plan.rank_start[mine] : plan.rank_start[mine] + plan.sp_degree[mine]] = mine
     found = []
     for rank in _ranks_to_run(row_of, predicted.compute_s, ranks):
         row = int(row_of[rank])

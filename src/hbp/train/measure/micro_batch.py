@@ -154,6 +154,7 @@ def highest(value: float, device: torch.device) -> float:
 
 
 def peak_bytes_of(run: Callable[[], object], device: torch.device) -> float:
+    """Most bytes that running it had given out at a time, over what was before; every tensor is seen."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
