@@ -108,7 +108,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     else:
         from hbp.planning.one_setting import one_setting_plan
 
-        if pair is not None:
+        if pair is not None and pair.any():
             raise HbpError("--sp, --gc and --equal-micro-steps do not know preference pairs; leave them out")
         one = {"sp_degree": args.sp, "gc_layers": args.gc, "equal_micro_steps": args.equal_micro_steps}
         plan = one_setting_plan(lengths, cost, strategy=args.strategy, **one, **_shape(args))
