@@ -134,9 +134,12 @@ def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str =
     ]
     micro_steps = np.zeros(plan.n_steps, np.int64)
     np.maximum.at(micro_steps, plan.step, plan.micro_step.astype(np.int64) + 1)
-    means = [float(count.sum()) / max(plan.n_steps, 1) for count in counts[:2]]
-    turns = (micro_steps * plan.info.world_size).tolist()
-    return [GlobalBatch(loss, *(int(count[i]) for count in counts), *means, turns[i]) for i in range(plan.n_steps)]
+    mean_tokens, mean_loss_tokens = (float(count.sum()) / max(plan.n_steps, 1) for count in counts[:2])
+    turns = micro_steps * plan.info.world_size
+    return [
+        GlobalBatch(loss, tokens, loss_tokens, samples, mean_tokens, mean_loss_tokens, ranks)
+        for tokens, loss_tokens, samples, ranks in zip(*(x.tolist() for x in (*counts, turns)), strict=True)
+    ]
 
 
 def summed_cross_entropy(
