@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hbp.errors import HbpError, did_you_mean
 
 Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
-Loss = Literal["ave-token", "sample-mean", "sum"]
+Loss = Literal["ave-token", "run-token", "sample-mean", "sum", "token-mean"]
 Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 """Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
@@ -171,7 +171,8 @@ class TrainConfig(_Section):
 
     loss: Loss = Field(
         "ave-token",
-        description="over the global batch of a step: every loss token alike, every sample alike, or the sum",
+        description="ave-token: every loss token of a step alike; run-token: every one of the plan; sample-mean: every "
+        "sample of a step; sum: not divided; token-mean: the mean of each rank's own, which depends on the packing",
     )
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
