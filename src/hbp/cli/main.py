@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hbp import __version__
-from hbp.cli import check, data, export, plan, report, simulate, train
+from hbp.cli import check, data, export, plan, rehearse, report, simulate, train
 from hbp.cli.usage import SHELLS, Parser, check_words, completion
 from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 
-COMMANDS = (data, check, plan, train, simulate, export, report)
+COMMANDS = (data, check, plan, rehearse, train, simulate, export, report)
 """Modules that declare commands (:mod:`hbp.cli.usage` says how), in the order in which the help lists them."""
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
