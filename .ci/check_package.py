@@ -90,6 +90,8 @@ def environment(folder: Path, wheel: Path, extras: str, options: Sequence[str]) 
 def check_base(bin: Path, folder: Path) -> None:
     """Plans, simulates and reports without torch; what needs more says what to install."""
     version = run([bin / "hbp", "--version"], folder).stdout.split()[1]
+    if f"-{version}-" not in next(folder.glob("**/*.whl"), Path(f"-{version}-")).name:
+        sys.exit(f"hbp --version says {version}, the wheel's name another")
     run([bin / "python", "-c", "import hbp, sys; assert 'torch' not in sys.modules"], folder)
     run([bin / "python", "-c", LENGTHS], folder)
     words = ["--lengths", "lengths.npy", "--model", "llama-3.1-8b", "--gpus", "8", "--out", "plan", "--json"]
