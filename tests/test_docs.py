@@ -66,4 +66,4 @@ def test_commands_of_the_how_tos_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_commands_that_pages_name_are_there() -> None:
     known = set(make_parser()[1])
     text = "\n".join(page.read_text() for page in PAGES)
-    assert {name for name in re.findall(r"`hbp ([a-z]+)[ `]", text)} - known == set()
+    assert set(re.findall(r"`hbp ([a-z]+)[ `]", text)) - known == set()
