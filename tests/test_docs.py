@@ -64,6 +64,6 @@ def test_commands_of_the_how_tos_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_commands_that_pages_name_are_there() -> None:
-    known = set(make_parser()[1])
+    known = {*make_parser()[1], "best", "even"}  # the tables of packers name ours `hbp best fit` and `hbp even fit`
     text = "\n".join(page.read_text() for page in PAGES)
     assert set(re.findall(r"`hbp ([a-z]+)[ `]", text)) - known == set()
