@@ -17,6 +17,7 @@ from hbp.errors import HbpError, did_you_mean
 
 Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
 Loss = Literal["ave-token", "run-token", "sample-mean", "sum", "token-mean"]
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
 Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 """Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
@@ -181,6 +182,12 @@ class TrainConfig(_Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     export: bool = Field(True, description="write the trained model as a Hugging Face folder")
+    push_to_hub: str | None = Field(
+        None,
+        min_length=1,
+        description="also upload the exported model there, as NAME or OWNER/NAME, private if it is new; needs a token "
+        "(`hf auth login` or HF_TOKEN)",
+    )
     epochs: int = Field(1, ge=1, description="times that every sample is trained on; each epoch has a plan of its own")
     resume: str = Field(
         "auto",
@@ -228,6 +235,10 @@ class LogConfig(_Section):
     wandb_project: str | None = Field(None, description="log to this project of Weights & Biases")
     wandb_name: str | None = Field(None, description="name of the run there")
     wandb_mode: Literal["online", "offline"] = Field("online", description="offline: files to `wandb sync` later")
+    trackers: tuple[Tracker, ...] = Field(
+        (), description="others, through Accelerate: aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio"
+    )
+    project: str = Field("hbp", min_length=1, description="project or experiment of the run in `trackers`")
 
 
 class Config(_Section):

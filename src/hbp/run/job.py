@@ -41,6 +41,7 @@ from hbp.run.fit_memory import (
     own_plans,
     plan_within_memory,
 )
+from hbp.run.hub import check_hub
 from hbp.run.resume import Part, part_folder
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
@@ -247,6 +248,7 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
         raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
     if logs:
         check_writers(config.log)
+        check_hub(config)
 
 
 def check_before_launch(config: Config, *, logs: bool = True) -> None:
