@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hbp import __version__
-from hbp.cli import plan, report, simulate, train
+from hbp.cli import audit, plan, report, simulate, train
 from hbp.cli.usage import SHELLS, Parser, check_words, completion
 from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 
-COMMANDS = (plan, train, simulate, report)
+COMMANDS = (plan, train, simulate, report, audit)
 """Modules that declare commands (:mod:`hbp.cli.usage` says how), in the order in which the help lists them."""
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
