@@ -76,8 +76,9 @@ QUICK = Size(24, 2, 6_000, 1536, 3072, 0.18 * GIB, 2, (8, 2))
 
 def run_for_real(processes: int, strategies: list[str], size: Size) -> list[dict[str, Any]]:
     """Profile, plan and train with so many processes; one row a strategy."""
+    from hbp.data.build import build_store, recipe_of
+    from hbp.data.sources import Source
     from hbp.data.stdlib_sft import train_tokenizer, write_dataset
-    from hbp.data.tokenize import prepare_store
     from hbp.train.launch import CPU_ENVIRONMENT
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,7 +87,7 @@ def run_for_real(processes: int, strategies: list[str], size: Size) -> list[dict
         amounts = {"short_samples": size.short_samples, "long_samples": size.long_samples}
         write_dataset(data, seed=0, longest_chars=size.longest_chars, **amounts)
         train_tokenizer(data, tokenizer, vocab_size=4096)
-        prepare_store(str(data), str(tokenizer), folder / "store")
+        build_store(folder / "store", [Source(str(data))], recipe_of(str(tokenizer)))
         (folder / "size.json").write_text(json.dumps(dataclasses.asdict(size)))
         work = ["--worker", scratch, "--strategies", ",".join(strategies)]
         run_ranks(processes, __file__, *work, environment={**os.environ, **CPU_ENVIRONMENT})
@@ -308,7 +309,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON to a file, beside its other process counts' rows")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    names = [*BASELINES, *(name for name in STRATEGIES if name.startswith("hbp"))]
+    names = [*BASELINES, *(name for name, strategy in STRATEGIES.items() if strategy.ours)]
     if args.strategies:
         names = args.strategies.split(",")
     elif args.quick:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -166,3 +167,52 @@ def test_help_describes_every_option_in_its_section() -> None:
             assert (field.description or "") in line
             default = "none" if field.default is None else str(field.default)
             assert line.endswith("[required]" if field.is_required() else f"[default {default}]")
+
+
+def test_relative_paths_are_taken_from_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on the command line from the working folder, as a shell completes them."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here / "data", there / "data"):
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").touch()
+    (here / "only.jsonl").touch()
+    monkeypatch.chdir(here)
+    sections = {
+        "data": {
+            "sources": [{"path": "data/train.jsonl"}, {"path": "data/none.jsonl"}, {"path": "owner/set"}],
+            "eval_source": "only.jsonl",
+            "tokenizer": "./none",
+        },
+        "model": {"path": str(tmp_path)},
+    }
+    (there / "run.yaml").write_text(yaml.safe_dump(sections))
+    data = load_config(there / "run.yaml").data
+    assert [source.path for source in data.sources] == [
+        str(there / "data" / "train.jsonl"),
+        str(there / "data" / "none.jsonl"),  # missing there, and said to be
+        "owner/set",
+    ]
+    assert data.eval_source == "only.jsonl"  # nothing of that name is there, but here
+    assert data.tokenizer == str(there / "none")
+    override = load_config(there / "run.yaml", ["data.eval_source=data/train.jsonl"]).data
+    assert override.eval_source == "data/train.jsonl"
+    monkeypatch.chdir(there)
+    assert load_config(Path("run.yaml")).data.sources[0].path == "data/train.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"sources": [{"name": "a"}]}, "data.sources.0.path"),
+        ({"sources": [{"path": "a", "weight": 0}]}, "data.sources.0.weight"),
+        ({"sources": [{"path": "a", "wieght": 1}]}, "data.sources.0.wieght"),
+        ({"too_long": "shorten"}, "data.too_long"),
+        ({"bad_records": "ignore"}, "data.bad_records"),
+        ({"eval_source": [{"path": "a", "max_samples": 0}]}, "max_samples"),
+    ],
+)
+def test_wrong_sources_are_named(section: dict[str, object], said: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": section, "model": {"path": "m"}}))
+    with pytest.raises(HbpError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value)

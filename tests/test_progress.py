@@ -39,6 +39,19 @@ def count_to_ten(clock: Clock) -> None:
             counter.advance(300)
 
 
+def test_counter_says_what_is_left_where_the_share_that_is_done_is_known(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Counter("tokenize", "samples") as counter:
+        for done in range(1, 5):
+            clock.now += 3
+            counter.advance(300, done / 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "hbp: tokenize: 600 samples, 100 a second, 6 s left",
+        "hbp: tokenize: 1,200 samples, 100 a second, 0 s left",
+    ]
+
+
 LINES = [
     "hbp: hello",
     "hbp: training  30%  step 2  14 s left",

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
 from hbp.errors import HbpError, did_you_mean
+
+Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
+Loss = Literal["ave-token", "sample-mean", "sum"]
+Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+"""Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
+LOSSES: tuple[str, ...] = get_args(Loss)
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 FREE: JsonDict = {"kind": "free", "shown": "free to change"}
 """Of an option: nothing that is trained depends on it, so a resumed run may have another value."""
@@ -37,30 +45,94 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class SourceConfig(_Section):
+    """One of several sources."""
+
+    path: str = Field(description="as `data.source`")
+    name: str | None = Field(None, description="in results by source; none: the file's or folder's")
+    weight: float | None = Field(
+        None, gt=0, description="share of an epoch's samples, relative to the other sources' weights"
+    )
+    repeat: float | None = Field(None, gt=0, description="how often each sample is seen in an epoch; none: once")
+    max_samples: int | None = Field(None, ge=1, description="samples used, the first ones; none: all")
+    split: str = Field("train", description="as `data.split`")
+    subset: str | None = Field(None, description="as `data.subset`")
+    streaming: bool = Field(False, description="as `data.streaming`")
+
+
 class DataConfig(_Section):
     """Where the samples come from."""
 
     source: str = Field(
         "stdlib",
-        description="a .jsonl or .parquet file, a folder of them, a saved `datasets` folder, a hub name, or `stdlib`: "
-        "the embedded set made from this Python's own sources",
+        description="a JSON Lines, JSON or Parquet file, a folder of them, a saved `datasets` folder, a hub set as "
+        "OWNER/NAME or hub:NAME, or `stdlib`: the embedded set made from this Python's own sources",
         json_schema_extra=CONTENT,
     )
-    split: str = Field("train", description="split of a `datasets` source", json_schema_extra=CONTENT)
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="several, in place of `source`: a list of {path, name, weight or repeat, max_samples, split, "
+        "subset, streaming}",
+        json_schema_extra=CONTENT,
+    )
+    eval_source: str | tuple[SourceConfig, ...] | None = Field(
+        None,
+        description="evaluation samples: one source or a list as `sources`; none: `eval_samples` are held out",
+        json_schema_extra=CONTENT,
+    )
+    split: str = Field(
+        "train", description="split of a `datasets` source, or of files named after splits", json_schema_extra=CONTENT
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set", json_schema_extra=CONTENT)
+    streaming: bool = Field(
+        False, description="read a hub set as it is tokenized, without a copy on disk", json_schema_extra=FREE
+    )
     tokenizer: str | None = Field(
         None,
         description="Hugging Face tokenizer folder or name; none: the model's (`stdlib` trains its own)",
         json_schema_extra=CONTENT,
     )
+    chat_template: str | None = Field(
+        None,
+        description="a Jinja file; `training`: TRL's training version of the tokenizer's own template; or a template "
+        "that TRL ships, such as `qwen3_training`; none: the tokenizer's own",
+        json_schema_extra=CONTENT,
+    )
+    columns: dict[str, str] = Field(
+        {}, description="where a field has another name than ours, as {messages: dialog, answer: response}"
+    )
+    roles: dict[str, str] = Field({}, description="where a role has a name that is not known, as {bot: assistant}")
+    ignore: tuple[str, ...] = Field(
+        (), description="fields of records and messages that are left out on purpose; others that nothing reads end it"
+    )
     max_length: int | None = Field(
         None,
         ge=1,
-        description="longest packing length, tokens; longer samples are dropped by name. none: the longest sample, or "
-        "longer where that is faster",
+        description="longest packing length, tokens. none: the longest sample, or longer where that is faster",
     )
-    eval_samples: int = Field(64, ge=0, description="samples held out for the evaluation loss")
+    too_long: Literal["drop", "truncate", "split"] = Field(
+        "drop",
+        description="samples over `max_length`: left out by name; their start alone; or every piece a sample",
+    )
+    bad_records: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a record that cannot be used ends the run with its file and line, or is left out and counted",
+    )
+    eval_samples: int = Field(64, ge=0, description="samples held out for the evaluation loss, without `eval_source`")
     processes: int = Field(1, ge=1, description="processes that tokenize", json_schema_extra=FREE)
+    ray: str | None = Field(
+        None,
+        description="tokenize on a Ray cluster: its address, `auto` or `local`; needs `pip install '.[ray]'`",
+        json_schema_extra=FREE,
+    )
+    cache: str | None = Field(
+        None,
+        description="folder of tokenized pieces that runs share; none: $HBP_CACHE or ~/.cache/hbp; `off`: none",
+        json_schema_extra=FREE,
+    )
+    cache_gib: float = Field(
+        20.0, gt=0, description="what was used longest ago leaves the cache over this size, GiB", json_schema_extra=FREE
+    )
     short_samples: int = Field(3000, ge=1, description="`stdlib` only: function-sized samples")
     long_samples: int = Field(24, ge=0, description="`stdlib` only: module-sized samples")
     longest_chars: int = Field(28_000, ge=1000, description="`stdlib` only: longest module used, characters")
@@ -78,9 +150,10 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
-    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = Field(
+    attention: Kernel = Field(
         "auto",
-        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
+        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn; "
+        "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
         json_schema_extra=FROM_THERE,
     )
     compile: bool = Field(
@@ -88,7 +161,7 @@ class ModelConfig(_Section):
     )
     offload_activations: bool = Field(
         False,
-        description="keep what waits for backward in host memory; plans are made as if it stayed on the device",
+        description="keep what waits for backward in host memory; plans count on it, so they recompute less",
         json_schema_extra=FROM_THERE,
     )
 
@@ -148,7 +221,7 @@ class PlanConfig(_Section):
 class TrainConfig(_Section):
     """Optimizer and outputs. AdamW with the paper's recipe."""
 
-    loss: Literal["ave-token", "sample-mean", "sum"] = Field(
+    loss: Loss = Field(
         "ave-token",
         description="over the global batch of a step: every loss token alike, every sample alike, or the sum",
     )
@@ -209,7 +282,17 @@ class LoraConfig(_Section):
     rank: int = Field(0, ge=0, description="of the adapters; 0: train the whole model")
     alpha: float = Field(16.0, gt=0, description="their outputs are scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' inputs")
-    targets: str | tuple[str, ...] = Field("all-linear", description="names of the layers that get one")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="names of the layers (or stacked experts) that get one, or one expression that matches whole "
+        "paths; all-linear: every matrix but embedding and head",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="the model's own biases that are trained too: none, all, or of layers with an adapter"
+    )
+    modules_to_save: tuple[str, ...] = Field((), description="modules that are trained whole, such as lm_head")
+    rslora: bool = Field(False, description="scale by alpha / √rank instead")
+    dora: bool = Field(False, description="train the norms of adapted weights apart (DoRA)")
 
 
 class LogConfig(_Section):
@@ -242,6 +325,9 @@ class Config(_Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply ``section.key=value`` overrides.
 
+    Relative paths in the file are taken from its folder (or, where nothing is there, from the working folder), those of
+    overrides from the working folder.
+
     Raises:
         HbpError: no such file, not YAML, an unknown key, or a value that does not fit; names the key.
     """
@@ -253,6 +339,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise HbpError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise HbpError(f"{path} holds no configuration; see examples/quickstart.yaml for one")
+    _from_folder(data, path.parent)
+    return validated(data, overrides, str(path))
+
+
+def validated(data: dict[str, Any], overrides: Sequence[str], name: str) -> Config:
+    """A configuration from its sections and overrides; `name` is what errors call it.
+
+    Raises:
+        HbpError: as :func:`load_config`.
+    """
     for override in overrides:
         _apply(data, override)
     try:
@@ -261,9 +357,39 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise HbpError(f"{path}: no option {key}{_nearest(key)}; see `hbp train --help`") from None
+            raise HbpError(f"{name}: no option {key}{_nearest(key)}; see `hbp train --help`") from None
         value = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        raise HbpError(f"{path}: {key}: {first['msg']}{value}; see `hbp train --help`") from None
+        raise HbpError(f"{name}: {key}: {first['msg']}{value}; see `hbp train --help`") from None
+
+
+PATHS = (
+    ("data", "source"),
+    ("data", "eval_source"),
+    ("data", "tokenizer"),
+    ("data", "chat_template"),
+    ("model", "path"),
+)
+
+
+def _from_folder(data: dict[str, Any], folder: Path) -> None:
+    """Take relative paths from the YAML file's folder, in place."""
+    for section, key in PATHS:
+        own = data.get(section)
+        if isinstance(own, dict) and isinstance(own.get(key), str):
+            own[key] = _path_from(own[key], folder)
+    own = data.get("data")
+    for key in ("sources", "eval_source"):
+        for source in own.get(key) or () if isinstance(own, dict) and isinstance(own.get(key), list) else ():
+            if isinstance(source, dict) and isinstance(source.get("path"), str):
+                source["path"] = _path_from(source["path"], folder)
+
+
+def _path_from(text: str, folder: Path) -> str:
+    path = Path(text).expanduser()
+    if (there := folder / path).exists():
+        return str(there)
+    is_path = text.startswith((".", "~")) or (folder / path.parts[0]).is_dir() if path.parts else False
+    return str(there) if is_path and not path.exists() else text
 
 
 def _nearest(key: str) -> str:

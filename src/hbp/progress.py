@@ -69,7 +69,7 @@ class Progress:
 
 
 class Counter:
-    """Progress when the total is not known: a line every few seconds with the count so far and its rate."""
+    """A line every few seconds: the count so far, its rate and, where the share that is done is known, what is left."""
 
     def __init__(self, name: str, unit: str) -> None:
         self.name, self.unit, self.done = name, unit, 0
@@ -78,12 +78,13 @@ class Counter:
     def __enter__(self) -> Counter:
         return self
 
-    def advance(self, by: int = 1) -> None:
-        """Count what was done."""
+    def advance(self, by: int = 1, share: float | None = None) -> None:
+        """Count what was done; `share` of all there is to do, 0 to 1, is then done."""
         self.done += by
         now = time.monotonic()
         if now - self.said >= LINE_EVERY_S:
-            say(f"{self.name}: {self.done:,} {self.unit}, {self.done / (now - self.began):,.0f} a second")
+            left = f", {(now - self.began) * (1 - share) / share:,.0f} s left" if share else ""
+            say(f"{self.name}: {self.done:,} {self.unit}, {self.done / (now - self.began):,.0f} a second{left}")
             self.said = now
 
     def __exit__(

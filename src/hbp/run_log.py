@@ -27,8 +27,8 @@ class StepRecord:
 
     step: int
     """Of the plan."""
-    loss: float
-    """Of the global batch, as `train.loss` defines it."""
+    loss: float | None
+    """Of the global batch, as `train.loss` defines it; None of one in which nothing is learnt."""
     grad_norm: float
     lr: float
     tokens: int
@@ -72,8 +72,10 @@ class EvalRecord:
     """Steps of the whole run that were done."""
     tokens: int
     """Tokens of the whole run that were done."""
-    eval_loss: float
-    """Mean cross entropy over the loss tokens of the held-out samples."""
+    eval_loss: float | None
+    """Mean cross entropy over the loss tokens of the held-out samples; None if they have none."""
+    eval_loss_by_source: dict[str, float | None] = field(default_factory=dict)
+    """The same of each source."""
 
 
 Record = TypeVar("Record", StepRecord, EvalRecord)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbp.data import stdlib_sft
-from hbp.data.sources import read_conversations
+from hbp.data.files import parsed, pieces_of, records_of
 from hbp.data.stdlib_sft import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer, write_dataset
 from hbp.errors import HbpError
 
@@ -43,7 +43,8 @@ def make(path: Path, **changed: Any) -> list[tuple[str, str]]:
     """User and assistant texts of a data set."""
     options = {"seed": 0, "short_samples": 60, "long_samples": 8, "longest_chars": 28_000, **changed}
     n = write_dataset(path / "deep" / "a.jsonl", **options)
-    talks = list(read_conversations(str(path / "deep" / "a.jsonl")))
+    pieces = pieces_of(path / "deep" / "a.jsonl")
+    talks = [parsed(raw)["messages"] for piece in pieces for _, raw in records_of(piece)]
     assert n == len(talks)
     assert all([m["role"] for m in talk] == ["user", "assistant"] for talk in talks)
     return [(talk[0]["content"], talk[1]["content"]) for talk in talks]

@@ -17,11 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbp.data import store as store_module
-from hbp.data.chat import Encoded
-from hbp.data.store import TokenStore, open_store, read_lengths, write_store
+from hbp.data.record import Encoded
+from hbp.data.store import (
+    SHARDS,
+    Row,
+    ShardEntry,
+    SourceEntry,
+    TokenStore,
+    open_store,
+    read_lengths,
+    read_shard_info,
+    write_index,
+    write_shard,
+    write_store,
+)
 from hbp.errors import HbpError
 
-FILES = ("store.json", "index.parquet", "tokens.arrow")
+FILES = ("store.json", "index.parquet", SHARDS)
 
 
 def encoded(ids: Iterable[int], mask: Iterable[int] | None = None) -> Encoded:
@@ -72,7 +84,7 @@ def test_round_trip_over_any_number_of_batches(drawn: list[list[tuple[int, int]]
         again = open_store(Path(root) / "store")
         check(again, samples)
         assert (again.fingerprint, again.tokenizer, again.vocab_size) == ("f", "tok", 300)
-        assert len(again.batches) == len(written.batches) <= len(samples)
+        assert len(again.opened[0].batches) == len(written.opened[0].batches) <= len(samples)
 
 
 def test_samples_are_views_into_the_memory_map(folder: Path) -> None:
@@ -89,7 +101,7 @@ def test_no_samples_or_one_without_tokens(folder: Path) -> None:
         write(folder, [])
     with pytest.raises(HbpError, match="sample 1 has no tokens"):
         write(folder, [encoded([1]), encoded([])])
-    assert not folder.exists()
+    assert "is not a token store" in refusal(folder)
 
 
 def interrupted() -> Iterator[Encoded]:
@@ -114,44 +126,80 @@ def test_interrupted_write_leaves_the_old_store_or_none(
     assert store.fingerprint == "f"
     check(write(folder, samples[::-1], "new"), samples[::-1])  # what the interrupted one left does not disturb
     assert open_store(folder).fingerprint == "new"
-    assert [p.name for p in folder.parent.iterdir()] == ["store"]
+    assert sorted(p.name for p in folder.rglob("*")) == ["index.parquet", "new.arrow", SHARDS, "store.json"]
 
 
-def test_interrupted_between_removing_and_renaming(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_between_index_and_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder, [encoded([1])])
+    rename = Path.rename
 
-    def rename(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def once(path: Path, target: Path) -> None:
+        if target.name == "store.json":
+            raise KeyboardInterrupt
+        rename(path, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", rename)
-        write(folder, [encoded([2])])
-    refusal(folder)
-    check(write(folder, [encoded([3])]), [encoded([3])])
+        patch.setattr(Path, "rename", once)
+        write(folder, [encoded([2])], "new")
+    assert "its files disagree" in refusal(folder)
+    check(write(folder, [encoded([3])], "newer"), [encoded([3])])
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_missing_file_is_named(folder: Path, name: str) -> None:
     write(folder, [encoded([1])])
-    (folder / name).unlink()
+    shutil.rmtree(folder / name) if name == SHARDS else (folder / name).unlink()
     assert refusal(folder) == f"{folder} is not a token store ({name} is missing)"
+
+
+def test_missing_shard_is_named(folder: Path) -> None:
+    write(folder, [encoded([1])])
+    (folder / SHARDS / "f.arrow").unlink()
+    assert "is damaged (f.arrow is missing)" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe" * 99, b"[1]", None])
 def test_damaged_store(folder: Path, name: str, content: bytes | None) -> None:
     write(folder, [encoded([1, 2, 3])])
-    cut = (folder / name).read_bytes()[:-9]
-    (folder / name).write_bytes(cut if content is None else content)
-    assert f"the token store {folder} is damaged" in refusal(folder)
+    file = folder / SHARDS / "f.arrow" if name == SHARDS else folder / name
+    cut = file.read_bytes()[:-9]
+    file.write_bytes(cut if content is None else content)
+    if name != SHARDS:
+        assert f"the token store {folder} is damaged" in refusal(folder)
+        return
+    assert read_shard_info(file) is None
+    with pytest.raises(HbpError, match=r"shard .*f.arrow is damaged") as caught:
+        open_store(folder).sample(0)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["store.json", "index.parquet"])
 def test_files_of_two_stores(folder: Path, name: str, tmp_path: Path) -> None:
     write(folder, [encoded([1, 2, 3])])
-    write(tmp_path / "other", [encoded([1]), encoded([2])])
+    write(tmp_path / "other", [encoded([1]), encoded([2])], "other")
     shutil.copy(tmp_path / "other" / name, folder / name)
-    assert "its files disagree" in refusal(folder)
+    assert "is damaged" in refusal(folder)
+
+
+def test_several_shards_of_several_sources_are_one_store(folder: Path) -> None:
+    samples = [encoded([i] * (i + 1), [0] + [1] * i) for i in range(9)]
+    for name, own in (("a", samples[:4]), ("b", samples[4:])):
+        info = write_shard(folder / SHARDS / name, (Row(s, 2 * n, n % 3) for n, s in enumerate(own)))
+        assert (info.samples, info.highest_id) == (len(own), max(s.input_ids.max() for s in own))
+    entries = [
+        ShardEntry("a", 4, 0, "x.jsonl", 1, "line"),
+        ShardEntry("b", 3, 1, "y.parquet", 100, "row"),  # only its first three are used
+        ShardEntry("a", 4, 1, "x.jsonl", 50, "line"),
+    ]
+    sources = [SourceEntry("one", times=1.0), SourceEntry("two", held_out=True)]
+    store = write_index(folder, entries, sources, fingerprint="f", tokenizer="t", vocab_size=9)
+    check(store, [*samples[:4], *samples[4:7], *samples[:4]])
+    assert store.source.tolist() == [0] * 4 + [1] * 7
+    assert store.line.tolist() == [1, 3, 5, 7, 100, 102, 104, 50, 52, 54, 56]
+    assert store.part.tolist() == [0, 1, 2, 0, 0, 1, 2, 0, 1, 2, 0]
+    assert store.place(5) == "y.parquet row 102" and store.place(8) == "x.jsonl line 52"
+    assert store.sources == tuple(sources) and open_store(folder).sources == tuple(sources)
 
 
 def test_other_format_and_lost_keys(folder: Path) -> None:

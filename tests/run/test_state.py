@@ -78,11 +78,16 @@ def steps(run: Path) -> list[int]:
 
 def test_a_finished_run_is_used_as_it_is_wherever_its_files_were_moved(job: Path, finished: Path) -> None:
     before = contents(finished)
+    os.utime(job / "data.jsonl")
     os.utime(job / "model" / "config.json")
-    (job / "model" / "README.md").write_text("not what the model is")
-    moved = job / f"model-of-{finished.name}"
-    shutil.copytree(job / "model", moved)
-    summary, said = train(job, finished.name, f"model.path={moved}", "train.save_steps=3", "log.wandb_mode=offline")
+    moved = job / f"moved-{finished.name}"
+    for name in ("model", "tokenizer"):
+        shutil.copytree(job / name, moved / name)
+        (moved / name / "README.md").write_text("not what it is")
+    shutil.copyfile(job / "data.jsonl", moved / "other.jsonl")
+    paths = (f"model.path={moved / 'model'}", f"data.tokenizer={moved / 'tokenizer'}")
+    paths = (*paths, f"data.source={moved / 'other.jsonl'}", "data.processes=2")
+    summary, said = train(job, finished.name, *paths, "train.save_steps=3", "log.wandb_mode=offline")
     assert summary == json.loads((finished / "summary.json").read_text())
     assert "holds this run, finished" in said
     assert contents(finished) == before
@@ -190,6 +195,19 @@ def test_what_is_left_is_planned_again_for_less_memory_or_another_strategy(
     if "memory" in change:
         memory = read_info(stopped / "hbp" / "part-1" / "plan").cluster["memory_bytes"]
         assert memory == 0.9 * 2**30
+
+
+def test_data_that_were_edited_are_refused_until_they_are_as_they_were(job: Path, stopped: Path) -> None:
+    copy = job / f"data-of-{stopped.name}.jsonl"
+    lines = (job / "data.jsonl").read_text().splitlines(keepends=True)
+    copy.write_text("".join([*lines, lines[0]]))
+    before = contents(stopped)
+    refused = hbp_here("train", str(job / "cfg.yaml"), f"run_dir={stopped}", f"data.source={copy}")
+    assert (refused.returncode, "its data or tokenizer has changed" in refused.stderr) == (2, True)
+    assert contents(stopped) == before
+    copy.write_text("".join(lines))
+    _, said = train(job, stopped.name, f"data.source={copy}", stop=1)
+    assert "step 5, " in said
 
 
 def test_another_learning_rate_holds_from_there_on(job: Path, stopped: Path) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 from jobs import config_of, run_here, steps_of, write_job
 from workers import CPU, run_ranks
 
 from hbp.config import Config
+from hbp.data.store import open_store
 from hbp.run.engine import Engine
 from hbp.run.job import run_job
-from hbp.run_log import StepRecord, by_group, read_log
+from hbp.run.training import _mean
+from hbp.run_log import EvalRecord, StepRecord, by_group, read_log
 from hbp.train.model import CausalLMWithLoss
 
 
@@ -42,11 +46,24 @@ def test_there_is_never_more_than_one_model(tmp_path):
     assert len(alive) > 4
 
 
+def several_sources(job: Path) -> None:
+    """The job's data as two sources, and two for evaluation."""
+    talks = (job / "data.jsonl").read_text().splitlines(keepends=True)
+    for name, own in (("a", talks[:90]), ("b", talks[90:-6]), ("c", talks[-6:-2]), ("d", talks[-2:])):
+        (job / f"{name}.jsonl").write_text("".join(own))
+    config = yaml.safe_load((job / "cfg.yaml").read_text())
+    del config["data"]["source"]
+    config["data"]["sources"] = [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
+    config["data"]["eval_source"] = [{"path": "c.jsonl"}, {"path": "d.jsonl", "name": "dee"}]
+    (job / "cfg.yaml").write_text(yaml.safe_dump(config))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     pytest.importorskip("tensorboard")
     options = {"eval_steps": 4, "trace_steps": [2, 1], "save_steps": None, "export": False}
     job = write_job(tmp_path_factory.mktemp("training"), train=options, log={"tensorboard": True})
+    several_sources(job)
     (summary, _), (there, _) = run_ranks(run_here, 2, config_of(job))
     assert summary == there
     return job / "run" / "hbp", summary["results"][0]
@@ -58,6 +75,24 @@ def test_held_out_loss_is_taken_every_few_steps_and_at_the_end(run):
     steps = len(steps_of(folder))
     assert [line["run_step"] for line in lines] == [*range(4, steps, 4), steps]
     assert lines[-1]["eval_loss"] == result["eval_loss"] < lines[0]["eval_loss"]
+
+
+def test_held_out_loss_by_source_adds_up_to_that_of_all(run):
+    folder, result = run
+    by_source = result["eval_loss_by_source"]
+    assert read_log(folder, EvalRecord)[-1].eval_loss_by_source == by_source
+    store = open_store(folder.parent / "store")
+    assert [source.name for source in store.sources] == ["a", "b", "c", "dee"]
+    tokens = {name: int(store.loss_tokens[store.source == n].sum()) for n, name in ((2, "c"), (3, "dee"))}
+    assert by_source.keys() == tokens.keys()
+    mean = sum(by_source[name] * n for name, n in tokens.items()) / sum(tokens.values())
+    assert result["eval_loss"] == pytest.approx(mean)
+    assert by_source["c"] != by_source["dee"]
+
+
+def test_a_mean_loss_is_over_loss_tokens_alone():
+    assert _mean([(2.0, 30), (9.0, 0), (4.0, 10)]) == pytest.approx(2.5)
+    assert _mean([]) is _mean([(0.0, 0)]) is None
 
 
 def test_trace_shows_the_model_of_every_rank(run):

@@ -18,6 +18,7 @@ from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
 from hbp.train.export import export_model
+from hbp.train.logs import scalars_of
 from hbp.train.loop import Learner, StepLimit, evaluate, learning_rate, train
 from hbp.train.model import load_model, shard
 from hbp.train.records import groups_of_steps
@@ -66,7 +67,10 @@ def run_training(rank: int, world: int, plans: dict[str, Plan], config_folder: s
         if out and name == "planned":
             result["eval"] = evaluate(learner, plan, SAMPLES)
             export_model(model, Path(out))
-            result["weights"] = {n.removeprefix("lm."): p.full_tensor().detach() for n, p in model.named_parameters()}
+            result["weights"] = {n.removeprefix("lm."): p.full_tensor().clone() for n, p in model.named_parameters()}
+            silent = Samples([(ids, np.zeros_like(mask)) for ids, mask in SAMPLES.documents])
+            result["nothing"] = evaluate(learner, plan, silent)
+            result["step"] = train(learner, plan, silent, lambda r: True)[0]
     return records, result
 
 
@@ -165,6 +169,13 @@ def test_exported_model_is_the_trained_one(runs):
     with torch.no_grad():
         total = float(sum(document_loss(model, i) for i in range(len(SAMPLES.documents))))
     assert total / SAMPLES.loss_tokens.sum() == pytest.approx(result["eval"], rel=1e-5)
+
+
+def test_a_loss_over_nothing_is_none(runs):
+    _, _, result, _ = runs
+    assert result["nothing"] is None
+    assert (result["step"].loss, result["step"].loss_tokens) == (None, 0)
+    assert "train/loss" not in scalars_of(result["step"])
 
 
 def test_learning_rate_follows_tokens():

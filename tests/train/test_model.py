@@ -88,7 +88,7 @@ def test_vocabulary(tmp_path):
     assert fresh.lm.get_input_embeddings().weight.shape[0] == 100
     folder = write_model(tmp_path / "saved", LLAMA)
     assert load_model(folder, vocab_size=60).lm.config.vocab_size == 64
-    with pytest.raises(HbpError, match=r"tokenizer has 65 tokens but .* embeds 64"):
+    with pytest.raises(HbpError, match=r"tokenizer.s ids go up to 64 but .* embeds 64 \(ids up to 63\)"):
         load_model(folder, vocab_size=65)
 
 
@@ -99,8 +99,9 @@ def test_nothing_to_load(tmp_path):
 
 
 REFUSED = {
-    "gpt2 models are not known here; this trains llama, mistral": {"model_type": "gpt2"},
-    "deepseek_v3 models can be planned for but not trained yet; this": {"model_type": "deepseek_v3"},
+    "qwen3_next models have linear_attention layers, whose state would run": {"model_type": "qwen3_next"},
+    "gemma3 models take more than text; give .* of their text model .gemma3_text. alone": {"model_type": "gemma3"},
+    "attn_pdrop is 0.1; set it to 0": {"model_type": "gpt2"},
     "rotary embedding is 'dynamic', which depends on": {
         **LLAMA,
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},

@@ -1,176 +1,173 @@
-"""Where samples come from: JSONL, Parquet, saved `datasets` folders, hub names. All become conversations.
+"""Where samples come from: files, folders of files, saved `datasets` folders, hub sets; one or several of them.
 
-A record has ``messages`` (a list of role and content), ``conversations`` (ShareGPT's from and value), or ``prompt`` and
-``completion`` (texts, or lists of messages). Files are read as a stream; an error names the file and the line.
+A source is found before anything starts. What is not there is said to be missing: only ``owner/name``, where no folder
+``owner`` is, or ``hub:NAME`` is looked up on the hub. A folder whose files are named after splits (``train-00000…``,
+``test-…``) gives those of the split that is asked for.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
-import zlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from hbp.data.files import LINE_BYTES, SUFFIXES, Piece, arrow_files, has_records, in_pieces, pieces_of
 from hbp.errors import HbpError
+from hbp.progress import say
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+HUB = "hub:"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_PIECE = 4 << 20
+SPLIT_IN_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.\d])", re.IGNORECASE)
 
 
-class Message(TypedDict):
-    """One turn."""
+@dataclass(frozen=True)
+class Source:
+    """Some data, and how much of it is used."""
 
-    role: str
-    content: str
+    path: str
+    """File, folder, or name on the hub."""
+    name: str = "data"
+    """For people, and in results by source."""
+    split: str = "train"
+    """Of a saved `datasets` folder, a hub set, or a folder whose files are named after splits."""
+    subset: str | None = None
+    """Configuration of a hub set."""
+    streaming: bool = False
+    """Read a hub set from the hub as it is tokenized, without a copy on disk."""
+    weight: float | None = None
+    """Its share of an epoch's samples, relative to the other sources' weights."""
+    repeat: float | None = None
+    """How often each of its samples is seen in an epoch."""
+    max_samples: int | None = None
+    """Records used, the first ones; None: all."""
+    held_out: bool = False
+    """For evaluation only."""
 
 
-Conversation = list[Message]
+def hub_name(path: str) -> str | None:
+    """The name of a hub set that a path stands for; None for what should be on this machine."""
+    if path.startswith(HUB):
+        return path.removeprefix(HUB)
+    local = path.endswith(SUFFIXES) or Path(path).exists() or Path(path.split("/")[0]).is_dir()
+    return None if local or not HUB_NAME.fullmatch(path) else path
 
 
-def read_conversations(source: str, *, split: str = "train", subset: str | None = None) -> Iterator[Conversation]:
-    """Stream the conversations of a file, a folder of files, a saved `datasets` folder, or a hub data set.
+def files_of(source: Source) -> list[Path] | None:
+    """The files of a source in the order they are read; None for a hub set.
 
     Raises:
-        HbpError: no such source, no records in it, or a record that is not a conversation (names its place).
+        HbpError: there is nothing, or nothing that holds records.
     """
-    empty = True
-    for place, record in _records(source, split, subset):
-        empty = False
-        yield to_conversation(record, place)
-    if empty:
-        raise HbpError(f"{source} holds no records; give a source with at least one sample")
-
-
-def source_fingerprint(source: str, split: str = "train", subset: str | None = None) -> str:
-    """Changes when the source does: names, sizes and times of local files, or the name of a hub set."""
-    parts = [source, split, str(subset)]
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    for file in files:
-        stat = file.stat()
-        parts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _records(source: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
-    path = Path(source)
+    path = Path(source.path).expanduser()
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        yield from _saved_dataset(path, split)
-    elif path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-        if not files:
-            raise HbpError(f"{source} has no {', '.join(SUFFIXES)} files; give a folder of them")
-        for file in files:
-            yield from _file(file)
-    elif path.is_file():
-        yield from _file(path)
-    elif source.endswith(SUFFIXES) or source.startswith(("/", ".")):
-        raise HbpError(f"no file or folder {source}; give JSONL, Parquet, a saved `datasets` folder or a hub name")
-    else:
-        yield from _hub(source, split, subset)
+        return arrow_files(_split_of_saved(path, source.split))
+    if path.is_dir():
+        return _files_of_folder(path, source.split)
+    if path.is_file():
+        if not has_records(path):
+            raise HbpError(f"{path} is none of {', '.join(SUFFIXES)}; rename or convert it")
+        return [path]
+    if hub_name(source.path) is None:
+        raise HbpError(f"no file or folder {source.path}; a hub data set is given as OWNER/NAME or hub:NAME")
+    return None
 
 
-def _file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
-        try:
-            with pq.ParquetFile(path) as file:
-                number = 0
-                for batch in file.iter_batches(1024):
-                    for record in batch.to_pylist():
-                        yield f"{path} row {number}", record
-                        number += 1
-        except (OSError, pa.ArrowException) as error:
-            raise HbpError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from None
+def _split_of_saved(path: Path, split: str) -> Path:
+    if not (path / "dataset_dict.json").is_file():
+        return path
+    try:
+        splits = list(json.loads((path / "dataset_dict.json").read_text())["splits"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HbpError(f"cannot load the saved data set {path}: {' '.join(str(error).split())[:160]}") from None
+    if split not in splits:
+        raise HbpError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}")
+    return path / split
+
+
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if has_records(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise HbpError(f"{folder} has no {', '.join(SUFFIXES)} files; give a folder of them")
+    splits = [_split_named(path.relative_to(folder)) for path in files]
+    if not all(splits) or len(set(splits)) == 1:
+        return files
+    chosen = [path for path, of in zip(files, splits, strict=True) if of == split]
+    others = sorted({str(of) for of in splits} - {split})
+    if not chosen:
+        raise HbpError(f"{folder} has no files of the split {split!r}; it has {', '.join(others)}")
+    say(f"{folder}: {len(chosen)} files of the split {split!r}; left out: those of {', '.join(others)}")
+    return chosen
+
+
+def _split_named(path: Path) -> str | None:
+    for part in (path.name, *path.parts[:-1]):
+        if found := SPLIT_IN_NAME.match(part):
+            return found[1].lower()
+    return None
+
+
+def pieces_of_source(source: Source, size: int | None = None) -> Iterator[Piece]:
+    """The pieces of all files of a source, or of a hub set.
+
+    Raises:
+        HbpError: as :func:`files_of` and :func:`hbp.data.files.pieces_of`.
+    """
+    files = files_of(source)
+    if files is None:
+        rows = ((0, number, _as_line(source.path, number, row)) for number, row in enumerate(_hub_rows(source)))
+        yield from in_pieces(rows, source.path, size or HUB_PIECE)
         return
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path} line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise HbpError(
-                f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); mend or remove it"
-            ) from None
-        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-            raise HbpError(f"{path} after line {number} cannot be read ({error}); mend the file") from None
+    for file in files:
+        yield from pieces_of(file, size)
 
 
-def _saved_dataset(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: Source) -> Iterator[Any]:
     import datasets
 
+    name = hub_name(source.path)
     try:
-        loaded = datasets.load_from_disk(str(path))
-        if isinstance(loaded, datasets.DatasetDict):
-            if split not in loaded:
-                raise HbpError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
-            loaded = loaded[split]
-    except (OSError, ValueError, KeyError) as error:
-        raise HbpError(f"cannot load the saved data set {path}: {' '.join(str(error).split())[:200]}") from None
-    for number, record in enumerate(loaded):
-        yield f"{path} row {number}", record
-
-
-def _hub(name: str, split: str, subset: str | None) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, subset, split=split)
+        yield from datasets.load_dataset(name, source.subset, split=source.split, streaming=source.streaming)
     except Exception as error:  # the hub's client raises many kinds; all mean that there is no data
         reason = " ".join(str(error).split())[:200]
         raise HbpError(
-            f"no file or folder {name!r}, and no hub data set by that name could be loaded: {reason}"
+            f"no file or folder {source.path!r}, and no hub data set by that name could be loaded: {reason}"
         ) from None
-    for number, record in enumerate(loaded):
-        yield f"{name} row {number}", record
 
 
-def to_conversation(record: Any, place: str) -> Conversation:
-    """A record of any known shape as a list of messages.
+def _as_line(name: str, number: int, row: Any) -> bytes:
+    try:
+        line = json.dumps(row, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise HbpError(f"{name} row {number} holds what is not text, numbers or lists of them ({reason})") from None
+    if len(line) > LINE_BYTES:
+        raise HbpError(f"{name} row {number} is longer than {LINE_BYTES >> 20} MiB, the most that is read")
+    return line
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Refuse sources that say two things, or that are not there.
 
     Raises:
-        HbpError: of another shape; says which fields it has and where it stands.
+        HbpError: names the source.
     """
-    if not isinstance(record, Mapping):
-        raise HbpError(f"{place} is not an object; write one JSON object a line")
-    if isinstance(record.get("messages"), list):
-        turns = record["messages"]
-    elif isinstance(record.get("conversations"), list):
-        turns = [
-            {"role": SHAREGPT_ROLES.get(str(t["from"]), t["from"]), "content": t.get("value")}
-            if isinstance(t, Mapping) and "from" in t
-            else t
-            for t in record["conversations"]
-        ]
-    elif "prompt" in record and "completion" in record:
-        turns = [*_side(record["prompt"], "user"), *_side(record["completion"], "assistant")]
-    else:
-        raise HbpError(
-            f"{place} has fields {', '.join(map(str, record)) or 'none'}; it needs `messages`, or `prompt` "
-            "and `completion`"
-        )
-    messages: Conversation = []
-    for turn in turns:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise HbpError(f"{place} has a message without a text `role` and `content`: {str(turn)[:80]!r}")
-        messages.append({"role": role, "content": content})
-    if not messages:
-        raise HbpError(f"{place} has no messages; remove it")
-    return messages
-
-
-def _side(value: Any, role: str) -> list[Any]:
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
+    names = [source.name for source in sources]
+    for source in sources:
+        if source.weight is not None and source.repeat is not None:
+            raise HbpError(f"data.sources: {source.name} has both weight and repeat; give one")
+        if names.count(source.name) > 1:
+            raise HbpError(f"data.sources: two sources are named {source.name}; give each a name of its own")
+        files_of(source)
+    trained = [source for source in sources if not source.held_out]
+    weighted = [source for source in trained if source.weight is not None]
+    if weighted and len(weighted) < len(trained):
+        without = next(source.name for source in trained if source.weight is None)
+        raise HbpError(f"data.sources: {without} has no weight while others have; give every source one, or none")

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hbp.data.sources import Message
 from hbp.errors import HbpError
 
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo"}
@@ -72,7 +71,7 @@ def write_dataset(
     with path.open("w", encoding="utf-8") as file:
         for i in rng.permutation(len(picked)):
             user, assistant = picked[i]
-            messages: list[Message] = [
+            messages = [
                 {"role": "user", "content": user},
                 {"role": "assistant", "content": assistant},
             ]

@@ -186,7 +186,8 @@ class Curve(NamedTuple):
 
     name: str
     tokens: Sequence[float]
-    values: Sequence[float]
+    values: Sequence[float | None]
+    """None leaves a gap."""
     strategy: int = 0
     """Says the colour."""
     dashed: bool = False
@@ -201,7 +202,7 @@ def curves(lines: Sequence[Curve], quantity: str, name: str) -> str:
             style: Any = {"linestyle": (0, (4, 2)), "marker": "s", "markersize": 4} if line.dashed else {}
             colour = PALETTE[line.strategy % len(PALETTE)]
             axis.plot(
-                line.tokens, line.values, color=colour, linewidth=1.8, label=_label(line.name),
+                line.tokens, np.array(line.values, float), color=colour, linewidth=1.8, label=_label(line.name),
                 **{"marker": "o", "markersize": 2.5, **style},
             )  # fmt: skip
         axis.xaxis.set_major_formatter(FuncFormatter(count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def pictures(run: Run, groups: list[Group]) -> dict[str, str]:
     return drawn
 
 
-def _curve(number: int, part: Part, values: list[float]) -> Curve:
+def _curve(number: int, part: Part, values: Sequence[float | None]) -> Curve:
     return Curve(part.plan.info.strategy, np.cumsum([step.tokens for step in part.steps]).tolist(), values, number)
 
 

@@ -103,8 +103,12 @@ def _compared(epoch: int, wanted: Counts, trained: Counts, dropped: Counts, *, u
     missing, twice = np.maximum(wanted - trained - dropped, 0), np.maximum(trained - wanted, 0)
     return EpochAudit(
         epoch,
-        *(int(counts.sum()) for counts in (trained, missing, twice, dropped)),
-        *(np.flatnonzero(counts)[:SHOWN].tolist() for counts in (missing, twice)),
+        trained=int(trained.sum()),
+        missing=int(missing.sum()),
+        twice=int(twice.sum()),
+        dropped=int(dropped.sum()),
+        missing_ids=np.flatnonzero(missing)[:SHOWN].tolist(),
+        twice_ids=np.flatnonzero(twice)[:SHOWN].tolist(),
         under_way=under_way,
     )
 
@@ -132,7 +136,7 @@ def _ids(part: Path) -> npt.NDArray[np.int64]:
         raise HbpError(f"cannot read {part / 'samples.npy'} ({error}); it says which samples were planned") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min(initial=0) < 0:
         raise HbpError(f"{part / 'samples.npy'} does not hold sample ids")
-    return ids.astype(np.int64)
+    return np.asarray(ids, np.int64)
 
 
 def _epoch(part: Path) -> int:

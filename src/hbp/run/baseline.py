@@ -21,13 +21,13 @@ from hbp.progress import say
 from hbp.run.engine import Engine
 from hbp.run.fit_memory import global_batch_tokens, peak_bytes, write_and_read
 from hbp.run.resume import Part, part_folder
-from hbp.run.training import train_strategy
+from hbp.run.training import EvalPlans, train_strategy
 from hbp.train.launch import free_memory
 from hbp.train.model import CausalLMWithLoss
 
 
 def train_baseline(
-    engine: Engine, strategy: str, ours: Plan, eval_plan: Plan | None, run: Path
+    engine: Engine, strategy: str, ours: Plan, eval_plans: EvalPlans, run: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train the baseline at every degree, with the fewest recomputed layers that fit; keep the fastest whole run.
 
@@ -35,7 +35,7 @@ def train_baseline(
         engine: as for the plan that it is compared with.
         strategy: of the baseline.
         ours: the plan that it is compared with: its longest packing length and global batch are taken over.
-        eval_plan: of the held-out samples.
+        eval_plans: of the held-out samples, by source.
         run: the run's folder.
 
     Returns:
@@ -60,7 +60,7 @@ def train_baseline(
             return epochs[last.epoch + 1] if last.epoch + 1 < len(epochs) else None
 
         tokens = sum(epoch.plan.info.n_tokens for epoch in epochs)
-        result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plan, tokens)
+        result = train_strategy(engine, folder, epochs[0], next_epoch, eval_plans, tokens)
         trials[-1]["tokens_per_s"] = result["tokens_per_s"]
         if best is None or result["tokens_per_s"] > best["tokens_per_s"]:
             best = result

@@ -14,51 +14,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from hbp.config import Config, DataConfig
+from hbp.config import Config
 from hbp.cost.cluster import GIB, ClusterSpec, load_cluster
-from hbp.cost.model_spec import spec_from_config
+from hbp.cost.model_spec import spec_of_any
 from hbp.cost.predict import CostModel
 from hbp.cost.profile_file import profile_json
-from hbp.data.stdlib_sft import train_tokenizer, write_dataset
-from hbp.data.store import TokenStore, open_store
-from hbp.data.tokenize import prepare_store
+from hbp.data.samples import Samples
+from hbp.data.store import open_store
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.progress import say
+from hbp.run.data import check_model, choose, prepare
 from hbp.train.launch import rank_zero_first
 from hbp.train.lora import adapter_parameters, add_adapters
 from hbp.train.measure.live import live_profile, load_stack, packs_to_measure, stack_heights
-from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, read_config, shard
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, meta_model, read_config, shard
 
 PROFILE_LIMIT_S = 170.0
 """Micro-batches that would end later are left out of a profile."""
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Some samples of a token store, numbered from 0: what a plan's sample ids mean."""
-
-    store: TokenStore
-    ids: npt.NDArray[np.int64]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each."""
-        return self.store.lengths[self.ids]
-
-    @property
-    def loss_tokens(self) -> npt.NDArray[np.int32]:
-        """Targets of each."""
-        return self.store.loss_tokens[self.ids]
-
-    def sample(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-        """Token ids and loss mask."""
-        return self.store.sample(int(self.ids[index]))
 
 
 @dataclass(frozen=True)
@@ -95,46 +71,22 @@ class Engine:
     def stack(self, height: int) -> CausalLMWithLoss:
         """The first layers of the model, freshly initialised, with adapters where the run trains some."""
         config, lora, spec = self.config.model, self.config.lora, self.cost.model
-        model = load_stack(config.path, height, self.device, vocab_size=spec.vocab, seed=self.config.seed)
+        model = load_stack(
+            config.path,
+            height,
+            self.device,
+            vocab_size=spec.vocab,
+            seed=self.config.seed,
+            attention=config.attention,
+        )
         if lora.rank:
             add_adapters(model, lora, config.path, self.config.seed)
             model.to(self.device)
         dtype = getattr(torch, config.compute_dtype)
-        shard(model, self.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype)
+        by_layer = spec.sharded_by_layer
+        shard(model, self.mesh.world, by_layer=by_layer, compute_dtype=dtype, compiled=config.compile)
+        model.offload_activations = config.offload_activations
         return model
-
-
-def prepare(config: Config) -> TokenStore:
-    """Make the token store (and for the embedded data set its files and tokenizer), or open it if it is up to date."""
-    source, tokenizer = config.data.source, config.data.tokenizer or config.model.path
-    if source == "stdlib":
-        source, tokenizer = _prepare_stdlib(config.data, Path(config.run_dir) / "data", config.seed)
-    return prepare_store(
-        source,
-        tokenizer,
-        Path(config.run_dir) / "store",
-        split=config.data.split,
-        subset=config.data.subset,
-        processes=config.data.processes,
-    )
-
-
-def _prepare_stdlib(data: DataConfig, folder: Path, seed: int) -> tuple[str, str]:
-    jsonl, tokenizer, made = folder / "stdlib.jsonl", folder / "tokenizer", folder / "made.json"
-    wanted = json.dumps({**data.model_dump(), "seed": seed}, sort_keys=True)
-    if not (made.is_file() and made.read_text() == wanted):
-        say("making the embedded data set and its tokenizer from this Python's standard library")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_dataset(
-            jsonl,
-            seed=seed,
-            short_samples=data.short_samples,
-            long_samples=data.long_samples,
-            longest_chars=data.longest_chars,
-        )
-        train_tokenizer(jsonl, tokenizer, vocab_size=data.vocab_size)
-        made.write_text(wanted)
-    return str(jsonl), data.tokenizer or str(tokenizer)
 
 
 def make_engine(config: Config, device: torch.device) -> Engine:
@@ -144,10 +96,9 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         raise HbpError("attention on CUDA needs half precision; set model.compute_dtype to bfloat16")
     with rank_zero_first() as first:
         if first:
-            prepare(config)
+            check_model(config, made := prepare(config), choose(config, made))
     store = open_store(run / "store")
-    train_ids, eval_ids = split_samples(store.lengths, config)
-    samples, held_out = Samples(store, train_ids), Samples(store, eval_ids)
+    samples, held_out = choose(config, store)
     cluster = load_cluster(config.cluster.name)
     if config.cluster.memory_gib is not None:
         cluster = dataclasses.replace(cluster, memory_bytes=config.cluster.memory_gib * GIB)
@@ -155,31 +106,16 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         raise HbpError(f"{config.model.path} holds no weights for adapters to add to; give model.path one that does")
     if is_configuration_alone(config.model.path):
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
-    spec = spec_from_config(read_config(config.model.path, store.vocab_size).to_dict())
+    path, vocab = config.model.path, store.vocab_size
+    spec = spec_of_any(
+        read_config(path, vocab).to_dict(), lambda: meta_model(path, vocab_size=vocab).lm.num_parameters()
+    )
     if config.lora.rank:
         spec = dataclasses.replace(spec, adapter_parameters=adapter_parameters(config.lora, config.model.path))
+    cluster = dataclasses.replace(cluster, offload_activations=config.model.offload_activations)
     cost = CostModel(spec, cluster, world_size)
     mesh = make_mesh(world_size, [], device.type, spec.heads)  # groups are made for the degrees that are run
     return Engine(config, device, mesh, samples, held_out, cost)
-
-
-def split_samples(
-    lengths: npt.NDArray[np.int32], config: Config
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ids of the samples to train on and of those held out, drawn among those short enough to be trained on."""
-    n = len(lengths)
-    held = config.data.eval_samples
-    if held >= n:
-        raise HbpError(f"data.eval_samples={held} leaves none of the {n} samples to train on; lower it")
-    order = np.random.default_rng(config.seed).permutation(n)
-    fits = lengths[order] <= (config.data.max_length or lengths.max())
-    if held >= fits.sum():
-        raise HbpError(
-            f"data.eval_samples={held} leaves none to train on of the {fits.sum()} samples of up to "
-            f"{config.data.max_length} tokens; lower it or raise data.max_length"
-        )
-    eval_ids = order[fits][:held]
-    return np.setdiff1d(np.arange(n), eval_ids), np.sort(eval_ids)
 
 
 def profile_cluster(

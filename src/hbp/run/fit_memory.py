@@ -16,6 +16,7 @@ import torch
 
 from hbp.config import Config
 from hbp.cost.cluster import GIB
+from hbp.data.samples import Samples
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, hash_lengths, piece_folders, read_info, read_plan, write_plan
 from hbp.planning.planner import make_plan
@@ -201,10 +202,18 @@ def write_and_read(
     return read_plan(folder / "plan")
 
 
-def evaluation_plan(engine: Engine) -> Plan | None:
-    """Best-fit packs of the held-out samples, for forward passes only; None if there are none."""
-    if not len(engine.held_out.ids):
-        return None
+def evaluation_plans(engine: Engine) -> dict[str, tuple[Plan, Samples]]:
+    """Best-fit packs of the held-out samples, for forward passes only, of each source by name; none if there are none.
+
+    No pack holds samples of two sources, so that each has its own loss.
+    """
+    held_out, plans = engine.held_out, {}
     with_room = dataclasses.replace(engine.cost.cluster, memory_bytes=1e18)
-    cost, lengths = dataclasses.replace(engine.cost, cluster=with_room), engine.held_out.lengths
-    return make_plan(lengths, cost, strategy="bfd", max_length=int(lengths.max()))
+    cost = dataclasses.replace(engine.cost, cluster=with_room)
+    sources = held_out.store.sources
+    for number, source in enumerate(sources):
+        mine = held_out if len(sources) == 1 else Samples(held_out.store, held_out.ids[held_out.sources == number])
+        if len(mine.ids):
+            plan = make_plan(mine.lengths, cost, strategy="bfd", max_length=int(mine.lengths.max()))
+            plans[source.name] = plan, mine
+    return plans

@@ -21,7 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,11 +32,12 @@ from hbp.planning.planner import STRATEGIES
 from hbp.progress import say
 from hbp.run import resume
 from hbp.run.baseline import train_baseline
-from hbp.run.engine import Engine, make_engine, prepare, profile_cluster, split_samples
+from hbp.run.data import check_model, choose, prepare, say_summary
+from hbp.run.engine import Engine, make_engine, profile_cluster
 from hbp.run.fit_memory import (
     as_planned,
     check_plans,
-    evaluation_plan,
+    evaluation_plans,
     global_batch_tokens,
     own_plan,
     own_plans,
@@ -48,6 +48,7 @@ from hbp.run.lock import owning
 from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
+from hbp.train.check.compare import require_checked
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
 from hbp.train.model import CausalLMWithLoss, read_config
@@ -71,6 +72,8 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
                 check_ready(config)
         ours = check_strategies(config)
         engine = make_engine(config, device)
+        if dist.get_rank() == 0:
+            say_summary(config, engine.samples.store)
         found = resume.find(config, folder_name(ours), engine.samples.store.fingerprint)
         summary = read_summary(run) if found.kind == "finished" else None
         if summary is None:
@@ -95,7 +98,7 @@ def _train(engine: Engine, run: Path, found: Found) -> dict[str, Any]:
         folder,
         part,
         lambda last, model: _next_part(last, engine, folder, model),
-        evaluation_plan(engine),
+        evaluation_plans(engine),
         _tokens_total(config, found, part),
         checkpoint=found.checkpoint,
         keeps_state=True,
@@ -241,7 +244,7 @@ def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, A
         return summary
     plan = read_plan(part_folder(folder, parts.index(alike[-1])) / "plan")
     engine = as_planned(engine, plan)
-    result, trials = train_baseline(engine, baseline, plan, evaluation_plan(engine), run)
+    result, trials = train_baseline(engine, baseline, plan, evaluation_plans(engine), run)
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,
@@ -272,6 +275,8 @@ def check_strategies(config: Config) -> str:
 def check_ready(config: Config, *, logs: bool = True) -> None:
     """Refuse a model that cannot be trained, packages that are missing and writers that nobody is logged in to.
 
+    A family that is not proven has to pass the comparison with transformers first.
+
     Args:
         config: of the run.
         logs: the run writes logs.
@@ -279,7 +284,8 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
     Raises:
         HbpError: says what is missing.
     """
-    read_config(config.model.path)
+    model = read_config(config.model.path)
+    require_checked(config.model.path, model, Path(config.run_dir) / "model-check.json")
     if config.lora.rank and find_spec("peft") is None:
         raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
     if logs:
@@ -302,12 +308,12 @@ def check_before_launch(config: Config, *, logs: bool = True) -> None:
     check_strategies(config)
     check_ready(config, logs=logs)
     store = prepare(config)
-    train_ids, _ = split_samples(store.lengths, config)
+    samples, held_out = choose(config, store)
+    check_model(config, store, (samples, held_out))
     own = own_plans(config)
     found = decide(config, folder_name(check_strategies(config)), store.fingerprint) if logs else None
     if own and (found is None or found.kind == "new"):
-        plans, lengths = [read_plan(plan) for plan in own], np.asarray(store.lengths[train_ids])
-        check_plans(plans, lengths, config.cluster.processes)
+        check_plans([read_plan(plan) for plan in own], samples.lengths, config.cluster.processes)
 
 
 def folder_name(strategy: str) -> str:

@@ -31,11 +31,11 @@ import numpy as np
 import torch.distributed as dist
 
 from hbp.config import Config, kinds
+from hbp.data.samples import Samples
 from hbp.disk import patiently, write_whole
 from hbp.errors import HbpError
 from hbp.plan import JSON_NAME, Plan, read_plan
 from hbp.progress import say
-from hbp.run.engine import Samples
 from hbp.run.fit_memory import own_plans
 from hbp.run.identity import RUN, Record, compare, identity, read_record, replans, versions, write_record
 from hbp.train.checkpoint import (

@@ -13,7 +13,7 @@ import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch.distributed as dist
 
 from hbp.config import TrainConfig
+from hbp.data.samples import Samples
 from hbp.errors import RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress
@@ -39,16 +40,19 @@ from hbp.train.records import Efficiency, peak_flops_per_s, step_flops
 from hbp.train.watch import current
 
 SHOWN_SAMPLES = 8
+EvalPlans = Mapping[str, tuple[Plan, Samples]]
+"""What is evaluated, by source."""
 
 
 @dataclass
 class _HeldOut:
     """The held-out samples, and when their loss was last taken."""
 
-    plan: Plan | None
+    plans: EvalPlans
     run_step: int
     tokens: int
     loss: float | None = None
+    by_source: dict[str, float | None] = field(default_factory=dict)
 
     def due(self, config: TrainConfig, at: Position) -> bool:
         """By steps or by tokens."""
@@ -101,15 +105,21 @@ class _Run:
             writer(scalars, self.at.run_step)
 
     def evaluate(self) -> float | None:
-        """Loss of the held-out samples; logged."""
-        last, at, samples = self.held_out, self.at, self.engine.held_out
-        if last.plan is None or (last.loss is not None and last.run_step == at.run_step):
+        """Loss of the held-out samples, of all and by source; logged."""
+        last, at = self.held_out, self.at
+        if not last.plans or (last.loss is not None and last.run_step == at.run_step):
             return last.loss  # the last step's turn came, and the end of training too
-        last.loss = evaluate(self.learner, last.plan, samples)
+        last.by_source = {name: evaluate(self.learner, *packed) for name, packed in last.plans.items()}
+        targets = {name: int(samples.loss_tokens.sum()) for name, (_, samples) in last.plans.items()}
+        known = [(loss, targets[name]) for name, loss in last.by_source.items() if loss is not None]
+        last.loss = _mean(known)
         last.run_step, last.tokens = at.run_step, at.tokens
-        self.write({"eval/loss": last.loss})
+        losses = {"eval/loss": last.loss}
+        if len(last.by_source) > 1:
+            losses |= {f"eval/{name}/loss": loss for name, loss in last.by_source.items()}
+        self.write({name: loss for name, loss in losses.items() if loss is not None})
         if dist.get_rank() == 0:
-            append_record(self.folder, EvalRecord(at.run_step, at.tokens, last.loss))
+            append_record(self.folder, EvalRecord(at.run_step, at.tokens, last.loss, last.by_source))
         return last.loss
 
 
@@ -118,7 +128,7 @@ def train_strategy(
     folder: Path,
     part: Part,
     next_part: Callable[[Part, CausalLMWithLoss], Part | None],
-    eval_plan: Plan | None,
+    eval_plans: EvalPlans,
     tokens_total: int,
     *,
     checkpoint: Checkpoint | None = None,
@@ -131,7 +141,7 @@ def train_strategy(
         folder: of the strategy; gets its steps, checkpoints and model.
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
         next_part: makes the part after the one given, None after the last; the model is there to try packs with.
-        eval_plan: of the held-out samples.
+        eval_plans: of the held-out samples, by source.
         tokens_total: that the run is to see, for the learning rate.
         checkpoint: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
@@ -150,7 +160,7 @@ def train_strategy(
     with ExitStack() as stack:
         at = checkpoint.position if checkpoint else Position(part.number, 0, 0, 0, tokens_total, "", 0)
         at = dataclasses.replace(at, tokens_total=tokens_total)
-        run = _open(stack, engine, folder, learner, at, eval_plan, keeps_state)
+        run = _open(stack, engine, folder, learner, at, eval_plans, keeps_state)
         if checkpoint:
             load_checkpoint(checkpoint.folder, learner.model, learner.optimizer, engine.config.seed)
         first_step = at.step if part.number == at.part else 0
@@ -168,12 +178,12 @@ def train_strategy(
         if run.saving:  # whatever becomes of the export
             run.saving.save(learner, run.at, 0.0)
             run.saving.checkpoints.close()
-        eval_loss = run.evaluate()
+        evaluated = {"eval_loss": run.evaluate(), "eval_loss_by_source": run.held_out.by_source}
         if engine.config.train.export:
             export_model(learner.model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
         del run, learner
         free_memory()
-    return _result(engine, folder, part, records, eval_loss)
+    return {**_result(engine, folder, part, records), **evaluated}
 
 
 def _open(
@@ -182,7 +192,7 @@ def _open(
     folder: Path,
     learner: Learner,
     at: Position,
-    eval_plan: Plan | None,
+    eval_plans: EvalPlans,
     keeps_state: bool,
 ) -> _Run:
     """A run at a position, with its writers, trace and checkpoints open if it keeps state. A collective."""
@@ -190,7 +200,7 @@ def _open(
     received = stack.enter_context(stop_signals()) if keeps_state else Received()
     peak = [peak_flops_per_s(engine.device)]
     dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
-    run = _Run(engine, folder, learner, at, _held_out(folder, eval_plan, at), peak[0], received)
+    run = _Run(engine, folder, learner, at, _held_out(folder, eval_plans), peak[0], received)
     if not keeps_state:
         return run
     whose = read_record(Path(engine.config.run_dir) / RUN)
@@ -203,13 +213,13 @@ def _open(
     return run
 
 
-def _held_out(folder: Path, plan: Plan | None, at: Position) -> _HeldOut:
+def _held_out(folder: Path, plans: EvalPlans) -> _HeldOut:
     """With the last evaluation that the log holds, so that a resumed run keeps the cadence. A collective."""
     last: list[Any] = [None]
     if dist.get_rank() == 0 and (log := read_log(folder, EvalRecord)):
-        last = [(log[-1].run_step, log[-1].tokens, log[-1].eval_loss)]
+        last = [(log[-1].run_step, log[-1].tokens, log[-1].eval_loss, log[-1].eval_loss_by_source)]
     dist.broadcast_object_list(last)
-    return _HeldOut(plan, 0, 0) if last[0] is None else _HeldOut(plan, *last[0])
+    return _HeldOut(plans, 0, 0) if last[0] is None else _HeldOut(plans, *last[0])
 
 
 def _begin_part(part: Part) -> None:
@@ -284,7 +294,7 @@ def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepR
         run.write(scalars_of(record))
         run.traced()
         progress.advance(
-            f"step {record.step + 1}/{part.plan.n_steps} {record.group} loss {record.loss:.3f} "
+            f"step {record.step + 1}/{part.plan.n_steps} {record.group} loss {_shown(record.loss)} "
             f"{record.tokens_per_s:,.0f} tok/s",
             record.tokens,
         )
@@ -296,6 +306,10 @@ def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepR
         return run.saving is not None and record.signal != 0
 
     return on_step
+
+
+def _shown(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
@@ -332,15 +346,13 @@ def _seconds(records: Sequence[StepRecord]) -> float:
     return records[-1].started_s + records[-1].seconds if records else 0.0
 
 
-def _result(
-    engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[StepRecord]], eval_loss: float | None
-) -> dict[str, Any]:
+def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[StepRecord]]) -> dict[str, Any]:
     """Of all parts together; groups and metrics are those of the first plan."""
     plans = [*(read_plan(part_folder(folder, number) / "plan") for number in range(part.number)), part.plan]
     each = [_part_result(plan, own) for plan, own in zip(plans, parts, strict=True)]
     records = [record for own in parts for record in own]
     seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
-    tail = records[-max(1, len(records) // 10) :]
+    learnt = [(record.loss, record.loss_tokens) for record in records if record.loss is not None]
     info = plans[0].info
     return {
         "strategy": info.strategy,
@@ -354,14 +366,20 @@ def _result(
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "predicted_s": sum(own["predicted_s"] for own in each),
-        "final_train_loss": float(np.average([r.loss for r in tail], weights=[max(r.loss_tokens, 1) for r in tail])),
-        "eval_loss": eval_loss,
+        "final_train_loss": _mean(learnt[-max(1, len(learnt) // 10) :]),
         "peak_bytes": part.peak_bytes,
         "groups": [dataclasses.asdict(group) for group in info.groups],
         "metrics": dict(info.metrics),
         "parts": each,
         "by_group": by_group(records),
     }
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float | None:
+    """Of losses over so many loss tokens each, over all of these; None if there are none."""
+    if not losses or not sum(tokens for _, tokens in losses):
+        return None
+    return float(np.average([loss for loss, _ in losses], weights=[tokens for _, tokens in losses]))
 
 
 def _part_result(plan: Plan, records: Sequence[StepRecord]) -> dict[str, Any]:

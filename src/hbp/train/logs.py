@@ -138,8 +138,8 @@ def _missing(option: str, package: str) -> HbpError:
 
 def scalars_of(record: StepRecord) -> dict[str, float]:
     """The scalars of a step."""
-    values = {
-        "train/loss": record.loss,
+    values = {} if record.loss is None else {"train/loss": record.loss}
+    values |= {
         "train/grad_norm": record.grad_norm,
         "train/lr": record.lr,
         "train/tokens": float(record.tokens),

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hbp.config import TrainConfig
 from hbp.errors import HbpError
@@ -196,18 +197,24 @@ def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 
     return loss.detach()
 
 
-def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float:
-    """Mean cross entropy over the loss tokens of a plan's samples."""
-    total, rank, model = 0.0, dist.get_rank(), learner.model
+def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float | None:
+    """Mean cross entropy over the loss tokens of a plan's samples; None if they have none."""
+    rank, model = dist.get_rank(), learner.model
+    total = torch.zeros((), dtype=torch.float64, device=learner.device)  # summed there: the host does not wait
+    targets = int(samples.loss_tokens[plan.sample_ids].sum())
+    if not targets:
+        return None
     learner.mesh.prepare(plan.sp_degree.tolist())
     model.eval()
     with torch.no_grad():
         for step in rows_of_rank(plan, rank):
             for row in step:
                 batch = make_micro_batch(plan, row, samples, learner.mesh, rank, learner.device)
-                total += float(model(batch.input_ids, batch.position_ids, batch.labels, batch.layout))
+                total += model(batch.input_ids, batch.position_ids, batch.labels, batch.layout).detach()
     model.train()
-    return float(gather([total], learner.device).sum()) / max(int(samples.loss_tokens[plan.sample_ids].sum()), 1)
+    if isinstance(model, FSDPModule):  # which keeps its root gathered until a backward
+        model.reshard()
+    return float(gather([float(total)], learner.device).sum()) / targets
 
 
 def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, tokens_total: int) -> float:
@@ -220,9 +227,9 @@ def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, to
 
 
 def make_optimizer(model: CausalLMWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that are trained."""
+    """AdamW over the parameters that are trained; fused, as `foreach` would hold another copy of them all."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, foreach=True)
+    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class Recorder:
         tflops, mfu = _rates(self.efficiency, step, seconds * len(every))
         return StepRecord(
             step=step,
-            loss=float(losses.sum()),
+            loss=float(losses.sum()) if batch.loss_tokens else None,
             grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
             lr=lr,
             tokens=batch.tokens,

@@ -1,0 +1,14 @@
+"""What one record becomes: any known shape of it, the chat template, token ids and the mask of what is learnt."""
+
+from hbp.data.record.encode import Encoded, Outcome, encode_records
+from hbp.data.record.formats import Reading
+from hbp.data.record.templates import load_tokenizer, template_fingerprint
+
+__all__ = [
+    "Encoded",
+    "Outcome",
+    "Reading",
+    "encode_records",
+    "load_tokenizer",
+    "template_fingerprint",
+]

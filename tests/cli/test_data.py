@@ -1,0 +1,133 @@
+"""`hbp data` shows what the model will see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hbp.cli.main import main
+
+pytest.importorskip("transformers")
+
+from hbp.data.stdlib_sft import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("look")
+    said = ("pack", "rank \x1b[31m step", "token " * 30)
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": text}]}
+        for i, text in enumerate(said)
+    ]
+    rows.append({"messages": [{"role": "user", "content": "nothing"}]})
+    (root / "data.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    train_tokenizer_on(root, rows)
+    return root
+
+
+def train_tokenizer_on(root: Path, rows: list[Any]) -> None:
+    (root / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_tokenizer(root / "text.jsonl", root / "tokenizer", vocab_size=300)
+    (root / "text.jsonl").unlink()
+
+
+def show(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["data", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, tokenizer = str(folder / "data.jsonl"), str(folder / "tokenizer")
+    out = json.loads(show(capsys, path, "--tokenizer", tokenizer, "--json"))
+    first = out["samples"][0]
+    assert [(s["id"], s["source"], s["line"]) for s in out["samples"]] == [(i, path, i + 2) for i in range(4)]
+    assert first["text"] == "<|im_start|>user\nSay 0.<|im_end|>\n<|im_start|>assistant\npack<|im_end|>\n".replace(
+        "<|im_end|>\n", "<|im_end|>"
+    ) or first["text"].count("pack<|im_end|>")
+    assert first["learnt"] == ["pack<|im_end|>"]
+    assert len(first["input_ids"]) == len(first["loss_mask"])
+    assert out["samples"][3]["learnt"] == []
+    tokens = [len(s["input_ids"]) for s in out["samples"]]
+    targets = [sum(s["loss_mask"][1:]) for s in out["samples"]]
+    assert out["counts"] == {
+        "samples": 4, "tokens": sum(tokens), "loss_tokens": sum(targets), "without_loss": 1, "dropped": 0,
+        "dropped_tokens": 0, "truncated": 0, "longest": max(tokens), "longest_at": f"{path} line 4",
+    }  # fmt: skip
+    out = json.loads(show(capsys, path, "--tokenizer", tokenizer, "--json", "--limit", "1", "--max-length", "40"))
+    assert len(out["samples"]) == 1
+    assert (out["counts"]["dropped"], out["counts"]["dropped_tokens"]) == (1, tokens[2])
+    arguments = ["--max-length", "40", "--set", "too_long=truncate"]
+    out = json.loads(show(capsys, path, "--tokenizer", tokenizer, "--json", *arguments))["counts"]
+    assert (out["dropped"], out["truncated"], out["dropped_tokens"]) == (0, 1, tokens[2] - 40)
+    assert out["tokens"] == sum(tokens) - tokens[2] + 40
+
+
+def test_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = show(capsys, str(folder / "data.jsonl"), "--tokenizer", str(folder / "tokenizer"))
+    assert "data.jsonl line 2: " in out and "⟦pack<|im_end|>⟧" in out
+    assert r"⟦rank \x1b[31m step<|im_end|>⟧" in out and "\x1b" not in out  # no text reaches the terminal's controls
+
+
+def test_learnt_text_is_coloured_on_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = show(capsys, str(folder / "data.jsonl"), "--tokenizer", str(folder / "tokenizer"), "--limit", "1")
+    assert "\x1b[1;32mpack<|im_end|>" in out and "\x1b[2m" in out and "⟦" not in out
+
+
+def test_the_data_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Relative paths are taken from the file's folder."""
+    from workers import LLAMA, write_config
+
+    write_config(folder / "model", {**LLAMA, "vocab_size": 300})
+    sources = [{"path": "data.jsonl"}, {"path": "data.jsonl", "name": "again", "max_samples": 2}]
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "data": {"sources": sources, "tokenizer": "tokenizer"},
+        "model": {"path": "model"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    out = json.loads(show(capsys, str(folder / "run.yaml"), "--json", "--limit", "4"))
+    assert {name: counts["samples"] for name, counts in out["by_source"].items()} == {"data": 4, "again": 2}
+    assert [s["name"] for s in out["samples"]] == ["data", "data", "again", "again"]
+
+
+def test_what_cannot_be_used_is_refused_or_listed(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((folder / "data.jsonl").read_text() + "{\n")
+    arguments = [str(bad), "--tokenizer", str(folder / "tokenizer")]
+    assert main(["data", *arguments]) == 2
+    assert f"{bad} line 6 is not JSON" in capsys.readouterr().err
+    assert f"cannot be used: {bad} line 6" in show(capsys, *arguments, "--set", "bad_records=skip", "--limit", "0")
+    for wrong, said in (
+        ([str(folder / "none.jsonl"), "--tokenizer", arguments[2]], "no file or folder"),
+        ([str(bad)], "needs --tokenizer"),
+        ([*arguments, "--limit", "-1"], "give at least 0"),
+        ([*arguments, "--set", "too_long=shorten"], "data.too_long"),
+    ):
+        assert main(["data", *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_preference_pairs_are_planned_side_by_side(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from hbp.plan import read_plan
+
+    rows = [{"prompt": "Say.", "chosen": "pack " * (1 + i % 9), "rejected": "rank " * (1 + i % 4)} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--data", str(tmp_path / "pairs.jsonl"), "--tokenizer", str(folder / "tokenizer")]
+    plan = tmp_path / "plan"
+    assert main(["plan", *data, "--model", "llama-3.1-8b", "--gpus", "4", "--out", str(plan), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 80
+    ids = read_plan(plan).sample_ids.reshape(-1, 2)
+    assert (ids[:, 1] == ids[:, 0] + 1).all() and (ids[:, 0] % 2 == 0).all()
