@@ -259,6 +259,7 @@ def fake_cuda(limit: float = float("inf")) -> Iterator[Memory]:
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
         "is_bf16_supported": lambda *_: True,
+        "is_current_stream_capturing": lambda: False,
     }
     with contextlib.ExitStack() as stack:
         for name, stand_in in stand_ins.items():

@@ -99,10 +99,10 @@ class _Written(WriteResult):
 class _AtomicWriter(FileSystemWriter):
     """Writes beside the final folder and renames when all ranks are done; deletes checkpoints beyond the last few."""
 
-    def __init__(self, folder: Path, position: Position, keep: int, run: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, position: Position, keep: int, run: Mapping[str, Any] | None = None) -> None:
         # The state is in host memory already. To copy ahead, the writing thread would take a CUDA context on device 0.
         super().__init__(folder.with_name(folder.name + PARTIAL), per_thread_copy_ahead=0)
-        self.folder, self.position, self.keep, self.run = folder, position, keep, run
+        self.folder, self.position, self.keep, self.run = folder, position, keep, run or {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()

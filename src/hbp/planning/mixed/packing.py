@@ -72,7 +72,8 @@ def pack_histogram(
     groups = tuple(groups)
     every = (*groups, *_levels(groups, costs.cost))
     lows = np.array([0, *(group.capacity for group in groups)])
-    bottom = int(np.searchsorted(lows[1:], np.flatnonzero(counts).min(initial=len(counts) - 1)))
+    some = counts > 0
+    bottom = int(np.searchsorted(lows[1:], int(some.argmax()) if some.any() else len(counts) - 1))  # of the shortest
     given = Given(groups, every, lows, bottom, costs, world_size)
     light = 2 * _even_length(counts[: groups[bottom].capacity + 1])
     if bottom == len(groups) - 1 or 2 * light > groups[bottom].capacity:

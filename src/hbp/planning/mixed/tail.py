@@ -75,7 +75,7 @@ def _to_the_end(given: Given, counts: Int, whole: int) -> tuple[list[OpenPacks],
             break
         if tail == capacity:  # full length does not do: one more micro-step, as short as can be
             whole, short, tail = whole + short, 1, 0
-        over, longest = int(left @ lengths), int(np.flatnonzero(left).max())
+        over, longest = int(left @ lengths), int(lengths[left > 0][-1])
         tail += max(over // (short * slots), tail // (STEPS_UP * short), 1) + (longest if tail < longest else 0)
     counts[:] = 0
     gc_layers = cost.fewest_gc_layers(tail, group.sp_degree)

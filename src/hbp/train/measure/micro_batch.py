@@ -72,7 +72,7 @@ def measure_point(
     if not repeats or math.isinf(peak):
         return Point(tuple(lengths), sp_degree, gc_layers, 0.0, peak)
 
-    _hold_gradients(model)
+    hold_gradients(model)
     forward_backward(model, batch)  # collectives of a new group begin slowly
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
@@ -90,8 +90,8 @@ def peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device)
     batch, peak = alone(batch), math.inf
     try:
         with without_others(model):
-            gradients = _hold_gradients(model)
-            peak = _peak_bytes(lambda: forward_backward(model, batch), device)
+            gradients = hold_gradients(model)
+            peak = peak_bytes_of(lambda: forward_backward(model, batch), device)
             peak += local_parameter_bytes(model) + (GRADIENTS + MOMENTS) * gradients
     except torch.OutOfMemoryError:
         start_over(model)
@@ -133,7 +133,7 @@ def start_over(model: nn.Module) -> None:
             group._to_sharded()
 
 
-def _hold_gradients(model: CausalLMWithLoss) -> int:
+def hold_gradients(model: CausalLMWithLoss) -> int:
     """Give the parameters gradients to accumulate into; returns the bytes of this rank's part of them."""
     size = 0
     for parameter in model.parameters():
@@ -181,7 +181,8 @@ def highest(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> float:
+def peak_bytes_of(run: Callable[[], object], device: torch.device) -> float:
+    """Most bytes that running it had given out at a time, over what was before; every tensor is seen."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
