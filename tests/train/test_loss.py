@@ -20,7 +20,7 @@ from hbp.train.loss import (
     global_batches,
     summed_cross_entropy,
 )
-from hbp.train.measure.micro_batch import _peak_bytes
+from hbp.train.measure.micro_batch import peak_bytes_of
 from hbp.train.model import CausalLMWithLoss, load_model
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 17
@@ -63,7 +63,7 @@ def test_logits_of_a_long_pack_are_bounded():
     tokens, vocab = 2**17, 256
     hidden, weight = torch.ones(tokens, 4, requires_grad=True), torch.ones(vocab, 4, requires_grad=True)
     labels = torch.ones(tokens, dtype=torch.int64)
-    peak = _peak_bytes(lambda: summed_cross_entropy(hidden, weight, labels).backward(), torch.device("cpu"))
+    peak = peak_bytes_of(lambda: summed_cross_entropy(hidden, weight, labels).backward(), torch.device("cpu"))
     assert peak - hidden.nbytes < 3 * CHUNK * vocab * 4 < tokens * vocab * 4 / 20
 
 
@@ -71,8 +71,8 @@ def test_evaluation_makes_no_gradients():
     hidden, weight, labels = torch.ones(8, 64, requires_grad=True), torch.ones(4096, 64, requires_grad=True), [1] * 8
     run = lambda: summed_cross_entropy(hidden, weight, torch.tensor(labels))  # noqa: E731
     with torch.no_grad():
-        assert _peak_bytes(run, torch.device("cpu")) < weight.nbytes / 2 < weight.nbytes
-    assert _peak_bytes(run, torch.device("cpu")) > weight.nbytes
+        assert peak_bytes_of(run, torch.device("cpu")) < weight.nbytes / 2 < weight.nbytes
+    assert peak_bytes_of(run, torch.device("cpu")) > weight.nbytes
 
 
 @pytest.mark.parametrize("chunks", [128, 256])

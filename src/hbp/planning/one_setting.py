@@ -19,7 +19,7 @@ from hbp.plan import Group, Plan
 from hbp.planning.metrics import measure, measure_order
 from hbp.planning.mixed.windows import windowed_schedule
 from hbp.planning.packs import Lengths
-from hbp.planning.planner import make_plan, to_plan
+from hbp.planning.planner import STRATEGIES, make_plan, to_plan
 from hbp.planning.strategy import Problem
 
 BASELINES = ("bfd", "isf")
@@ -61,7 +61,8 @@ def one_setting_plan(
         raise HbpError("there are no samples to plan; give data with at least one")
     group = _group(cost, max_length or int(lengths.max()), sp_degree, gc_layers)
     options |= {"seed": seed, "global_batch_tokens": global_batch_tokens}
-    if strategy == "hbp-mixed":
+    how = STRATEGIES.get(strategy)
+    if how is not None and how.finds_groups:  # it has this one instead
         mixed = _mixed(lengths, cost, group, seed, global_batch_tokens, windows)
         found = [mixed, *(make_plan(lengths, cost, strategy=name, static=group, **options) for name in BASELINES)]
     else:
