@@ -27,7 +27,8 @@ from hbp.plan import Plan, read_plan
 from hbp.progress import Progress
 from hbp.run.engine import Engine
 from hbp.run.hub import push
-from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, run_id, write_part
+from hbp.run.identity import RUN, read_record
+from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
 from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
 from hbp.simulator import step_seconds
 from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, load_checkpoint
@@ -142,7 +143,7 @@ def train_strategy(
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
         next_part: makes the part after the one given, None after the last; the model is there to try packs with.
         eval_plans: of the held-out samples, by source.
-        tokens_total: that the run is to see, for the learning rate; a checkpoint knows it itself.
+        tokens_total: that the run is to see, for the learning rate.
         checkpoint: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
 
@@ -159,6 +160,7 @@ def train_strategy(
     records = _take_up_logs(folder, part, checkpoint)
     with ExitStack() as stack:
         at = checkpoint.position if checkpoint else Position(part.number, 0, 0, 0, tokens_total, "", 0)
+        at = dataclasses.replace(at, tokens_total=tokens_total)
         run = _open(stack, engine, folder, learner, at, eval_plans, keeps_state)
         if checkpoint:
             load_checkpoint(checkpoint.folder, learner.model, learner.optimizer, engine.config.seed)
@@ -201,15 +203,26 @@ def _open(
     received = stack.enter_context(stop_signals()) if keeps_state else Received()
     peak = [peak_flops_per_s(engine.device)]
     dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
-    run = _Run(engine, folder, learner, at, _HeldOut(eval_plans, at.run_step, at.tokens), peak[0], received)
+    run = _Run(engine, folder, learner, at, _held_out(folder, eval_plans), peak[0], received)
     if not keeps_state:
         return run
-    run.saving = _Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints), at.run_step)
+    whose = read_record(Path(engine.config.run_dir) / RUN)
+    kept = {} if whose is None else dataclasses.asdict(whose)
+    run.saving = _Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints, kept), at.run_step)
     if dist.get_rank() == 0:
-        shown, name = engine.config.model_dump(mode="json"), run_id(engine.config)
+        shown, name = engine.config.model_dump(mode="json"), None if whose is None else whose.id
         run.writers = stack.enter_context(open_writers(engine.config.log, folder, shown, name, at.run_step))
     run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
     return run
+
+
+def _held_out(folder: Path, plans: EvalPlans) -> _HeldOut:
+    """With the last evaluation that the log holds, so that a resumed run keeps the cadence. A collective."""
+    last: list[Any] = [None]
+    if dist.get_rank() == 0 and (log := read_log(folder, EvalRecord)):
+        last = [(log[-1].run_step, log[-1].tokens, log[-1].eval_loss, log[-1].eval_loss_by_source)]
+    dist.broadcast_object_list(last)
+    return _HeldOut(plans, 0, 0) if last[0] is None else _HeldOut(plans, *last[0])
 
 
 def _begin_part(part: Part) -> None:

@@ -46,6 +46,8 @@ CUDA_ENVIRONMENT = {
     # Packs of other sizes from micro-step to micro-step leave holes in segments of fixed size.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""Where all ranks are on this machine, what they say to each other in collectives is said on no network."""
 SAVE_TIMEOUT_S = 600
 """How long ranks may take to end a step and save after a signal, before they are killed."""
 PREPARE_TIMEOUT = timedelta(days=1)
@@ -71,6 +73,9 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
 
     for name, value in (CUDA_ENVIRONMENT if torch.cuda.is_available() else CPU_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
+    if sys.platform == "linux":
+        for name, value in LOOPBACK.items():
+            os.environ.setdefault(name, value)
     # What the launcher logs of a failed rank, we say in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
