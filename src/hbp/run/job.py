@@ -43,13 +43,13 @@ from hbp.run.fit_memory import (
     own_plans,
     plan_within_memory,
 )
-from hbp.run.hub import check_hub
 from hbp.run.identity import RUN, replans, write_record
 from hbp.run.lock import owning
 from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
 from hbp.train.check.compare import require_checked
+from hbp.train.hub import check_hub
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
 from hbp.train.model import CausalLMWithLoss, read_config

@@ -26,13 +26,13 @@ from hbp.errors import RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress
 from hbp.run.engine import Engine
-from hbp.run.hub import push
 from hbp.run.identity import RUN, read_record
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
 from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
 from hbp.simulator import step_seconds
 from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, load_checkpoint
 from hbp.train.export import export_model, source_dtype
+from hbp.train.hub import push
 from hbp.train.launch import Received, device_name, free_memory, stop_signals
 from hbp.train.logs import Writer, open_writers, scalars_of, trace
 from hbp.train.loop import Learner, Start, StepFailed, evaluate, train

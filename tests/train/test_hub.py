@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hbp.config import Config
 from hbp.errors import HbpError
-from hbp.run.hub import check_hub, push
+from hbp.train.hub import check_hub, push
 
 
 class Hub:
