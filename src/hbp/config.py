@@ -167,9 +167,21 @@ class TrainConfig(_Section):
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
     final_lr: float = Field(0.1, ge=0, le=1, description="share of the peak that the cosine ends at")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW, on matrices; norms and biases have none")
+    decay_all: bool = Field(False, description="weight decay on norms and biases too, as in earlier versions")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_skipped: int = Field(
+        3,
+        ge=1,
+        description="a step whose loss or gradient norm is not finite is skipped; so many in a row end the run",
+    )
+    max_minutes: float | None = Field(
+        None, gt=0, description="save and end this job (exit code 85) after so many minutes; none: no limit"
+    )
+    max_steps: int | None = Field(
+        None, ge=1, description="save and end (exit code 85) after so many steps of the whole run; none: no limit"
+    )
     export: bool = Field(True, description="write the trained model as a Hugging Face folder")
     epochs: int = Field(1, ge=1, description="times that every sample is trained on; each epoch has a plan of its own")
     resume: str = Field(

@@ -24,6 +24,16 @@ def add_parser(commands: Commands) -> None:
     )
     train.set_defaults(run=run_train)
     _add_job(train)
+    torchrun = commands.add_parser(
+        "torchrun",
+        help="torchrun, with our exit codes and signals",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="PyTorch's torchrun with all its options. It ends with what its ranks end with (0 finished, 85\n"
+        "saved and to be continued, 2 wrong input, 1 a fault), where torchrun knows only 0 and 1, and it hands\n"
+        "SIGUSR1 on:  hbp torchrun --nproc-per-node 8 -m hbp train config.yaml",
+        usage="hbp torchrun [options of torchrun] -m hbp train CONFIG.yaml [section.key=value ...]",
+    )
+    torchrun.set_defaults(run=lambda args: torchrun.error("give torchrun's arguments"))
     profile = commands.add_parser(
         "profile",
         help="measure the cost model on this machine's devices",
@@ -83,6 +93,13 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
         run_table(summary, disturbed=any(s.get("disturbed", False) for s in report.numbers["strategies"]))
         print(f"report: {report.html}")
     return {**summary, "report": str(report.html)}
+
+
+def run_torchrun(arguments: list[str]) -> None:
+    """`hbp torchrun`, with torchrun's arguments."""
+    from hbp.train import launch
+
+    launch.launch_torchrun(arguments)
 
 
 def run_profile(args: argparse.Namespace) -> dict[str, Any] | None:

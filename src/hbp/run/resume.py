@@ -38,7 +38,7 @@ FREE = (
     "run_dir", "cluster.processes", "data.processes", "data.ray", "data.cache", "data.source", "data.eval_source",
     "data.tokenizer", "data.streaming", "plan.baseline", "train.resume", "train.save_minutes",
     "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "train.eval_tokens", "train.trace_steps",
-    "train.export", "train.hang_minutes", "log.",
+    "train.export", "train.hang_minutes", "train.max_skipped", "train.max_minutes", "train.max_steps", "log.",
 )  # fmt: skip
 """Options that may change between a run and its resumption: nothing that is trained depends on them, or it is told by
 the store's fingerprint, as what the sources and the tokenizer hold is."""
