@@ -139,6 +139,9 @@ class PlanConfig(_Section):
     baseline: str | None = Field(
         None, description="also train this strategy on the same samples and compare, such as `concat`"
     )
+    baseline_full: bool = Field(
+        False, description="train every static setting of the baseline whole; no: a few steps of each, then the fastest"
+    )
     global_batch_tokens: int | None = Field(
         None,
         ge=1,

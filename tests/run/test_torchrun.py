@@ -32,6 +32,14 @@ if os.environ.get("RANK") and "hbp" in sys.orig_argv:
         return plain(model, batch, scale)
     loop.forward_backward = forward_backward
 
+    if os.environ.get("TEST_SLOW_SAVE"):
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        write = FileSystemWriter.write_data
+        def write_data(*arguments):
+            time.sleep(float(os.environ["TEST_SLOW_SAVE"]))
+            return write(*arguments)
+        FileSystemWriter.write_data = write_data
+
     stuck = os.environ.get("TEST_STUCK") if os.environ["RANK"] == "1" else None
     if stuck == "data":  # from the sixth micro-batch on; the heartbeat's thread lives
         batches = loop.micro_batches
@@ -132,6 +140,20 @@ def test_a_rank_is_killed_and_the_others_stop_within_a_minute(job, interfering, 
         assert error.startswith("hbp: error: rank 1 was ended by SIGKILL and the others were stopped")
     else:
         assert "exitcode  : -9" in said  # torchrun names the rank that was killed
+
+
+def test_a_rank_that_is_killed_during_a_save_is_named_as_killed(job, interfering):
+    """And not as a save that failed, which is what the others see."""
+    interfering("TEST_SLOW_SAVE", "3")
+    run = job / "killed-in-save"
+    running = start(job, f"run_dir={run}", "train.save_steps=2")
+    ranks = ranks_of(running, 2)
+    wait_for(lambda: any((run / "hbp" / "checkpoints").glob("*.partial")))
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 1, said
+    (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
+    assert error.startswith("hbp: error: rank 1 was ended by SIGKILL and the others were stopped")
 
 
 def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering):

@@ -36,7 +36,7 @@ RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 FREE = (
     "run_dir", "cluster.processes", "data.processes", "data.ray", "data.cache", "data.source", "data.eval_source",
-    "data.tokenizer", "data.streaming", "plan.baseline", "train.resume", "train.save_minutes",
+    "data.tokenizer", "data.streaming", "plan.baseline", "plan.baseline_full", "train.resume", "train.save_minutes",
     "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "train.eval_tokens", "train.trace_steps",
     "train.export", "train.hang_minutes", "train.max_skipped", "train.max_minutes", "train.max_steps", "log.",
 )  # fmt: skip
