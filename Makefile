@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install quickstart test lint format typecheck browser clean
+.PHONY: install quickstart test test-more test-cuda-fake test-oldest test-newest lint format typecheck browser clean
 
 install: $(STAMP)
 
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(PIP_FLAGS) -r constraints-cpu.txt
-	$(BIN)/pip install --quiet $(PIP_FLAGS) -e '.[train,lora,log,dev]' -c constraints-cpu.txt
+	$(BIN)/pip install --quiet $(PIP_FLAGS) -e '.[train,lora,trainers,log,dev]' -c constraints-cpu.txt
 	touch $@
 
 quickstart: install
@@ -24,12 +24,34 @@ quickstart: install
 test: install browser
 	$(BIN)/pytest
 
+# Property tests with fresh seeds and ten times the cases; MORE names what to run.
+MORE ?= tests/planning
+test-more: install
+	$(BIN)/pytest --hypothesis-profile=more $(MORE)
+
 # The report's test looks at the page in a browser; where there is none and we may, install one.
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 || { \
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
 	  echo "no chromium here and no right to install it: the report's browser test will be skipped"
+
+# The CUDA paths without a GPU, with the CUDA build of the oldest torch and transformers that we support (some 3 GB).
+OLDEST := torch==2.11.0 transformers==5.17.*
+NEWEST := torch transformers
+EXTRAS := .[train,lora,log] hypothesis pytest pytest-xdist pillow
+
+.venv-%/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet $(PIP_FLAGS) $(if $(filter oldest,$*),$(OLDEST),--upgrade $(NEWEST)) -e $(EXTRAS)
+	touch $@
+
+test-cuda-fake: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest tests/cuda_fake -v
+
+# The training half at both ends of the supported range of torch and transformers.
+test-oldest test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest tests/train tests/parallel tests/cost tests/cuda_fake
 
 lint: install
 	$(BIN)/ruff check .

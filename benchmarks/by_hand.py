@@ -11,8 +11,8 @@ import numpy.typing as npt
 from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
 from hbp.planning.metrics import measure
-from hbp.planning.paper.groups import longest_settings
-from hbp.planning.schedule import Schedule, predicted_seconds
+from hbp.planning.packs import Schedule, predicted_seconds
+from hbp.planning.settings import longest_settings
 
 Lengths = npt.NDArray[np.int32]
 Made = tuple[Schedule, tuple[Group, ...]]

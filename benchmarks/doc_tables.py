@@ -18,6 +18,8 @@ from typing import Any
 
 from goals import exact, verdicts
 
+from hbp.cost.known_models import KNOWN_MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -322,6 +324,41 @@ def cost_model() -> str:
     return table(header, cells) + "\n" + source + "`benchmarks/results/cost-model.json`.*\n"
 
 
+def models() -> str:
+    data = json.loads((RESULTS / "models.json").read_text())
+    names = [each["property"] for each in data["rows"][0]["properties"]]
+    cells = [
+        (
+            f"`{row['model_type']}` ({row['model']})",
+            *(_error(each) if each["holds"] else "**fails**" for each in row["properties"]),
+        )
+        for row in data["rows"]
+        if not row["refused"]
+    ]
+    bounds = ("*bound*", *(_error(each, "bound") for each in data["rows"][0]["properties"]))
+    versions = f"torch {data['rows'][0]['torch']}, transformers {data['rows'][0]['transformers']}"
+    source = f"*`{data['command']}`, {versions}, {data['device']}, {data['date']}; raw rows in "
+    return table(("family", *names), [*cells, bounds]) + "\n" + source + "`benchmarks/results/models.json`.*\n"
+
+
+def _error(finding: Row, key: str = "error") -> str:
+    return f"{finding[key]:.2f}×" if finding["bound"] > 1 else f"{finding[key]:.0e}" if finding[key] else "0"
+
+
+def models_refused() -> str:
+    data = json.loads((RESULTS / "models.json").read_text())
+    lines = [f"- `{row['model_type']}` ({row['model']}): {row['refused']}." for row in data["rows"] if row["refused"]]
+    return "\n".join(lines) + "\n"
+
+
+def models_known() -> str:
+    families: dict[str, list[str]] = {}
+    for name, config in KNOWN_MODELS.items():
+        families.setdefault(config["model_type"], []).append(f"`{name}`")
+    rows = [f"| `{family}` | {', '.join(names)} |" for family, names in families.items()]
+    return "\n".join(["| family | names |", "|---|---|", *rows]) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "packing-fitting": packing_fitting,
     "packing-plans": packing_plans,
@@ -336,6 +373,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "train": train,
     "cost-model": cost_model,
+    "models": models,
+    "models-refused": models_refused,
+    "models-known": models_known,
 }
 
 

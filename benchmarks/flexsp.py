@@ -23,8 +23,7 @@ from numba import njit
 
 from hbp.cost.predict import CostModel
 from hbp.plan import Group
-from hbp.planning.packs import join, packs_of
-from hbp.planning.schedule import Schedule
+from hbp.planning.packs import Schedule, join, packs_of
 
 MORE_MICRO_BATCHES = 2
 """Tried beyond the fewest that memory asks for."""

@@ -34,15 +34,15 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
-from hbp.planning.paper.groups import longest_capacity, longest_settings
 from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.settings import longest_capacity, longest_settings
 from hbp.progress import Progress
 from hbp.simulator import DAY
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gain.json"
 MODEL, REFERENCE, K = "llama-3.1-8b", "bfd", 1024
-OURS = [name for name in STRATEGIES if name.startswith("hbp")]
+OURS = [name for name, strategy in STRATEGIES.items() if strategy.ours]
 H100 = CLUSTERS["h100-nvlink"]
 NETWORKS = {
     "NVLink throughout": dataclasses.replace(H100, name="nvlink-throughout", devices_per_node=1 << 20),

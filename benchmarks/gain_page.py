@@ -16,9 +16,11 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from hbp.planning.planner import STRATEGIES
 from hbp.report.figures import INK, PALETTE, STYLE, as_svg, standalone
 
 K = 1024
+OURS = [name for name, strategy in STRATEGIES.items() if strategy.ours]
 NAMES = {
     "hbp": "HBP, as published",
     "hbp-mixed": "HBP, mixed",
@@ -78,7 +80,7 @@ def best_of_ours(rows: Sequence[Row], section: str) -> list[Row]:
     """In each place of a section the fastest of our strategies."""
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if row["section"] == section and row["strategy"].startswith("hbp") and "speedup" in row:
+        if row["section"] == section and row["strategy"] in OURS and "speedup" in row:
             place = (row["data"], row["context"], row["gpus"], row["network"], row["share"])
             if place not in best or row["speedup"] > best[place]["speedup"]:
                 best[place] = row
@@ -198,7 +200,7 @@ def contexts_table(rows: Sequence[Row]) -> str:
     lines = []
     for context in sorted({r["context"] for r in mine}):
         here = {r["strategy"]: r for r in mine if r["context"] == context}
-        ours = [r for name, r in here.items() if name.startswith("hbp") and "speedup" in r]
+        ours = [r for name, r in here.items() if name in OURS and "speedup" in r]
         if not ours:
             why = next((r["error"] for r in here.values() if "error" in r), "")
             lines.append([_named(context, "context"), "–", "–", "–", f"does not fit: {why.split(':')[0]}"])

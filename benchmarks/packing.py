@@ -53,7 +53,8 @@ from hbp.progress import Progress
 Lengths = npt.NDArray[np.int32]
 Row = dict[str, Any]
 MODEL, RANKS = "llama-3.1-8b", 32
-OURS = ("hbp", "hbp-mixed")
+OURS = tuple(name for name, strategy in STRATEGIES.items() if strategy.ours)
+QUICK = tuple(name for name, strategy in STRATEGIES.items() if strategy.slow_above is None)
 ENOUGH_S = 5.0
 """Seconds after which a packer is not timed again."""
 SLOW = ("trl", "binpacking", "ms-swift", "verl", "xtuner")
@@ -65,8 +66,8 @@ NO_LIMIT = "short, no limit"
 USUAL = ("concat", "bfd", "hbp", "hbp-mixed")
 CASES = (
     (20_000, 32, "h100-nvlink", tuple(STRATEGIES)),
-    (100_000, 32, "h100-nvlink", tuple(name for name in STRATEGIES if name != "lb")),
-    (1_000_000, 32, "h100-nvlink", tuple(name for name in STRATEGIES if name != "lb")),
+    (100_000, 32, "h100-nvlink", QUICK),
+    (1_000_000, 32, "h100-nvlink", QUICK),
     *((1_000_000, gpus, "h100-nvlink", (*USUAL, "dcp")) for gpus in (256, 1024)),
     *((1_000_000, gpus, "h100-ethernet", USUAL) for gpus in (32, 256)),
     (1_000_000, 1024, "h100-ethernet", (*USUAL, "dcp")),

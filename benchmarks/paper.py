@@ -48,10 +48,9 @@ from hbp.data.length_sets import generate
 from hbp.errors import HbpError
 from hbp.plan import Group
 from hbp.planning.kernels import first_fit
-from hbp.planning.packs import Int, packs_of
-from hbp.planning.paper.packing import hierarchical_packs
+from hbp.planning.packs import Int, packs_of, predicted_seconds
+from hbp.planning.paper.packing import balance_batches, hierarchical_packs
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.planning.schedule import balance_batches, predicted_seconds
 from hbp.progress import Progress
 from hbp.simulator import DAY
 
@@ -121,7 +120,7 @@ class Bench:
         """
         lengths = generate(SETS[data], self.samples, seed=0)
         lengths, cost = lengths[lengths <= length], self.cost(model, gpus)
-        chosen = strategy.startswith("hbp")
+        chosen = strategy in STRATEGIES and STRATEGIES[strategy].ours
         static = None if lowest is None or chosen else self.static(model, gpus, length, lowest)
         if all_recomputed and lowest is not None:
             static = Group(length, lowest, cost.model.n_layers)
@@ -228,7 +227,7 @@ def tables(bench: Bench, wanted: set[str], quick: bool) -> list[dict[str, Any]]:
 
     whole = Bench(BALANCE_SAMPLES * bench.samples, bench.cluster)
     mix = "Tulu3 + LongCite"
-    beyond = [name for name in STRATEGIES if name.startswith("hbp") and name != "hbp"]
+    beyond = [name for name, strategy in STRATEGIES.items() if strategy.finds_groups]
     if "2" in wanted:
         for length, lowest, abr, cr in ((4, 1, 0.343, 0.0), (32, 4, 0.456, 1.0), (128, 8, 0.506, 1.0)):
             run = whole.run("isf", mix, EIGHT_B, length=length * K, lowest=lowest)

@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON to a file, beside its other process counts' rows")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    names = [*BASELINES, *(name for name in STRATEGIES if name.startswith("hbp"))]
+    names = [*BASELINES, *(name for name, strategy in STRATEGIES.items() if strategy.ours)]
     if args.strategies:
         names = args.strategies.split(",")
     elif args.quick:

@@ -116,3 +116,11 @@ def test_trl_keeps_documents_apart_on_the_same_samples() -> None:
     assert trl["tokens"] == trl["tokens_given"]
     assert trl["position_ids_restart"] == trl["documents_apart"] is True
     assert trl["steps"] > 0
+
+
+def test_models() -> None:
+    result = run("models.py")
+    assert result["proven"] is True
+    for row in result["rows"]:
+        assert row["holds"]
+        assert {"alone", "packed", "SP 2", "SP 4", "mixed"} < {each["property"] for each in row["properties"]}

@@ -55,10 +55,12 @@ def test_another_version_may_know_other_fields(tmp_path: Path) -> None:
 
 
 def test_evaluations_have_a_log_of_their_own(tmp_path: Path) -> None:
-    append_record(tmp_path, EvalRecord(run_step=4, tokens=1000, eval_loss=2.25))
+    by_source = {"chats": 2.25, "silent": None}
+    append_record(tmp_path, EvalRecord(4, 1000, 2.25, by_source))
     append_record(tmp_path, RECORD)
-    assert json.loads((tmp_path / "eval.jsonl").read_text()) == {"run_step": 4, "tokens": 1000, "eval_loss": 2.25}
-    assert read_log(tmp_path, EvalRecord) == [EvalRecord(4, 1000, 2.25)]
+    line = {"run_step": 4, "tokens": 1000, "eval_loss": 2.25, "eval_loss_by_source": by_source}
+    assert json.loads((tmp_path / "eval.jsonl").read_text()) == line
+    assert read_log(tmp_path, EvalRecord) == [EvalRecord(4, 1000, 2.25, by_source)]
 
 
 def test_groups_are_summed_apart() -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import time
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import start_processes
+
+from hbp.train.check import ranks
 
 torch.set_num_threads(1)  # these models are too small for more
 CPU = torch.device("cpu")
@@ -89,43 +84,8 @@ FAMILIES = {
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 300) -> list[Any]:
-    """``function(rank, world, *args)`` of a module's top level in `world` gloo processes; what each returned.
-
-    Processes fork from one server that has imported :data:`PRELOADED`, so that a launch costs no imports. A
-    failure in one ends all and comes out with its traceback.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    with TemporaryDirectory() as folder:
-        context = start_processes(
-            _rank_main, (world, folder, function, args, timeout), world, join=False, start_method="forkserver"
-        )
-        deadline = time.monotonic() + timeout
-        try:
-            while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{function.__name__}: ranks still run after {timeout} s")
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-def _rank_main(
-    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",  # a file: no port to collide on
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=timeout),
-    )
-    torch.save(function(rank, world, *args), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    """As :func:`hbp.train.check.ranks.run_ranks`, in processes that have imported :data:`PRELOADED`."""
+    return ranks.run_ranks(function, world, *args, timeout=timeout, preloaded=PRELOADED)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> str:

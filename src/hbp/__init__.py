@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hbp.parallel.mesh import make_mesh as make_mesh
     from hbp.parallel.ulysses import register_attention as register_attention
     from hbp.plan import Plan as Plan
-    from hbp.planning.metrics import lower_bound as lower_bound
+    from hbp.planning.lower_bound import lower_bound as lower_bound
     from hbp.planning.mixed.stream import StreamPlanner as StreamPlanner
     from hbp.planning.planner import make_plan as make_plan
     from hbp.simulator import simulate as simulate
@@ -33,7 +33,7 @@ _HOMES = {
     "HbpError": "hbp.errors",
     "Plan": "hbp.plan",
     "StreamPlanner": "hbp.planning.mixed.stream",
-    "lower_bound": "hbp.planning.metrics",
+    "lower_bound": "hbp.planning.lower_bound",
     "make_mesh": "hbp.parallel.mesh",
     "make_plan": "hbp.planning.planner",
     "open_store": "hbp.data.store",

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hbp.errors import HbpError, did_you_mean
+
+Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
+Loss = Literal["ave-token", "sample-mean", "sum"]
+Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+"""Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
+LOSSES: tuple[str, ...] = get_args(Loss)
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 
 class _Section(BaseModel):
@@ -107,14 +115,15 @@ class ModelConfig(_Section):
         "float32",
         description="of activations and gathered parameters; states and gradient reduction stay float32",
     )
-    attention: Literal["auto", "varlen", "sdpa", "flex", "flash"] = Field(
+    attention: Kernel = Field(
         "auto",
-        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn",
+        description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn; "
+        "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
     )
     compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
     offload_activations: bool = Field(
         False,
-        description="keep what waits for backward in host memory; plans are made as if it stayed on the device",
+        description="keep what waits for backward in host memory; plans count on it, so they recompute less",
     )
 
 
@@ -163,7 +172,7 @@ class PlanConfig(_Section):
 class TrainConfig(_Section):
     """Optimizer and outputs. AdamW with the paper's recipe."""
 
-    loss: Literal["ave-token", "sample-mean", "sum"] = Field(
+    loss: Loss = Field(
         "ave-token",
         description="over the global batch of a step: every loss token alike, every sample alike, or the sum",
     )
@@ -213,7 +222,17 @@ class LoraConfig(_Section):
     rank: int = Field(0, ge=0, description="of the adapters; 0: train the whole model")
     alpha: float = Field(16.0, gt=0, description="their outputs are scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' inputs")
-    targets: str | tuple[str, ...] = Field("all-linear", description="names of the layers that get one")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="names of the layers (or stacked experts) that get one, or one expression that matches whole "
+        "paths; all-linear: every matrix but embedding and head",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="the model's own biases that are trained too: none, all, or of layers with an adapter"
+    )
+    modules_to_save: tuple[str, ...] = Field((), description="modules that are trained whole, such as lm_head")
+    rslora: bool = Field(False, description="scale by alpha / √rank instead")
+    dora: bool = Field(False, description="train the norms of adapted weights apart (DoRA)")
 
 
 class LogConfig(_Section):

@@ -48,7 +48,7 @@ def test_keys_with_a_default_may_be_absent() -> None:
     data = H100.to_json()
     for field in dataclasses.fields(ClusterSpec):
         if field.default is not dataclasses.MISSING:
-            del data[field.name]
+            data.pop(field.name, None)  # offloading is named only where there is any
     assert cluster_from_json(data).activation_scale == 1.0
 
 

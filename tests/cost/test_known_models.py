@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hbp.cost.dimensions import FAMILIES
 from hbp.cost.known_models import KNOWN_MODELS
-from hbp.cost.model_spec import load_model_spec, spec_from_config
+from hbp.cost.model_spec import load_model_spec, spec_from_config, spec_of_any
 from hbp.errors import HbpError
 
 LLAMA, QWEN2, QWEN3_MOE, DEEPSEEK = (
@@ -23,6 +25,9 @@ OPTIONAL = {
     "decoder_sparse_step",
     "mlp_only_layers",
     "first_k_dense_replace",
+    "sliding_window",
+    "attention_bias",
+    "pad_token_id",
 }
 REQUIRED = [(c, key) for c in (LLAMA, QWEN3_MOE, DEEPSEEK) for key in c if key not in OPTIONAL]
 
@@ -42,19 +47,27 @@ def test_a_missing_key_is_named(config: dict[str, Any], key: str) -> None:
     assert refusal({k: v for k, v in config.items() if k != key}) == message
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def of_known(family: str) -> dict[str, Any]:
+    return next(dict(config) for config in KNOWN_MODELS.values() if config["model_type"] == family)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "glm"])  # of which no size is known by name
 def test_absent_keys_get_transformers_defaults(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    whole = DEEPSEEK if family.startswith("deepseek") else QWEN3_MOE if family == "qwen3_moe" else LLAMA
-    config = {k: v for k, v in whole.items() if k not in OPTIONAL}
+    config = {k: v for k, v in of_known(family).items() if k not in OPTIONAL}
+    if family in ("qwen2", "qwen3"):  # whose smallest have not as many heads as the default of key/value heads
+        config = {k: v for k, v in LLAMA.items() if k not in OPTIONAL}
     hf = transformers.AutoConfig.for_model(family, **config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf)
     spec = spec_from_config({"model_type": family, **config})
     assert spec.parameters() == model.num_parameters()
-    assert spec.window(0) == getattr(hf, "sliding_window", None)
-    assert spec.kv_heads == hf.num_key_value_heads
+    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    window = getattr(hf, "sliding_window", None) or None
+    for layer, kind in enumerate(kinds):
+        assert spec.window(layer) == (window if kind == "sliding_attention" else None)
+    assert spec.kv_heads == (hf.num_key_value_heads or hf.num_attention_heads)
 
 
 def test_windows_of_each_layer() -> None:
@@ -110,8 +123,37 @@ def test_nonsense_is_refused_in_one_line(change: dict[str, Any], message: str) -
     assert message in refusal({**LLAMA, **change})
 
 
+def test_a_name_that_is_almost_right() -> None:
+    with pytest.raises(HbpError, match=r"no model 'Qwen/qwen3-8': give a built-in name, such as qwen3-8b,"):
+        load_model_spec("Qwen/qwen3-8")
+
+
+def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda name, file: str(tmp_path / file))
+    assert load_model_spec("lab/Model-7B") == spec_from_config(MISTRAL, "Model-7B")
+
+
+def test_the_text_part_of_a_model_that_sees_pictures() -> None:
+    text = {**LLAMA, "model_type": "gemma3_text", "head_dim": 128}
+    assert spec_from_config({"model_type": "gemma3", "text_config": text}) == spec_from_config(text)
+
+
+def test_a_family_that_is_not_known_is_guessed_from_its_parameters() -> None:
+    config = {**LLAMA, "model_type": "starcoder2"}
+    gated = spec_from_config(LLAMA)
+    two = gated.parameters() - gated.n_layers * gated.hidden * gated.intermediate
+    guess = spec_of_any(config, lambda: two + 3200)  # a hundred parameters more in each layer
+    assert (guess.mlp_matrices, guess.parameters(), guess.model_type) == (2, two + 3200, "starcoder2")
+    assert spec_of_any(config, gated.parameters).mlp_matrices == 3
+    with pytest.raises(HbpError, match=r"'starcoder2' is not known to the cost model, and .* do not look like"):
+        spec_of_any(config, lambda: 2 * gated.parameters())
+    assert spec_of_any(LLAMA, lambda: 0) == gated  # it is not asked
+
+
 def test_files(tmp_path: Path) -> None:
-    with pytest.raises(HbpError, match=r"no model 'nowhere': give one of llama-3\.1-8b"):
+    with pytest.raises(HbpError, match=r"no model 'nowhere': give a built-in name, such as llama-3\.1-8b"):
         load_model_spec("nowhere")
     with pytest.raises(HbpError, match="no model"):
         load_model_spec(str(tmp_path))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp.cost.cluster import CLUSTERS
-from hbp.cost.memory import LOSS_CHUNK_TOKENS, Moment
+from hbp.cost.cluster import CLUSTERS, cluster_from_json
+from hbp.cost.memory import LOSS_CHUNK_TOKENS, SAVED_TENSORS, STAYS_BYTES, Moment
 from hbp.cost.model_spec import load_model_spec, spec_from_config
 from hbp.cost.predict import CostModel
 
@@ -29,7 +29,7 @@ SMALL = dataclasses.replace(
 
 
 def test_bytes_by_hand() -> None:
-    """The largest of three moments, in float32 on four ranks."""
+    """The largest of its moments, in float32 on four ranks."""
     cluster = dataclasses.replace(CLUSTERS["cpu-local"], activation_scale=1.5, fixed_bytes=1e6)
     cost, layer, head = CostModel(SMALL, cluster, 4), SMALL.layer_parameters(0), 1000 * 256 * 4
     root = SMALL.parameters() - 6 * layer
@@ -38,13 +38,15 @@ def test_bytes_by_hand() -> None:
     assert cost.bytes(0, 1, 0) == max(always + head + layer * (4 + 2 * 4 + 4), end)
     saved, kept = SMALL.layer_activation_bytes(0, 4, 2), 256 * 4
     for gc_layers, whole in ((0, 6), (2, 4), (6, 0)):
-        for tokens, in_chunk in ((1000, 500), (8000, 1024)):
+        for tokens, in_chunk in ((1000, 500), (8000, 2048)):
             mine = tokens / 2
             loss = always + head + 1.5 * mine * (whole * saved + gc_layers * kept) + mine * 256 * 4 * 4
-            loss += in_chunk * 1000 * 3 * 4
-            acts = 1.5 * mine * (max(whole, 1) * saved + gc_layers * kept)  # one layer at a time is recomputed
-            backward = always + head + layer * (4 + 2 * 4 + 4) + acts + mine * 4 * (2 * SMALL.intermediate + 2 * 256)
-            assert cost.bytes(tokens, 2, gc_layers) == pytest.approx(max(loss, backward, end))
+            loss += in_chunk * 1000 * 2 * 4  # logits, and their gradients
+            at_work = always + head + layer * (4 + 2 * 4) + mine * 4 * (2 * SMALL.intermediate + 2 * 256)
+            first = at_work + 1.5 * mine * (max(whole, 1) * saved + gc_layers * kept)  # recomputed one at a time
+            later = at_work + 1.5 * mine * (max(whole - 1, 1) * saved + gc_layers * kept)
+            later += layer * 4  # the gradients of the layer before are being reduced
+            assert cost.bytes(tokens, 2, gc_layers) == pytest.approx(max(loss, first, later, end))
 
 
 some = st.just(0.0) | st.floats(1e-3, 1e6)
@@ -166,3 +168,54 @@ def _measure(rank: int, world: int, config: dict[str, object], cases: list[tuple
     mesh = make_mesh(world, [1], "cpu")
     shard(model, mesh.world, by_layer=spec_from_config(config).sharded_by_layer)
     return [measure_point(model, mesh, (tokens,), 1, k, device=CPU, repeats=0).peak_bytes for tokens, k in cases]
+
+
+def test_offloaded_activations_by_hand() -> None:
+    """Nothing but small tensors waits on the device; backward has one whole layer there."""
+    cluster = dataclasses.replace(CLUSTERS["h100-nvlink"], offload_activations=True)
+    model = load_model_spec("llama-3.1-8b")
+    cost, tokens, gc_layers = CostModel(model, cluster, 32), 100_000, 2
+    layer, head, hidden = model.layer_parameters(0), model.vocab * model.hidden * 2, model.hidden * 2
+    root = (model.parameters() - model.n_layers * layer) * 2
+    always = model.parameters() * 16 / 32 + root
+    small = ((model.n_layers - gc_layers) * SAVED_TENSORS + gc_layers) * 2**20
+    loss = always + head + tokens * (model.hidden * (4 + 2) + 2 * hidden) + 1024 * model.vocab * 4 * 3 + small
+    one_layer = tokens * (model.layer_activation_bytes(0, 2, 1) + 2 * model.intermediate * 2 + 2 * hidden)
+    backward = always + head + layer * (2 + 2 * 2 + 4) + one_layer + small
+    assert cost.bytes(tokens, 1, gc_layers) == pytest.approx(max(loss, backward))
+
+
+def test_offloading_recomputes_less_and_never_needs_more() -> None:
+    model = load_model_spec("llama-3.1-8b")
+    stays, goes = (
+        CostModel(model, dataclasses.replace(CLUSTERS["h100-nvlink"], offload_activations=offload), 32)
+        for offload in (False, True)
+    )
+    assert goes.fewest_gc_layers(60_000, 1) == 0 < (stays.fewest_gc_layers(60_000, 1) or 0)
+    for tokens in (64, 1000, 5000, 60_000):
+        for gc_layers in (0, 5, 32):
+            assert goes.bytes(tokens, 1, gc_layers) <= stays.bytes(tokens, 1, gc_layers) + tokens * (
+                model.layer_activation_bytes(0, 2, 1)
+            )
+    assert cluster_from_json(goes.cluster.to_json()) == goes.cluster
+    assert "offload_activations" not in stays.cluster.to_json()  # as plans were before
+    with pytest.raises(ValueError, match="not true or false"):
+        cluster_from_json(goes.cluster.to_json() | {"offload_activations": 1})
+
+
+@given(st.floats(0, 1e9), st.floats(1e-3, 1e6), some, st.floats(1e-3, 1e6), st.floats(0, 1e9), st.floats(0, 1e10))
+def test_most_tokens_where_small_tensors_stay(
+    constant: float, each: float, in_chunk: float, small: float, most_small: float, budget: float
+) -> None:
+    moment = Moment(constant, each, in_chunk, small, most_small)
+    most = moment.most_tokens(budget)
+    if constant > budget:
+        assert most == 0
+    else:
+        assert moment.bytes(most) == pytest.approx(budget, rel=1e-6, abs=1e-3)
+
+
+def test_what_stays_on_the_device_is_what_the_engine_leaves_there() -> None:
+    from hbp.train.model import offloaded_activations
+
+    assert (offloaded_activations.__defaults__ or ())[0] == STAYS_BYTES

@@ -68,7 +68,7 @@ def test_seconds_by_hand() -> None:
     layers, lengths, again = 6, [10, 20], 2 / 6
     flops = 2 * layers * (256 * 32 * (12 + 4 + 4 + 12) + 3 * 256 * SMALL.intermediate)
     last = 2 * layers * 256 * SMALL.intermediate  # the MLP's way down, which is not recomputed
-    linear = 30 * (flops * (3 + again) - last * again + 2 * 256 * 1000 * 4) / 2
+    linear = 30 * (flops * (3 + again) - last * again + 2 * 256 * 1000 * 3) / 2
     attention = (55 + 210) * 2 * layers * 12 * 64 * (3.5 + again) / 3
     launches = layers * (3 + again) * (5 + 2 * 7)
     alone = linear + attention + launches
@@ -200,15 +200,17 @@ def test_recomputation_saves_bytes(cost: CostModel, data: Any) -> None:
     degree = data.draw(st.sampled_from(cost.degrees()))
     tokens = data.draw(st.integers(1, 10**6))
     used = [cost.bytes(tokens, degree, k) for k in range(cost.model.n_layers)]
-    assert all(b <= a for a, b in pairwise(used))
+    # One more recomputed layer keeps its input, and with few tokens may save nothing: from the next to last on, backward
+    # has one layer whole in any case, beside the gradients of the one before.
+    kept = cost.model.checkpoint_bytes_per_token(cost.cluster.dtype_bytes) * cost.cluster.activation_scale
+    assert all(b <= a + kept * tokens / degree + 1e-6 * a for a, b in pairwise(used))
     assert used[0] >= used[-1] >= cost.bytes(0, 1, 0)
     assert cost.bytes(tokens + 1, degree, 0) >= used[0]
     if tokens > 10_000 * degree:  # no longer hidden by what is there without tokens
-        assert all(b < a for a, b in pairwise(used))
+        assert all(b < a for a, b in pairwise(used[:-1]))
         assert cost.bytes(tokens + 1, degree, 0) > used[0]
     # The last layer to be recomputed may save nothing: it must be whole while it is.
     more = cost.bytes(tokens, degree, cost.model.n_layers) - used[-1]
-    kept = cost.model.checkpoint_bytes_per_token(cost.cluster.dtype_bytes) * cost.cluster.activation_scale
     assert more <= kept * tokens / degree + 1e-6 * used[-1]
 
 

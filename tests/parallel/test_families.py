@@ -1,4 +1,8 @@
-"""Training under any plan equals plain transformers on each document alone, in loss and in every gradient."""
+"""Training under any plan equals plain transformers on each document alone, in loss and in every gradient.
+
+Every proven family passes `hbp check` here, all of them in one start of four processes; what is checked besides are
+settings that the check does not vary, and that its bounds mean something.
+"""
 
 from __future__ import annotations
 
@@ -8,203 +12,162 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from plans import Row, plan_of
-from torch import Tensor
-from workers import CPU, FAMILIES, LLAMA, MISTRAL, QWEN3, random_samples, relative_error, run_ranks, write_model
+from workers import LLAMA, MISTRAL, QWEN3
 
+from hbp.cost.dimensions import FAMILIES
+from hbp.cost.known_models import KNOWN_MODELS
 from hbp.parallel.gather_kv import make_gather
 from hbp.parallel.mesh import make_mesh
 from hbp.parallel.varlen import make_documents
 from hbp.train import batch as batch_module
-from hbp.train.batch import IDLE, make_micro_batch, rows_of_rank
-from hbp.train.loop import forward_backward
-from hbp.train.loss import global_batches
-from hbp.train.model import TRAINED_FAMILIES, load_model, shard
+from hbp.train.check.compare import TOLERANCE, findings, model_config, write_pairs
+from hbp.train.check.properties import (
+    CPU,
+    MIXED,
+    NAMES,
+    PROPERTIES,
+    WORLD,
+    RankRun,
+    documents,
+    put_together,
+    run_plan,
+    run_properties,
+)
+from hbp.train.check.ranks import run_ranks
+from hbp.train.check.reference import Run, alone, worst
+from hbp.train.check.tiny import write_tiny
+from hbp.train.model import PROVEN_FAMILIES, load_sharded, read_config
 
-WORLD = 4
-TOLERANCE = 1e-5
-"""Of float32: largest difference over the largest entry."""
-BFLOAT16_TOLERANCE = 1.5
-"""Of bfloat16 compute over float32 states: distance of all gradients from the float32 reference, in multiples of the
-distance of the unpacked model in bfloat16."""
-FEW_HEADS = {  # degree 4 is Ulysses over 2 and gathered keys and values over 2; 3 heads: gathered over all 4
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1, "aux_loss_alpha": 0.1}
+"""Router losses, where the family has them"""
+MODELS = {name: {} for name in ("llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "gemma-2-2b", "gemma-3-1b")}
+MODELS |= {name: {} for name in ("phi-3-mini", "phi-4", "olmo-2-7b", "smollm3-3b", "glm-4-9b", "granite-3.3-8b")}
+MODELS |= dict.fromkeys(("qwen3-30b-a3b", "deepseek-v2-236b", "gpt-oss-20b", "mixtral-8x7b"), BALANCED)
+MODELS |= {"qwen1.5-moe-a2.7b": BALANCED, "deepseek-v3-671b": {}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral"},
+    "glm": {"model_type": "glm"},
+    "qwen2, windows in later layers": {
+        **KNOWN_MODELS["qwen2.5-7b"],
+        "use_sliding_window": True,
+        "sliding_window": 4096,
+        "max_window_layers": 2,
+    },
+    "deepseek_v2, groups of experts": {
+        **KNOWN_MODELS["deepseek-v2-236b"],
+        "topk_method": "group_limited_greedy",
+        "n_group": 8,
+        "topk_group": 3,
+    },
+    "qwen3_moe, a dense layer": {**KNOWN_MODELS["qwen3-30b-a3b"], "mlp_only_layers": [0]},
+}
+FEW_HEADS = {
     "qwen3, 2 heads": {**QWEN3, "num_attention_heads": 2, "num_key_value_heads": 1},
     "mistral, 3 heads": {**MISTRAL, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8},
 }
-CONFIGS = {**FAMILIES, **FEW_HEADS}
-SAMPLES = random_samples([37, 5, 1, 50, 23, 11, 3, 19, 8, 29], LLAMA["vocab_size"])  # 8 is the window
-
-PLANS: dict[str, list[Row]] = {
-    "sp1": [
-        (0, 0, 0, 1, 0, [0]),
-        (0, 0, 1, 1, 0, [1, 2, 3]),
-        (0, 0, 2, 1, 0, [4]),
-        (0, 0, 3, 1, 0, [5, 6]),
-        (0, 1, 0, 1, 0, [9]),
-        (0, 1, 1, 1, 0, [8]),
-        (0, 1, 2, 1, 0, [7]),
-    ],
-    "sp2": [(0, 0, 0, 2, 0, [0, 1, 2]), (0, 0, 2, 2, 0, [3, 4]), (0, 1, 0, 2, 0, [5, 6, 7]), (0, 1, 2, 2, 0, [8, 9])],
-    "sp4": [(0, 0, 0, 4, 0, [9, 8, 7, 6, 5]), (0, 1, 0, 4, 0, [0, 1, 2]), (0, 2, 0, 4, 0, [3, 4])],
-    "sp4 recomputed": [(0, 0, 0, 4, 3, [9, 8, 7, 6, 5, 2]), (0, 1, 0, 4, 1, [0, 1, 3, 4])],
-    "mixed": [
-        (0, 0, 0, 2, 1, [0, 7, 2]),  # 57 tokens over two ranks
-        (0, 0, 2, 1, 3, [1, 6]),
-        (0, 0, 3, 1, 0, [5]),
-        (0, 1, 0, 4, 2, [3, 4]),
-        (0, 2, 0, 1, 0, [8]),  # rank 1 idle
-        (0, 2, 2, 2, 3, [9]),
-    ],
-}
-LEAK = "sp2"
-MIXED = "mixed"
-IN_ONE_PIECE = {"llama": ("sp4 recomputed", MIXED), "deepseek_v2": (MIXED,)}
-"""Plans that also run without a shard for each layer."""
-
-Run = tuple[Tensor, dict[str, Tensor]]
-"""Loss and gradients by parameter name"""
+"""Degree 4 is Ulysses over 2 and gathered keys and values over 2; with 3 heads, gathered over all 4"""
+IN_ONE_PIECE = ("llama-3.1-8b", "deepseek-v2-236b")
+LEAK = ("llama-3.1-8b", "gpt-oss-20b")
 
 
-def run_plans(rank: int, world: int, folders: dict[str, str]) -> dict[tuple[str, str], Run]:
-    """Loss of this rank and full gradients of every plan, on the trainer's own path."""
-    results = {}
-    for model_name, folder in folders.items():
-        mesh = make_mesh(world, [1, 2, 4], "cpu", CONFIGS[model_name]["num_attention_heads"])
+def configs() -> dict[str, Any]:
+    from transformers import AutoConfig
 
-        def sharded(folder=folder, mesh=mesh, **options: Any):
-            model = load_model(folder)
-            shard(model, mesh.world, **options)
-            return model
+    found = {name: model_config(name) for name in MODELS}
+    for name, settings in MODELS.items():
+        for key, value in settings.items():
+            setattr(found[name], key, value)
+    return found | {
+        name: AutoConfig.for_model(given["model_type"], **{k: v for k, v in given.items() if k != "model_type"})
+        for name, given in OTHERS.items()
+    }
 
-        def run(model, rows: list[Row], mesh=mesh) -> Run:
-            plan = plan_of(rows, SAMPLES.lengths, world)
-            step = global_batches(plan, SAMPLES.loss_tokens)[0]
-            loss = torch.zeros(())
-            for row in rows_of_rank(plan, rank)[0]:
-                loss += forward_backward(model, make_micro_batch(plan, row, SAMPLES, mesh, rank, CPU, step), world)
-            gradients = {name.removeprefix("lm."): p.grad.full_tensor().clone() for name, p in model.named_parameters()}
-            model.zero_grad(set_to_none=True)
-            return loss, gradients
 
-        model = sharded()
-        for name, rows in PLANS.items():
-            results[model_name, name] = run(model, rows)
-        with (
-            mock.patch.object(batch_module, "make_documents", lambda n, device: make_documents((sum(n),), device)),
-            mock.patch.object(batch_module, "make_gather", lambda n, *args: make_gather([sum(n)], *args)),
-        ):
-            results[model_name, "leak"] = run(model, PLANS[LEAK])
-        half, seen = sharded(compute_dtype=torch.bfloat16), set()
-        for module in half.modules():
-            if type(module).__name__.endswith("DeepseekV2TopkRouter"):
-                module.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.add(module.weight.dtype))
-        results[model_name, "bfloat16"] = run(half, PLANS[MIXED])
-        assert seen == ({torch.float32} if model_name == "deepseek_v2" else set())  # as transformers keeps them
-        for name in IN_ONE_PIECE.get(model_name, ()):
-            results[model_name, f"{name}, in one piece"] = run(sharded(by_layer=False), PLANS[name])
+def run_all(
+    rank: int, world: int, pairs: dict[str, tuple[str, str]], few: dict[str, str]
+) -> dict[tuple[str, str], RankRun | str]:
+    results = run_properties(rank, world, pairs)
+
+    def run(folder: str, plan: Any, **options: Any) -> RankRun:
+        mesh = make_mesh(world, [1, 2, 4], "cpu", read_config(folder).num_attention_heads)
+        return run_plan(load_sharded(folder, mesh.world, CPU, **options), mesh, rank, plan, documents())
+
+    for name in IN_ONE_PIECE:
+        results[name, "in one piece"] = run(pairs[name][0], MIXED, by_layer=False)
+    for name, folder in few.items():
+        results[name, "mixed"] = run(folder, MIXED)
+    with (
+        mock.patch.object(batch_module, "make_documents", lambda n, device: make_documents((sum(n),), device)),
+        mock.patch.object(batch_module, "make_gather", lambda n, *args: make_gather([sum(n)], *args)),
+    ):
+        for name in LEAK:
+            results[name, "leak"] = run(pairs[name][0], PROPERTIES[NAMES.index("SP 2")].plan)
     return results
-
-
-def reference(folder: str, dtype: torch.dtype = torch.float32) -> Run:
-    """Mean loss and its gradients: every document alone, transformers' eager attention, nothing of hbp."""
-    from transformers import AutoModelForCausalLM
-
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager)
-    routed: list[tuple[Tensor, Tensor, Tensor]] = []
-    for module in model.modules():
-        if type(module).__name__ == "DeepseekV2TopkRouter":
-            module.register_forward_hook(lambda module, inputs, output: routed.append(output))
-    total, count, tokens = torch.zeros(()), int(SAMPLES.loss_tokens.sum()), int(SAMPLES.lengths.sum())
-    for ids, mask in SAMPLES.documents:
-        sample = torch.from_numpy(ids).long()
-        picked = torch.from_numpy(mask[1:]).bool()
-        routed.clear()
-        out = model(sample[None])
-        logits = out.logits[0, :-1].float()
-        total = total + F.cross_entropy(logits[picked], sample[1:][picked], reduction="sum") / count
-        if model.config.model_type == "qwen3_moe":  # transformers' own
-            total = total + model.config.router_aux_loss_coef * out.aux_loss * len(ids) / tokens
-        for scores, _, choice in routed:
-            total = total + model.config.aux_loss_alpha * deepseek_balance(scores, choice) * len(ids) / tokens
-    total.backward()
-    return total.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def deepseek_balance(logits: Tensor, choice: Tensor) -> Tensor:
-    """DeepSeek-V2's balance loss of a sequence and layer, without its factor."""
-    tokens, experts = logits.shape
-    chosen = F.one_hot(choice, experts).float().sum(dim=(0, 1)) * experts / (choice.size(1) * tokens)
-    return (chosen * logits.softmax(-1).mean(0)).sum()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    folders = {name: write_model(Path(root, name), config) for name, config in CONFIGS.items()}
-    ranks = run_ranks(run_plans, WORLD, folders, timeout=400)
-    references = {name: reference(folder) for name, folder in folders.items()}
-    references |= {f"{name}, bfloat16": reference(folder, torch.bfloat16) for name, folder in folders.items()}
-    return references, {key: (sum(rank[key][0] for rank in ranks), ranks[0][key][1]) for key in ranks[0]}
+    pairs = write_pairs(configs(), root)
+    few = {name: write_tiny(Path(root, name), config) for name, config in FEW_HEADS.items()}
+    return pairs, few, run_ranks(run_all, WORLD, pairs, few, timeout=600)
 
 
-def errors(runs, model: str, plan: str) -> dict[str, float]:
-    (want_loss, want), (loss, gradients) = runs[0][model], runs[1][model, plan]
-    assert gradients.keys() == want.keys()
-    found = {name: relative_error(gradients[name], want[name]) for name in want}
-    return {**found, "loss": relative_error(loss, want_loss)}
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+def test_family_passes_its_check(runs, name):
+    pairs, _, ranks = runs
+    found = findings(name, pairs[name], ranks)
+    assert [each.property for each in found] == list(NAMES)
+    for each in found:
+        print(f"{name}, {each.property}: {each.error} in {each.where}")
+        assert each.holds, each
 
 
-def check(runs, model: str, plan: str) -> None:
-    found = errors(runs, model, plan)
-    worst = max(found, key=found.__getitem__)
-    print(f"{model} {plan}: {found[worst]:.1e} in {worst}")
-    assert found[worst] < TOLERANCE, worst
+def of(runs, name: str, key: str, folder: str) -> tuple[Run, Run]:
+    """A run and its reference."""
+    return put_together([rank[name, key] for rank in runs[2]]), alone(folder, documents())
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("model", CONFIGS)
-def test_plan_trains_as_documents_alone(runs, model, plan):
-    check(runs, model, plan)
+@pytest.mark.parametrize("name", IN_ONE_PIECE)
+def test_sharded_in_one_piece(runs, name):
+    error, where = worst(*of(runs, name, "in one piece", runs[0][name][0]))
+    assert error < TOLERANCE, where
 
 
-@pytest.mark.parametrize(("model", "plan"), [(model, plan) for model, plans in IN_ONE_PIECE.items() for plan in plans])
-def test_sharded_in_one_piece(runs, model, plan):
-    check(runs, model, f"{plan}, in one piece")
+@pytest.mark.parametrize("name", FEW_HEADS)
+def test_degrees_beyond_two_and_three_heads(runs, name):
+    error, where = worst(*of(runs, name, "mixed", runs[1][name]))
+    assert error < TOLERANCE, where
 
 
-@pytest.mark.parametrize("model", CONFIGS)
-def test_documents_merged_into_one_are_seen(runs, model):
-    """The tolerance means something: the leak of one document into the next is far above it, in every gradient."""
-    found = errors(runs, model, "leak")
-    assert found["loss"] > 1e-3
-    assert min(found.values()) > 1e-3
+@pytest.mark.parametrize("name", LEAK)
+def test_documents_merged_into_one_are_seen(runs, name):
+    """The bounds mean something: the leak of one document into the next is far above them, in every gradient."""
+    got, want = of(runs, name, "leak", runs[0][name][0])
+    assert abs(float(got[0] / want[0]) - 1) > 100 * TOLERANCE
+    for key, gradient in want[1].items():
+        assert float((got[1][key] - gradient).abs().max() / gradient.abs().max()) > 100 * TOLERANCE, key
 
 
-def distance(got: Run, want: Run) -> float:
-    """Of all gradients: norm of the difference over the norm."""
-    a, b = (torch.cat([run[1][name].float().flatten() for name in sorted(want[1])]) for run in (got, want))
-    return float((a - b).norm() / b.norm())
+def test_routers_of_deepseek_stay_in_float32(runs):
+    """As transformers keeps them, whatever the others are gathered in."""
+    folder, seen = runs[0]["deepseek-v2-236b"][0], set()
+    (dtypes,) = run_ranks(router_dtypes, 1, folder)
+    seen |= dtypes
+    assert seen == {torch.float32}
 
 
-@pytest.mark.parametrize("model", CONFIGS)
-def test_bfloat16(runs, model):
-    """Computed in bfloat16, gradients stay float32 and no farther from the truth than the unpacked model's."""
-    want, unpacked, got = runs[0][model], runs[0][f"{model}, bfloat16"], runs[1][model, "bfloat16"]
-    assert all(g.dtype == torch.float32 for g in got[1].values())
-    ours, theirs = distance(got, want), distance(unpacked, want)
-    print(f"{model} bfloat16: {ours:.1e}, unpacked {theirs:.1e}")
-    assert ours < BFLOAT16_TOLERANCE * theirs
-    assert float(got[0]) == pytest.approx(float(want[0]), rel=0.01)
+def router_dtypes(rank: int, world: int, folder: str) -> set[torch.dtype]:
+    mesh, seen = make_mesh(world, [1], "cpu", 4), set[torch.dtype]()
+    model = load_sharded(folder, mesh.world, CPU, compute_dtype=torch.bfloat16)
+    for module in model.modules():
+        if type(module).__name__.endswith("DeepseekV2TopkRouter"):
+            module.register_forward_pre_hook(lambda module, inputs: seen.add(module.weight.dtype))
+    run_plan(model, mesh, rank, [[(0, 1, 0, [0])]], documents())
+    return seen
 
 
-def test_mixed_plan_covers_what_it_says():
-    plan = plan_of(PLANS[MIXED], SAMPLES.lengths, WORLD)
-    assert rows_of_rank(plan, 1)[0][2] == IDLE
-    assert (plan.tokens() % plan.sp_degree).any()
-    assert set(plan.sp_degree.tolist()) == {1, 2, 4}
-
-
-def test_every_trained_family_is_here():
-    assert set(FAMILIES) == set(TRAINED_FAMILIES)
+def test_every_proven_family_is_here_and_in_the_cost_model():
+    here = {model_config(name).model_type for name in MODELS} | {given["model_type"] for given in OTHERS.values()}
+    assert here == set(PROVEN_FAMILIES) == set(FAMILIES)
+    assert LLAMA["model_type"] in here

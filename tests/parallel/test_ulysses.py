@@ -28,7 +28,7 @@ def test_degree_is_split_between_heads_and_gathered_keys():
 def test_kernels_are_registered_by_name():
     from transformers import AttentionInterface
 
-    assert set(ATTENTION_NAMES) == {"auto", *KERNELS}
+    assert set(ATTENTION_NAMES) == {"auto", "eager", *KERNELS}
     for kernel in ("auto", "sdpa"):
         assert register_attention(kernel) in AttentionInterface().valid_keys()
     with pytest.raises(HbpError, match="no attention kernel 'ring': give auto, varlen, sdpa"):

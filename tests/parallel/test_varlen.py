@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from workers import CPU
 
 from hbp.errors import HbpError
+from hbp.parallel import varlen
 from hbp.parallel.varlen import check_kernel, document_attention, make_documents
 
 HEADS, SIZE = 4, 8
 
 
-def dense(q, k, v, lengths, scale=None, window=None):
+def dense(q, k, v, lengths, scale=None, window=None, softcap=None, sinks=None):
     """One softmax over a block-diagonal causal mask, written out."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     at = torch.arange(len(document))
@@ -23,7 +24,12 @@ def dense(q, k, v, lengths, scale=None, window=None):
     mask = (document[:, None] == document[None, :]) & (ahead >= 0) & (ahead < (window or len(at) + 1))
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.size(2) ** -0.5)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v)
 
 
 def qkv(tokens: int, kv_heads: int, v_size: int = SIZE):
@@ -128,11 +134,54 @@ def test_flex_equals_dense_attention(window, kv_heads, v_size):
     assert documents.block_masks == {window: mask}  # made once a pack
 
 
+@pytest.mark.parametrize("window", [None, 100, 300])
+@pytest.mark.parametrize("queries", [(700, 3, 260, 130), (130, 1, 129, 130)])
+def test_block_masks_see_what_attention_sees(window, queries):
+    """Against torch's own, made from every query and key: whole blocks are seen in full, no other sees more."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    keys = (700, 3, 260, 130)
+    documents = make_documents(queries, CPU, keys)
+    mask = varlen._block_mask(documents, window, CPU)
+    want = create_block_mask(mask.mask_mod, None, None, sum(queries), sum(keys), device="cpu")
+    full, some = (blocks(want.full_kv_num_blocks, want.full_kv_indices), blocks(want.kv_num_blocks, want.kv_indices))
+    got_full, got_some = (
+        blocks(mask.full_kv_num_blocks, mask.full_kv_indices),
+        blocks(mask.kv_num_blocks, mask.kv_indices),
+    )
+    assert got_full <= full
+    assert full | some <= got_full | got_some
+    assert got_full or queries[0] != 700 or window == 100
+    if queries == keys and window is None:
+        assert (got_full, got_some) == (full, some)
+    q, k, v = (x.detach() for x in qkv(sum(keys), 2))
+    last = torch.cat([torch.arange(sum(keys[: i + 1]) - n, sum(keys[: i + 1])) for i, n in enumerate(queries)])
+    got = document_attention(q[last], k, v, documents, sliding_window=window, kernel="flex")
+    torch.testing.assert_close(got, dense(q, k, v, keys, window=window)[last])
+
+
+def blocks(counts, indices):
+    chosen = zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)
+    return {(row, column) for row, (count, columns) in enumerate(chosen) for column in columns[:count]}
+
+
+def test_a_long_packs_block_mask_is_small():
+    """128K tokens: a mask of every query and key would be 16 GiB of bytes, 128 of numbers."""
+    lengths = (65_536, *[128] * 512)
+    mask = varlen._block_mask(make_documents(lengths, CPU), None, CPU)
+    assert mask.kv_indices.shape[-2:] == (1024, 1024)
+    assert int(mask.full_kv_num_blocks.sum()) == 512 * 511 // 2
+    assert int(mask.kv_num_blocks.sum()) == 1024  # the diagonal
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_flash_attn_is_asked_for_the_same(monkeypatch, window):
     """Without the package and its GPU: a stand-in that does what its arguments say."""
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, *, softmax_scale, causal, window_size):
+    def flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, longest_q, longest_k, *, softmax_scale, causal, window_size, softcap
+    ):
+        assert softcap == 0.0
         assert causal
         assert q.size(2) == k.size(2) == v.size(2)  # it knows one head size
         assert (longest_q, longest_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
@@ -145,6 +194,74 @@ def test_flash_attn_is_asked_for_the_same(monkeypatch, window):
     lengths, inputs = (6, 9), qkv(15, 2, v_size=5)
     got = document_attention(*inputs, make_documents(lengths, CPU), sliding_window=window, kernel="flash")
     torch.testing.assert_close(got, dense(*inputs, lengths, None, window))
+
+
+FEATURED = {
+    "softcap": {"softcap": 0.8},
+    "sinks": {"sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "both": {"softcap": 0.8, "sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "neither": {},
+}
+
+
+def expected(inputs, lengths, options, **more):
+    return dense(*inputs, lengths, softcap=options.get("softcap"), sinks=options.get("sinks_H"), **more)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("features", FEATURED)
+def test_written_out_attention_equals_dense(features, window):
+    """Values and all gradients, the sinks' included, over several blocks of queries."""
+    lengths, options = (150, 1, 40, 261), dict(FEATURED[features])
+    inputs = [x.detach().float().requires_grad_() for x in qkv(sum(lengths), 2, v_size=5)]
+    if "sinks_H" in options:
+        options["sinks_H"] = options["sinks_H"].clone().requires_grad_()
+    documents = make_documents(lengths, CPU)
+    got = document_attention(*inputs, documents, scale=0.5, sliding_window=window, kernel="eager", **options)
+    want = expected(inputs, lengths, options, scale=0.5, window=window)
+    torch.testing.assert_close(got, want)
+    leaves = [*inputs, *([options["sinks_H"]] if "sinks_H" in options else [])]
+    weights = torch.linspace(-1, 1, got.numel()).view_as(got)
+    gradients = [torch.autograd.grad((out * weights).sum(), leaves) for out in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "flex"])
+@pytest.mark.parametrize("features", FEATURED)
+def test_kernels_agree_on_the_features_that_they_claim(features, kernel):
+    """The same pack, fewer queries than keys; flex forward alone, which is all that it does on CPU."""
+    keys, queries, options = (139, 1, 12), (30, 1, 12), FEATURED[features]
+    q, k, v = (x.detach().float() for x in qkv(sum(keys), 2))
+    last = torch.cat([torch.arange(sum(keys[: i + 1]) - n, sum(keys[: i + 1])) for i, n in enumerate(queries)])
+    documents = make_documents(queries, CPU, keys)
+    got = document_attention(q[last], k, v, documents, sliding_window=7, kernel=kernel, **options)
+    torch.testing.assert_close(got, expected((q, k, v), keys, options, window=7)[last])
+
+
+def test_flash_attn_caps_scores(monkeypatch):
+    def flash_attn_varlen_func(q, k, v, cu_q, *_, softmax_scale, causal, window_size, softcap):
+        return dense(q, k, v, cu_q.diff().tolist(), softmax_scale, softcap=softcap)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    inputs = qkv(15, 2)
+    got = document_attention(*inputs, make_documents((6, 9), CPU), softcap=0.8, kernel="flash")
+    torch.testing.assert_close(got, dense(*inputs, (6, 9), softcap=0.8))
+
+
+def test_kernels_are_not_chosen_for_what_they_lack():
+    inputs, documents = [x.detach() for x in qkv(4, 2)], make_documents((4,), CPU)
+    for kernel, lacking in (("sdpa", "softcap"), ("varlen", "softcap"), ("flash", "sinks"), ("sdpa", "sinks")):
+        options = {"softcap": 1.0} if lacking == "softcap" else {"sinks_H": torch.zeros(HEADS)}
+        message = f"the model's attention has {lacking}, which the kernel '{kernel}' lacks; give auto or "
+        with pytest.raises(HbpError, match=message):
+            document_attention(*inputs, documents, kernel=kernel, **options)
+    for options in ({"softcap": 1.0}, {"sinks_H": torch.zeros(HEADS)}):  # auto takes one that has it
+        torch.testing.assert_close(
+            document_attention(*inputs, documents, **options).double(),
+            expected(inputs, (4,), options),
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_kernel_that_is_not_there(monkeypatch):

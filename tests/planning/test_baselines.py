@@ -7,13 +7,15 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
 from hbp.plan import Group, Plan
-from hbp.planning.baselines import ISF_FULL, karmarkar_karp
+from hbp.planning.baselines import ISF_FULL, karmarkar_karp, tile_mixed
 from hbp.planning.kernels import best_fit_decreasing, first_fit
+from hbp.planning.packs import Packs
 from hbp.planning.planner import make_plan
 
 LENGTHS = np.clip(np.random.default_rng(3).lognormal(5, 1, 1200), 16, 1024).astype(np.int32)
@@ -142,7 +144,7 @@ def test_largest_differencing_by_hand() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_largest_differencing_is_within_its_proven_bound(seconds: list[int], k: int) -> None:
     """Michiels, Korst, Aarts, van Leeuwen: the largest part is at most 4/3 − 1/(3k) of the optimum's."""
     best = sum(seconds)
@@ -155,7 +157,38 @@ def test_largest_differencing_is_within_its_proven_bound(seconds: list[int], k: 
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=20))
-@settings(max_examples=30, deadline=None)
+@cases(30)
 def test_as_many_parts_as_samples_leave_each_alone(seconds: list[float]) -> None:
     """Else `lb` might add micro-steps for ever."""
     assert len(set(karmarkar_karp(np.array(seconds), len(seconds)).tolist())) == len(seconds)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=40),
+    st.sampled_from([8, 16, 24]),
+)
+@cases(100)
+def test_mixed_degrees_tile_without_holes(rows: list[tuple[int, int, int]], world: int) -> None:
+    kinds = sorted({step for _, step, _ in rows})
+    lengths = np.array([length for _, _, length in rows])
+    step = np.array([kinds.index(s) for _, s, _ in rows])
+    groups = [Group(50 * 2**i, 2**i, 0) for i in range(4)]
+    packs = Packs(np.arange(len(rows) + 1), np.arange(len(rows)), np.array([g for g, _, _ in rows]))
+    schedule = tile_mixed(packs, step, groups, lambda p: p.sum(lengths.astype(np.float64) ** 2), world)
+    assert sorted(schedule.packs.sample_ids.tolist()) == list(range(len(rows)))
+    assert schedule.step.tolist() == sorted(step[schedule.packs.sample_ids].tolist())
+    places = list(zip(schedule.step.tolist(), schedule.micro_step.tolist(), schedule.rank_start.tolist(), strict=True))
+    at: dict[tuple[int, int], int] = {}
+    previous = None
+    for place, group, sample in zip(places, schedule.packs.group, schedule.packs.sample_ids, strict=True):
+        degree = groups[group].sp_degree
+        assert place[2] == at.get(place[:2], 0)  # no hole before it
+        assert place[2] % degree == 0
+        at[place[:2]] = place[2] + degree
+        assert at[place[:2]] <= world
+        key = (place[0], -degree, -int(lengths[sample]))
+        assert previous is None or previous <= key  # highest degree first, then by falling cost
+        previous = key
+    for s in range(len(kinds)):
+        ends = [at[key] for key in sorted(at) if key[0] == s]
+        assert all(end == world for end in ends[:-1])  # these degrees all divide the world

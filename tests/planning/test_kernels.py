@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp.planning.kernels import (
@@ -94,7 +95,7 @@ def optimum(lengths: list[int], capacity: int) -> int:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[int], int]:
+def lengths_and_capacity(draw: st.DrawFn) -> tuple[list[int], int]:
     capacity = draw(st.integers(1, 200) | st.sampled_from([63, 64, 65, 4096, 4097, 70_000, 300_000]))
     length = st.integers(1, capacity) | st.integers(1, min(10, capacity))
     return draw(st.lists(length, max_size=60)), capacity
@@ -110,8 +111,8 @@ def check_against_reference(lengths: list[int], capacity: int) -> None:
     assert loads(bfd(array, capacity), array, capacity) == want
 
 
-@given(cases())
-@settings(max_examples=150, deadline=None)
+@given(lengths_and_capacity())
+@cases(150)
 def test_packers_equal_their_definitions(case: tuple[list[int], int]) -> None:
     check_against_reference(*case)
 
@@ -122,7 +123,7 @@ def test_adversarial_sets(name: str) -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=9))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_bins_are_close_to_the_fewest(lengths: list[int]) -> None:
     array = np.array(lengths)
     fewest = optimum(sorted(lengths, reverse=True), 20)
@@ -165,7 +166,7 @@ def fill_reference(room: list[int], lengths: list[int]) -> list[tuple[int, int]]
     st.lists(st.integers(1, 40) | st.sampled_from([63, 64, 65, 4095, 4097, 70_000]), max_size=50),
     st.integers(0, 3),
 )
-@settings(max_examples=150, deadline=None)
+@cases(150)
 def test_greedy_fill_takes_the_longest_that_fit_pack_by_pack(room: list[int], lengths: list[int], seed: int) -> None:
     array = np.array(lengths, np.int32)
     into = greedy_fill(np.array(room, np.int64), array, np.random.default_rng(seed))

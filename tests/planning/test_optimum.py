@@ -14,7 +14,7 @@ import numpy as np
 from plans import tiny_cost
 
 from hbp.cost.predict import CostModel
-from hbp.planning.metrics import lower_bound_seconds
+from hbp.planning.lower_bound import lower_bound
 from hbp.planning.planner import make_plan
 
 WORLD = 2
@@ -62,7 +62,7 @@ def test_the_bound_and_the_plan_enclose_the_optimum() -> None:
         best = optimum(cost, lengths)
         plan = make_plan(np.array(lengths), cost, short_steps=0)
         found = float(plan.micro_step_seconds().sum())
-        assert lower_bound_seconds(cost, np.array(lengths)) <= best * (1 + 1e-9)
+        assert lower_bound(np.array(lengths), cost) <= best * (1 + 1e-9)
         assert best <= found * (1 + 1e-6)
         gaps.append(found / best - 1)
     assert np.mean(np.array(gaps) < 1e-6) > 0.5  # are optimal

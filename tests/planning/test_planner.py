@@ -17,8 +17,8 @@ from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, validate
-from hbp.planning.paper.groups import longest_settings
 from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.settings import longest_settings
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
 DIGEST = """

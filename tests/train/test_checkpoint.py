@@ -162,3 +162,19 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(HbpError, match="is not a whole checkpoint"):
         read_position(tmp_path)
     assert list_checkpoints(tmp_path / "missing") == []
+
+
+def test_the_writing_thread_takes_no_cuda_context(tmp_path, monkeypatch):
+    """With a device at hand and one thread, torch's writer copies ahead on device 0, from a thread of every rank."""
+    from torch.distributed.checkpoint import filesystem
+
+    from hbp.train.checkpoint import _AtomicWriter
+    from hbp.train.measure.fake_world import fake_world
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", None)  # not to be called
+    with fake_world(1):
+        position = Position(0, 1, 1, 1, 1, "", 1)
+        writer = _AtomicWriter(tmp_path / "step-1", position, 1)
+        torch.distributed.checkpoint.save({"x": torch.ones(3)}, storage_writer=writer)
+    assert (tmp_path / "step-1").is_dir()

@@ -99,8 +99,9 @@ def test_nothing_to_load(tmp_path):
 
 
 REFUSED = {
-    "gpt2 models are not known here; this trains llama, mistral": {"model_type": "gpt2"},
-    "deepseek_v3 models can be planned for but not trained yet; this": {"model_type": "deepseek_v3"},
+    "qwen3_next models have linear_attention layers, whose state would run": {"model_type": "qwen3_next"},
+    "gemma3 models take more than text; give .* of their text model .gemma3_text. alone": {"model_type": "gemma3"},
+    "attn_pdrop is 0.1; set it to 0": {"model_type": "gpt2"},
     "rotary embedding is 'dynamic', which depends on": {
         **LLAMA,
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},

@@ -7,11 +7,10 @@ import pytest
 from plans import Row, plan_of
 from workers import CPU, LLAMA, random_samples, run_ranks, write_config
 
-from hbp.config import TrainConfig
+from hbp.config import LOSSES, TrainConfig
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan
 from hbp.train.loop import Learner, train
-from hbp.train.loss import LOSSES
 from hbp.train.model import load_model, shard
 
 WORLD, STEPS, PER_STEP = 4, 4, 8

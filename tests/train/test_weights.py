@@ -15,10 +15,10 @@ from workers import CPU, DEEPSEEK_V2, LLAMA, QWEN2, QWEN3_MOE, random_samples, r
 
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
-from hbp.train import weights
 from hbp.train.batch import micro_batch_of
 from hbp.train.loop import forward_backward
 from hbp.train.model import CausalLMWithLoss, load_model, load_sharded, local_parameter_bytes, shard
+from hbp.train.weights import stored
 
 WORLD = 3  # divides neither the rows nor the experts
 FEW_EXPERTS = "fewer experts than ranks"
@@ -105,7 +105,7 @@ def split_in_files(folder: str, count: int) -> str:
     for file in files:
         save_file({name: tensors[name] for name in tensors if places[name] == file}, Path(folder, file))
     path.unlink()
-    Path(folder, weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    Path(folder, stored.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 
@@ -176,9 +176,9 @@ def test_checkpoint_of_another_model(tmp_path):
 
 def test_what_is_a_checkpoint_of_safetensors(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model", LLAMA)
-    assert weights.safetensors_folder(folder) == Path(folder)
-    assert weights.safetensors_folder(write_config(tmp_path / "config", LLAMA)) is None
-    assert weights.safetensors_folder(f"{folder}/config.json") is None
+    assert stored.checkpoint_folder(folder) == Path(folder)
+    assert stored.checkpoint_folder(write_config(tmp_path / "config", LLAMA)) is None
+    assert stored.checkpoint_folder(f"{folder}/config.json") is None
     asked = []
 
     def snapshot_download(name: str, allow_patterns: list[str]) -> str:
@@ -188,8 +188,8 @@ def test_what_is_a_checkpoint_of_safetensors(tmp_path, monkeypatch):
         return folder
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert weights.safetensors_folder("lab/model") == Path(folder)
-    assert weights.safetensors_folder("lab/other") is None
+    assert stored.checkpoint_folder("lab/model") == Path(folder)
+    assert stored.checkpoint_folder("lab/other") is None
     assert asked == ["lab/model", "lab/other"]
 
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hbp import __version__
-from hbp.cli import data, plan, report, simulate, train
+from hbp.cli import check, data, export, plan, rehearse, report, simulate, train
 from hbp.cli.usage import SHELLS, Parser, check_words, completion
 from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 
-COMMANDS = (data, plan, train, simulate, report)
+COMMANDS = (data, check, plan, rehearse, train, simulate, export, report)
 """Modules that declare commands (:mod:`hbp.cli.usage` says how), in the order in which the help lists them."""
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
@@ -33,24 +33,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(lambda: _run(words))
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     parser, commands = make_parser()
     if not words:
         parser.print_help()
-        return
+        return 0
     if words[0] == "torchrun" and words[1:]:  # its words are torchrun's own
         train.run_torchrun(words[1:])
-        return
+        return 0
     check_words(words, commands)
     args = parser.parse_args(words)
     if args.completion:
         print(completion(args.completion, commands))
-        return
+        return 0
     if args.command is None:
         parser.error("give a COMMAND")
     result: dict[str, Any] | None = args.run(args)
     if result is not None and args.json:
-        print(json.dumps(result, default=dataclasses.asdict, allow_nan=False))
+        print(_as_json(result))
+    return 1 if args.command == "check" and result and not result["holds"] else 0
+
+
+def _as_json(result: dict[str, Any]) -> str:
+    """One line that every JSON reader takes: what is not finite is null."""
+    text = json.dumps(result, default=dataclasses.asdict)
+    return json.dumps(json.loads(text, parse_constant=lambda name: None))
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -66,10 +73,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, dict(commands.choices)
 
 
-def exit_code(command: Callable[[], None]) -> int:
+def exit_code(command: Callable[[], int | None]) -> int:
     """Run it; what it raises for users becomes one line on standard error and its exit code."""
     try:
-        command()
+        return command() or 0
     except HbpError as error:
         return _fail(error, 2)
     except ModuleNotFoundError as error:
@@ -89,7 +96,6 @@ def exit_code(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("hbp: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     Lengths = npt.NDArray[np.int32]
     Pairs = npt.NDArray[np.bool_] | None
 
-STRATEGY_NAMES = ("concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed")
-"""Of :data:`hbp.planning.planner.STRATEGIES`, whose import takes a second that no help should."""
-SLOW_ABOVE = {"lb": 100_000}
-"""Samples above which `compare` leaves a strategy out unless it is asked for by name: it would take minutes."""
 LEAST = {"max_length": 1, "global_batch_tokens": 1, "windows": 1, "seed": 0, "short_steps": 0}
 """The options that shape a plan, with their least values."""
 LARGER_STEP = 1.5
@@ -35,14 +31,23 @@ LARGER_STEP = 1.5
 
 def add_parser(commands: Commands) -> None:
     """Declare both commands."""
-    plan = commands.add_parser("plan", help="turn lengths into a plan folder")
+    plan = commands.add_parser(
+        "plan", help="turn lengths into a plan folder", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     plan.set_defaults(run=run_plan)
     _add_planning(plan)
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks to plan for")
-    plan.add_argument("--strategy", default="hbp-mixed", help=f"one of {', '.join(STRATEGY_NAMES)} (default hbp-mixed)")
+    plan.add_argument("--strategy", default="hbp-mixed", metavar="NAME", help="one of those below (default hbp-mixed)")
     plan.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the plan to")
+    plan.add_argument("--sp", type=int, metavar="N", help="one SP degree for every pack, for trainers that need one")
+    plan.add_argument("--gc", type=int, metavar="K", help="one number of recomputed layers for every pack")
+    plan.add_argument(
+        "--equal-micro-steps", action="store_true", help="as many micro-steps in every optimizer step (hbp export)"
+    )
     plan.add_argument("--explain", action="store_true", help="say why each group is there and runs as it does")
-    compare = commands.add_parser("compare", help="plan with every strategy, one table")
+    compare = commands.add_parser(
+        "compare", help="plan with every strategy, one table", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     compare.set_defaults(run=run_compare)
     _add_planning(compare)
     compare.add_argument(
@@ -57,6 +62,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _add_planning(parser: Parser) -> None:
+    parser.late_epilog = _strategies
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DIR|FILE", help="a token store, or samples to tokenize (needs --tokenizer)")
     source.add_argument(
@@ -97,7 +103,15 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     check_numbers(args, LEAST)
     _check_strategy(args.strategy)
     cost, (lengths, pair) = _cost(args, args.gpus), _samples(args)
-    plan = plan_with_pairs(lengths, pair, cost, strategy=args.strategy, **_shape(args))
+    if args.sp is None and args.gc is None and not args.equal_micro_steps:
+        plan = plan_with_pairs(lengths, pair, cost, strategy=args.strategy, **_shape(args))
+    else:
+        from hbp.planning.one_setting import one_setting_plan
+
+        if pair is not None:
+            raise HbpError("--sp, --gc and --equal-micro-steps do not know preference pairs; leave them out")
+        one = {"sp_degree": args.sp, "gc_layers": args.gc, "equal_micro_steps": args.equal_micro_steps}
+        plan = one_setting_plan(lengths, cost, strategy=args.strategy, **one, **_shape(args))
     write_plan(plan, args.out)
     result = {
         "plan": str(args.out),
@@ -207,30 +221,42 @@ def compare_rows(
     return rows
 
 
+def _strategies() -> str:
+    """A line of help for each strategy."""
+    from hbp.planning.planner import STRATEGIES
+
+    return "strategies:\n\n" + "\n".join(f"  {s.name:<12}{s.summary}" for s in STRATEGIES.values())
+
+
 def _check_strategy(name: str) -> None:
-    if name not in STRATEGY_NAMES:
-        hint = did_you_mean(name, STRATEGY_NAMES)
-        raise HbpError(f"no strategy {name!r}{hint}: give one of {', '.join(STRATEGY_NAMES)}")
+    from hbp.planning.planner import STRATEGIES
+
+    if name not in STRATEGIES:
+        raise HbpError(f"no strategy {name!r}{did_you_mean(name, STRATEGIES)}: give one of {', '.join(STRATEGIES)}")
 
 
 def _asked_for(strategies: str | None) -> list[str]:
     """The names in ``--strategies``; none where all are meant."""
+    from hbp.planning.planner import STRATEGIES
+
     if strategies is None:
         return []
     names = [name.strip() for name in strategies.split(",") if name.strip()]
-    unknown = [name for name in names if name not in STRATEGY_NAMES]
+    unknown = [name for name in names if name not in STRATEGIES]
     if not names or unknown:
-        hint = did_you_mean(unknown[0], STRATEGY_NAMES) if unknown else ""
-        raise HbpError(f"--strategies {strategies}{hint}: give some of {','.join(STRATEGY_NAMES)}")
+        hint = did_you_mean(unknown[0], STRATEGIES) if unknown else ""
+        raise HbpError(f"--strategies {strategies}{hint}: give some of {','.join(STRATEGIES)}")
     return names
 
 
 def _quick_enough(samples: int) -> list[str]:
     """All strategies that do not take minutes for so many samples."""
-    slow = [name for name, limit in SLOW_ABOVE.items() if samples > limit]
+    from hbp.planning.planner import STRATEGIES
+
+    slow = [name for name, strategy in STRATEGIES.items() if samples > (strategy.slow_above or math.inf)]
     if slow:
         say(f"{', '.join(slow)} left out, slow on {samples:,} samples; --strategies takes it")
-    return [name for name in STRATEGY_NAMES if name not in slow]
+    return [name for name in STRATEGIES if name not in slow]
 
 
 def _samples(args: argparse.Namespace) -> tuple[Lengths, Pairs]:

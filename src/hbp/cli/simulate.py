@@ -123,7 +123,7 @@ def elsewhere(
         global_batch_tokens: None: the plan's own.
         price: of a device for an hour.
     """
-    from hbp.planning.what_if import plan_elsewhere
+    from hbp.planning.elsewhere import plan_elsewhere
     from hbp.simulator import detailed_json
 
     rows: list[dict[str, Any]] = []

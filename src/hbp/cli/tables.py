@@ -194,3 +194,25 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def check_table(result: Mapping[str, Any]) -> None:
+    """Properties of a model family, and what the failing ones mean."""
+    rows = [
+        (
+            each["property"],
+            "holds" if each["holds"] else "FAILS",
+            "–" if each["error"] is None else f"{each['error']:.1e}",
+            f"{each['bound']:.1e}",
+            each["where"],
+        )
+        for each in result["properties"]
+    ]
+    if rows:
+        versions = f"torch {result['torch']}, transformers {result['transformers']}"
+        title = f"{result['model']} ({result['model_type']}), {versions}"
+        table(title, ("property", "", "error", "bound", "largest in"), rows, left=4)
+    for each in result["properties"]:
+        if not each["holds"]:
+            print(f"{each['property']}: {each['why']}")
+    print(result["refused"] or ("trains here" if result["holds"] else "does not train here as its documents alone do"))

@@ -57,6 +57,8 @@ class ClusterSpec:
     node_latency_s: float = 0.0
     """Added to ``collective_latency_s`` by a collective that leaves its node."""
     origin: str = "analytic, published figures"
+    offload_activations: bool = False
+    """Whether what waits for the backward pass is kept in host memory (``model.offload_activations``)."""
 
     def link(self, ranks: int) -> float:
         """Bytes a second that each of `ranks` adjacent devices gets in an all-to-all."""
@@ -75,8 +77,11 @@ class ClusterSpec:
         return self.collective_latency_s + (self.node_latency_s if ranks > self.devices_per_node else 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for ``plan.json`` and profile files."""
-        return dataclasses.asdict(self)
+        """Plain data, for ``plan.json`` and profile files; offloading is named where there is any."""
+        data = dataclasses.asdict(self)
+        if not self.offload_activations:
+            del data["offload_activations"]
+        return data
 
 
 # Published figures, no measurement of ours (a profile replaces them):
@@ -181,6 +186,10 @@ def cluster_from_json(data: Mapping[str, Any]) -> ClusterSpec:
         if field.type == "str":
             if not isinstance(value, str):
                 raise ValueError(f"{field.name} is {value!r}, not a text")
+            continue
+        if field.type == "bool":
+            if not isinstance(value, bool):
+                raise ValueError(f"{field.name} is {value!r}, not true or false")
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise ValueError(f"{field.name} is {value!r}, not a number from 0 up")

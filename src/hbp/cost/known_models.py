@@ -1,62 +1,22 @@
-"""Where a model's dimensions come from: models known by name, and transformers configurations.
+"""Models known by name, and where a configuration is found: a name, a folder, a file, the hub.
 
-The built-in numbers are those of the models' public ``config.json``. Reading a configuration applies the
-defaults that transformers 5 gives to keys that may be absent, and refuses what it cannot know: a wrong guess
-here would put every plan wrong without a word. Nothing of transformers is imported.
+The built-in numbers are those of the models' public ``config.json``, text models alone (Gemma 3 from 4B on sees
+pictures too). Nothing of transformers is imported.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hbp.errors import HbpError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
-
-# What transformers takes where a key is absent (a key that is null follows from the heads instead).
-DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4}
-DEFAULT_HEAD_DIM = {"qwen3": 128}
-DEFAULT_WINDOW = 4096
-DEFAULT_MAX_WINDOW_LAYERS = 28
-DEFAULT_DENSE_LAYERS = {"deepseek_v2": 0, "deepseek_v3": 3}
-
-ATTENTION_BIAS_FAMILIES = ("llama", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
-MLP_BIAS_FAMILIES = ("llama", "deepseek_v2")
-
-
-@dataclass(frozen=True)
-class LatentAttention:
-    """Multi-head latent attention (DeepSeek): ranks of the compressed queries and keys/values, key parts."""
-
-    q_lora_rank: int | None
-    """None where queries are not compressed."""
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Mixture of experts."""
-
-    n_experts: int
-    experts_per_token: int
-    intermediate: int
-    """Width of one expert."""
-    n_shared: int
-    """Experts that every token goes to."""
-    dense_layers: tuple[int, ...]
-    """Layers with an ordinary MLP."""
-    float32_router: bool = False
-    """The router casts its input to float32."""
-
 
 def _dense(
-    model_type: str, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocab: int
+    model_type: str, layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocab: int, **more: Any
 ) -> dict[str, Any]:
     return {
         "model_type": model_type,
@@ -67,41 +27,194 @@ def _dense(
         "intermediate_size": intermediate,
         "vocab_size": vocab,
         "tie_word_embeddings": False,
+        **more,
     }
 
 
+def _granite(attention: float, logits: float) -> dict[str, Any]:
+    return {
+        "attention_multiplier": attention,
+        "logits_scaling": logits,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+    }
+
+
+USUAL = ("llama-3.1-8b", "qwen3-8b", "qwen3-30b-a3b", "gemma-3-12b", "deepseek-v3-671b")
+"""Named to a user whose own name is like no other"""
+TIED = {"tie_word_embeddings": True}
+QWEN3 = {"head_dim": 128}
+GEMMA = {"head_dim": 256, **TIED}
+QWEN3_MOE = {"num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [], **QWEN3}
+MLA = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+LONG_ROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0] * 48,
+        "long_factor": [1.0] * 48,
+    },
+    "original_max_position_embeddings": 4096,
+    "max_position_embeddings": 131072,
+}
+
 KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {
+    "llama-3.2-1b": _dense("llama", 16, 2048, 32, 8, 8192, 128256, **TIED),
+    "llama-3.2-3b": _dense("llama", 28, 3072, 24, 8, 8192, 128256, **TIED),
     "llama-3.1-8b": _dense("llama", 32, 4096, 32, 8, 14336, 128256),
     "llama-3.1-70b": _dense("llama", 80, 8192, 64, 8, 28672, 128256),
+    "llama-3.1-405b": _dense("llama", 126, 16384, 128, 8, 53248, 128256),
+    "mistral-7b": _dense("mistral", 32, 4096, 32, 8, 14336, 32768, sliding_window=None),
+    "mistral-nemo-12b": _dense("mistral", 40, 5120, 32, 8, 14336, 131072, sliding_window=None, head_dim=128),
+    "mistral-small-24b": _dense("mistral", 40, 5120, 32, 8, 32768, 131072, sliding_window=None, head_dim=128),
+    "qwen2.5-0.5b": _dense("qwen2", 24, 896, 14, 2, 4864, 151936, **TIED),
+    "qwen2.5-1.5b": _dense("qwen2", 28, 1536, 12, 2, 8960, 151936, **TIED),
+    "qwen2.5-3b": _dense("qwen2", 36, 2048, 16, 2, 11008, 151936, **TIED),
+    "qwen2.5-7b": _dense("qwen2", 28, 3584, 28, 4, 18944, 152064),
+    "qwen2.5-14b": _dense("qwen2", 48, 5120, 40, 8, 13824, 152064),
     "qwen2.5-32b": _dense("qwen2", 64, 5120, 40, 8, 27648, 152064),
     "qwen2.5-72b": _dense("qwen2", 80, 8192, 64, 8, 29568, 152064),
-    "qwen3-30b-a3b": {
-        **_dense("qwen3_moe", 48, 2048, 32, 4, 6144, 151936),
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
-    "deepseek-v2-236b": {
-        **_dense("deepseek_v2", 60, 5120, 128, 128, 12288, 102400),
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_routed_experts": 160,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "moe_intermediate_size": 1536,
-        "first_k_dense_replace": 1,
-    },
+    "qwen3-0.6b": _dense("qwen3", 28, 1024, 16, 8, 3072, 151936, **QWEN3, **TIED),
+    "qwen3-1.7b": _dense("qwen3", 28, 2048, 16, 8, 6144, 151936, **QWEN3, **TIED),
+    "qwen3-4b": _dense("qwen3", 36, 2560, 32, 8, 9728, 151936, **QWEN3, **TIED),
+    "qwen3-8b": _dense("qwen3", 36, 4096, 32, 8, 12288, 151936, **QWEN3),
+    "qwen3-14b": _dense("qwen3", 40, 5120, 40, 8, 17408, 151936, **QWEN3),
+    "qwen3-32b": _dense("qwen3", 64, 5120, 64, 8, 25600, 151936, **QWEN3),
+    "qwen3-30b-a3b": _dense("qwen3_moe", 48, 2048, 32, 4, 6144, 151936, **QWEN3_MOE, moe_intermediate_size=768),
+    "qwen3-235b-a22b": _dense("qwen3_moe", 94, 4096, 64, 4, 12288, 151936, **QWEN3_MOE, moe_intermediate_size=1536),
+    "gemma-2-2b": _dense("gemma2", 26, 2304, 8, 4, 9216, 256000, **GEMMA, sliding_window=4096),
+    "gemma-2-9b": _dense("gemma2", 42, 3584, 16, 8, 14336, 256000, **GEMMA, sliding_window=4096),
+    "gemma-2-27b": _dense(
+        "gemma2", 46, 4608, 32, 16, 36864, 256000, head_dim=128, **TIED, sliding_window=4096, query_pre_attn_scalar=144
+    ),
+    "gemma-3-270m": _dense("gemma3_text", 18, 640, 4, 1, 2048, 262144, **GEMMA, sliding_window=512),
+    "gemma-3-1b": _dense("gemma3_text", 26, 1152, 4, 1, 6912, 262144, **GEMMA, sliding_window=512),
+    "gemma-3-4b": _dense("gemma3_text", 34, 2560, 8, 4, 10240, 262208, **GEMMA, sliding_window=1024),
+    "gemma-3-12b": _dense("gemma3_text", 48, 3840, 16, 8, 15360, 262208, **GEMMA, sliding_window=1024),
+    "gemma-3-27b": _dense(
+        "gemma3_text",
+        62,
+        5376,
+        32,
+        16,
+        21504,
+        262208,
+        head_dim=128,
+        **TIED,
+        sliding_window=1024,
+        query_pre_attn_scalar=168,
+    ),
+    "phi-3-mini": _dense("phi3", 32, 3072, 32, 32, 8192, 32064, sliding_window=2047),
+    "phi-3-medium": _dense("phi3", 40, 5120, 40, 10, 17920, 32064, sliding_window=2047),
+    "phi-4": _dense("phi3", 40, 5120, 40, 10, 17920, 100352, sliding_window=None, pad_token_id=100349),
+    "phi-4-mini": _dense("phi3", 32, 3072, 24, 8, 8192, 200064, **TIED, **LONG_ROPE, pad_token_id=199999),
+    "olmo-2-1b": _dense("olmo2", 16, 2048, 16, 16, 8192, 100352),
+    "olmo-2-7b": _dense("olmo2", 32, 4096, 32, 32, 11008, 100352),
+    "olmo-2-13b": _dense("olmo2", 40, 5120, 40, 40, 13824, 100352),
+    "olmo-2-32b": _dense("olmo2", 64, 5120, 40, 8, 27648, 100352),
+    "smollm3-3b": _dense("smollm3", 36, 2048, 16, 4, 11008, 128256, **TIED),
+    "glm-4-9b": _dense("glm4", 40, 4096, 32, 2, 13696, 151552, head_dim=128, attention_bias=True),
+    "glm-4-32b": _dense("glm4", 61, 6144, 48, 2, 23040, 151552, head_dim=128, attention_bias=False),
+    "granite-3.3-2b": _dense("granite", 40, 2048, 32, 8, 8192, 49159, **TIED, **_granite(0.015625, 8.0)),
+    "granite-3.3-8b": _dense("granite", 40, 4096, 32, 8, 12800, 49159, **TIED, **_granite(0.0078125, 16.0)),
+    "gpt-oss-20b": _dense(
+        "gpt_oss",
+        24,
+        2880,
+        64,
+        8,
+        2880,
+        201088,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        sliding_window=128,
+    ),
+    "gpt-oss-120b": _dense(
+        "gpt_oss",
+        36,
+        2880,
+        64,
+        8,
+        2880,
+        201088,
+        head_dim=64,
+        num_local_experts=128,
+        num_experts_per_tok=4,
+        sliding_window=128,
+    ),
+    "mixtral-8x7b": _dense("mixtral", 32, 4096, 32, 8, 14336, 32000, num_local_experts=8, num_experts_per_tok=2),
+    "mixtral-8x22b": _dense("mixtral", 56, 6144, 48, 8, 16384, 32768, num_local_experts=8, num_experts_per_tok=2),
+    "qwen1.5-moe-a2.7b": _dense(
+        "qwen2_moe",
+        24,
+        2048,
+        16,
+        16,
+        5632,
+        151936,
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+    ),
+    "qwen2-57b-a14b": _dense(
+        "qwen2_moe",
+        28,
+        3584,
+        28,
+        4,
+        18944,
+        151936,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2560,
+        shared_expert_intermediate_size=20480,
+    ),
+    "deepseek-v2-236b": _dense(
+        "deepseek_v2",
+        60,
+        5120,
+        128,
+        128,
+        12288,
+        102400,
+        **MLA,
+        n_routed_experts=160,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1536,
+        first_k_dense_replace=1,
+    ),
+    "deepseek-v3-671b": _dense(
+        "deepseek_v3",
+        61,
+        7168,
+        128,
+        128,
+        18432,
+        129280,
+        **MLA,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2048,
+        first_k_dense_replace=3,
+        n_group=8,
+        topk_group=4,
+    ),
 }
 
 
 def load_config(name_or_path: str) -> tuple[Mapping[str, Any], str]:
-    """A configuration and the model's name, from a built-in name, a folder with ``config.json``, or the file.
+    """A configuration and the model's name, from a built-in name, a folder with ``config.json``, the file, or the hub.
 
     Raises:
         HbpError: no such name or file, or not a JSON object.
@@ -109,141 +222,34 @@ def load_config(name_or_path: str) -> tuple[Mapping[str, Any], str]:
     if name_or_path in KNOWN_MODELS:
         return KNOWN_MODELS[name_or_path], name_or_path
     path = Path(name_or_path)
+    if not path.exists() and name_or_path.count("/") == 1:
+        path = _from_hub(name_or_path) or path
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text())
     except OSError:
+        near = get_close_matches(name_or_path.rpartition("/")[2].lower(), KNOWN_MODELS, 3) or USUAL
         raise HbpError(
-            f"no model {name_or_path!r}: give one of {', '.join(KNOWN_MODELS)}, or a folder with config.json"
+            f"no model {name_or_path!r}: give a built-in name, such as {', '.join(near)} (docs/models.md has all), a "
+            "folder with config.json, or a hub name that can be reached"
         ) from None
     except ValueError as error:
         raise HbpError(f"{path} is not JSON ({error}); give a transformers config.json") from None
     if not isinstance(config, dict):
         raise HbpError(f"{path} holds no JSON object; give a transformers config.json")
+    if not Path(name_or_path).exists():  # on the hub
+        return config, name_or_path.rpartition("/")[2]
     return config, path.resolve().parent.name if path.name == "config.json" else path.stem
 
 
-def read_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of :class:`hbp.cost.model_spec.ModelSpec`, all but its name.
-
-    Raises:
-        HbpError: an unknown family, or a key that is missing or makes no sense.
-    """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise HbpError(f"model_type {family!r} is not known to the cost model; known are {', '.join(FAMILIES)}")
-    deepseek = family.startswith("deepseek")
-    layers, hidden = _int(config, "num_hidden_layers"), _int(config, "hidden_size")
-    heads = _int(config, "num_attention_heads")
-    latent = None
-    if deepseek:
-        latent = _latent(config)
-        kv_heads, qk_dim = heads, latent.qk_nope_head_dim + latent.qk_rope_head_dim
-        v_dim = _int(config, "v_head_dim")
-    else:
-        kv_heads = _int(config, "num_key_value_heads", DEFAULT_KV_HEADS.get(family, heads), null=heads)
-        head_dim = hidden // heads
-        if not head_dim and not config.get("head_dim"):
-            raise HbpError(f"{heads} heads of a hidden_size of {hidden} gives no head size; mend the config.json")
-        qk_dim = v_dim = _int(config, "head_dim", DEFAULT_HEAD_DIM.get(family, head_dim), null=head_dim)
-    if heads % kv_heads:
-        raise HbpError(
-            f"the {family} configuration has {heads} num_attention_heads, which its {kv_heads} "
-            "num_key_value_heads do not divide; give the model's whole config.json"
-        )
-    bias = family in ATTENTION_BIAS_FAMILIES and bool(config.get("attention_bias"))
-    return {
-        "model_type": family,
-        "n_layers": layers,
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "qk_head_dim": qk_dim,
-        "v_head_dim": v_dim,
-        "intermediate": _int(config, "intermediate_size"),
-        "vocab": _int(config, "vocab_size"),
-        "tied_embeddings": bool(config.get("tie_word_embeddings")),
-        "qkv_bias": bias or family == "qwen2",
-        "out_bias": bias,
-        "mlp_bias": family in MLP_BIAS_FAMILIES and bool(config.get("mlp_bias")),
-        "qk_norm": family in ("qwen3", "qwen3_moe"),
-        "windows": _windows(config, family, layers),
-        "latent": latent,
-        "experts": _experts(config, family, layers),
-    }
-
-
-_REQUIRED = object()
-
-
-def _int(config: Mapping[str, Any], key: str, default: Any = _REQUIRED, null: Any = _REQUIRED, least: int = 1) -> Any:
-    """A whole number, at least ``least``; ``default`` if absent, ``null`` if null (errors if not given)."""
-    family = config.get("model_type")
-    if key not in config:
-        if default is _REQUIRED:
-            raise HbpError(f"the {family} configuration lacks {key!r}; give the model's whole config.json")
-        return default
-    value = config[key]
-    if value is None and null is not _REQUIRED:
-        return null
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise HbpError(f"the {family} configuration has {key} {value!r}; it must be a whole number of at least {least}")
-    return value
-
-
-def _latent(config: Mapping[str, Any]) -> LatentAttention:
-    return LatentAttention(
-        q_lora_rank=_int(config, "q_lora_rank", null=None),
-        kv_lora_rank=_int(config, "kv_lora_rank"),
-        qk_nope_head_dim=_int(config, "qk_nope_head_dim"),
-        qk_rope_head_dim=_int(config, "qk_rope_head_dim"),
-    )
-
-
-def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
-    """Of each layer; empty where all attend in full. Only Qwen2 and Qwen3 tell their layers apart."""
-    used = family == "mistral" or (family.startswith("qwen") and config.get("use_sliding_window"))
-    window = _int(config, "sliding_window", DEFAULT_WINDOW, null=None) if used else None
-    if window is None:
-        return ()
-    if family not in ("qwen2", "qwen3"):
-        return (window,) * layers
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first = _int(config, "max_window_layers", DEFAULT_MAX_WINDOW_LAYERS, least=0)
-        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(0, layers - first)
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        raise HbpError(f"the {family} configuration's layer_types do not name each of its {layers} layers; mend it")
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def _experts(config: Mapping[str, Any], family: str, layers: int) -> Experts | None:
-    if family == "qwen3_moe":
-        # transformers 5 writes num_local_experts where the published configurations say num_experts
-        count = _int(config, "num_local_experts" if "num_local_experts" in config else "num_experts", least=0)
-        step = _int(config, "decoder_sparse_step", 1)
-        named = config.get("mlp_only_layers") or []
-        if not isinstance(named, (list, tuple)) or not all(isinstance(i, int) for i in named):
-            raise HbpError(f"the configuration has mlp_only_layers {named!r}; it must be a list of layer numbers")
-        dense = {i for i in range(layers) if (i + 1) % step} | set(named)
-        shared = 0
-    elif family.startswith("deepseek"):
-        count = _int(config, "n_routed_experts", null=0, least=0)
-        dense = set(range(_int(config, "first_k_dense_replace", DEFAULT_DENSE_LAYERS[family], null=0, least=0)))
-        shared = _int(config, "n_shared_experts", null=0, least=0) if count else 0
-    else:
+def _from_hub(name: str) -> Path | None:
+    """The configuration of a model on the hub, fetched or from its cache; None where neither works."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
         return None
-    if not count:
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
-    chosen = _int(config, "num_experts_per_tok")
-    if chosen > count:
-        raise HbpError(f"the {family} configuration sends a token to {chosen} of {count} experts; mend its config.json")
-    return Experts(
-        n_experts=count,
-        experts_per_token=chosen,
-        intermediate=_int(config, "moe_intermediate_size"),
-        n_shared=shared,
-        dense_layers=tuple(sorted(dense & set(range(layers)))),
-        float32_router=family.startswith("deepseek"),
-    )

@@ -4,10 +4,12 @@ Always there: parameters, gradients and AdamW's two moments in float32, sharded 
 the head and the last norm take while they are gathered. On top of that, per token of the rank:
 
 - *loss*: everything that the layers keep (an ordinary layer what autograd saves, a recomputed one its input), the last
-  norm, and for a chunk of tokens the logits, their log-softmax and gradients, in float32;
+  norm, the float32 sum of the head's gradient, and for a chunk of tokens the logits in float32 and their gradients; at
+  its *end*, instead of those, the head's gradient in the compute dtype;
 - *backward*: what the layers keep, at least one whole layer (recomputation runs one at a time, after the ordinary
-  layers' backward has freed theirs), two gradients inside one layer's MLP, two gathered layers and one layer's
-  gradients before and during their reduction;
+  layers' backward has freed theirs), two gradients inside one layer's MLP, two gathered layers, one layer's gradients
+  and the message that reduces those of the layer before it. Where a layer has experts, instead of its own gradients
+  those of the experts' outputs, before they are weighted (:meth:`~hbp.cost.model_spec.ModelSpec.combining_bytes`);
 - *end*: nothing per token, but the gradients of embedding and head before and during their reduction.
 
 A model that is gathered in one piece holds all of its parameters throughout and all gradients at the end; and until the
@@ -17,13 +19,18 @@ Where low-rank adapters are trained in place of the model, only they have gradie
 counted as without adapters: an adapter's input is that of the projection that it adapts, and frozen projections without
 one, which keep nothing, are taken to be few.
 
-Each moment is affine in the tokens, but for the chunk's end, so the longest pack within a budget is a closed form.
-Held against the allocator's own record in ``benchmarks/cost_model.py``.
+Where activations are offloaded, what waits for backward is in host memory, but for tensors so small that they stay: at
+most :data:`STAYS_BYTES` each, a layer's all together no more than what it keeps. Backward has one whole layer on the
+device. The copies' time is not modelled (a live profile measures it), nor is host memory.
+
+Each moment is affine in the tokens, but for the chunk's end and the small tensors', so the longest pack within a budget
+is a closed form. AdamW is fused, so its step takes nothing. Held against the allocator's own record in
+``benchmarks/cost_model.py``, and against a simulated one for large models in ``benchmarks/memory_sim.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hbp.cost.cluster import ClusterSpec
@@ -32,9 +39,12 @@ from hbp.cost.model_spec import ModelSpec
 STATE_BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and AdamW's two moments
 FROZEN_BYTES_PER_PARAMETER = 4
 REDUCE_BYTES = 4
-LOSS_CHUNK_TOKENS = 1024
-LOSS_COPIES = 3  # log-softmax, its gradient, the logits' gradient
+LOSS_CHUNK_TOKENS = 2048
 FLOAT32 = 4
+STAYS_BYTES = 1 << 20
+"""Tensors of fewer bytes are not offloaded."""
+SAVED_TENSORS = 24
+"""That a layer keeps, at most: norms, projections, rotary embedding, attention, MLP."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,24 @@ class Moment:
     per_token: float = 0.0
     per_chunk_token: float = 0.0
     """For each of the first :data:`LOSS_CHUNK_TOKENS`."""
+    per_small_token: float = 0.0
+    """Of activations that stay on the device while they are small, …"""
+    most_small: float = 0.0
+    """… which is no more than this in all."""
 
     def bytes(self, tokens: float) -> float:
         """With this many tokens on the rank."""
-        return self.constant + tokens * self.per_token + min(tokens, LOSS_CHUNK_TOKENS) * self.per_chunk_token
+        small = min(tokens * self.per_small_token, self.most_small)
+        return self.constant + tokens * self.per_token + min(tokens, LOSS_CHUNK_TOKENS) * self.per_chunk_token + small
 
     def most_tokens(self, budget: float) -> float:
         """Tokens on the rank that just fit a budget; 0 if none do, infinite if any number does."""
+        if self.per_small_token:
+            all_small = replace(self, per_token=self.per_token + self.per_small_token, per_small_token=0.0)
+            tokens = all_small.most_tokens(budget)
+            if tokens * self.per_small_token <= self.most_small:
+                return tokens
+            return replace(self, constant=self.constant + self.most_small, per_small_token=0.0).most_tokens(budget)
         room = budget - self.constant
         if room < 0:
             return 0.0
@@ -65,26 +86,35 @@ class Moment:
 
 def moments(
     model: ModelSpec, cluster: ClusterSpec, world_size: int, sp_degree: int, gc_layers: int
-) -> tuple[Moment, Moment, Moment]:
-    """Loss, backward and end of a micro-batch at an SP degree and a number of recomputed layers."""
+) -> tuple[Moment, ...]:
+    """Loss, its end, backward and end of a micro-batch at an SP degree and a number of recomputed layers.
+
+    Backward goes from the last layer to the first, which recomputed ones are. While the first ordinary layer to be done
+    is at work all others wait; from the next on one less, but the gradients of the one before are being reduced.
+    """
     m, b = model, cluster.dtype_bytes
-    states, loss, backward, end = _constants(m, cluster, world_size)
+    held = _constants(m, cluster, world_size)
     saved = _saved_per_layer(m, b, sp_degree)
     kept, whole = gc_layers * m.checkpoint_bytes_per_token(b), m.n_layers - gc_layers
     hidden = m.hidden * b
     last_norm = m.hidden * (FLOAT32 + b) + hidden
-    return (
-        Moment(
-            states + loss,
-            cluster.activation_scale * (whole * saved + kept) + last_norm + hidden,
-            m.vocab * float(FLOAT32) * LOSS_COPIES,
-        ),
-        Moment(
-            states + backward,
-            cluster.activation_scale * (max(whole, 1) * saved + kept) + 2 * m.widest_mlp * b + 2 * hidden,
-        ),
-        Moment(states + end),
-    )
+    waiting = cluster.activation_scale * (whole * saved + kept)
+    small = float((whole * SAVED_TENSORS + gc_layers) * STAYS_BYTES)
+    # Of what waits, (per token on the device, per token and at most in all where only small tensors stay there).
+    here, stay = (0.0, (waiting, small)) if cluster.offload_activations else (waiting, (0.0, 0.0))
+    every = [
+        Moment(held.states + held.loss, here + last_norm + hidden, m.vocab * float(FLOAT32 + b), *stay),
+        Moment(held.states + held.loss_end, here + last_norm + hidden, 0.0, *stay),
+        Moment(held.states + held.end),
+    ]
+    for layers, reducing in ((max(whole, 1), 0.0), (max(whole - 1, 1), held.reduced * (m.n_layers > 1))):
+        on_device = saved if cluster.offload_activations else layers * saved + kept
+        alive = cluster.activation_scale * on_device + 2 * hidden
+        constant = held.states + held.backward + reducing
+        every.append(Moment(constant + held.gradients, alive + 2 * m.widest_mlp * b, 0.0, *stay))
+        if m.n_moe_layers:
+            every.append(Moment(constant, alive + m.combining_bytes(b), 0.0, *stay))
+    return tuple(every)
 
 
 @lru_cache
@@ -92,9 +122,25 @@ def _saved_per_layer(model: ModelSpec, dtype_bytes: int, sp_degree: int) -> floa
     return model.activation_bytes_per_token_per_layer(dtype_bytes, sp_degree)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that no token causes."""
+
+    states: float
+    """Always: states, and what is gathered throughout."""
+    loss: float
+    loss_end: float
+    backward: float
+    """While any layer is at work,"""
+    gradients: float
+    """once it has gradients,"""
+    reduced: float
+    """and those of the layer before it, in the message that reduces them."""
+    end: float
+
+
 @lru_cache
-def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> tuple[float, float, float, float]:
-    """Bytes that no token causes: always, and more at the loss, in backward, at the end."""
+def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> _Held:
     b, total = cluster.dtype_bytes, m.parameters()
     largest = max(map(m.layer_parameters, range(m.n_layers)))
     root = total - m.layers_parameters() if m.sharded_by_layer else total
@@ -105,9 +151,13 @@ def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> tuple[flo
     else:
         sharded = total * STATE_BYTES_PER_PARAMETER
         head, trained, trained_root = m.vocab * m.hidden, largest, root
-    states = sharded / world_size + cluster.fixed_bytes + root * b
-    backward = (head + trained) * b
-    if m.sharded_by_layer:
-        backward += largest * 2 * b + trained * REDUCE_BYTES
     gathered_twice = 0 if m.sharded_by_layer or world_size == 1 else root * b
-    return states, head * b + gathered_twice, backward, trained_root * (b + REDUCE_BYTES)
+    return _Held(
+        states=sharded / world_size + cluster.fixed_bytes + root * b,
+        loss=head * FLOAT32 + gathered_twice,
+        loss_end=head * (FLOAT32 + b * (b != FLOAT32)) + gathered_twice,
+        backward=head * b + largest * 2 * b * m.sharded_by_layer,
+        gradients=trained * b,
+        reduced=trained * REDUCE_BYTES * m.sharded_by_layer,
+        end=trained_root * (b + REDUCE_BYTES),
+    )

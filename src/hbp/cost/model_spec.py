@@ -1,7 +1,7 @@
 """What a model is made of, from its transformers configuration: parameters, FLOPs, activations, messages.
 
-Families: Llama, Mistral (sliding window), Qwen2, Qwen3, Qwen3-MoE, DeepSeek-V2 and V3 (multi-head latent
-attention, MLA, and mixture of experts, MoE). The counts follow the modules of transformers 5; the tests hold
+Families: those of :data:`hbp.cost.dimensions.FAMILIES`, among them multi-head latent attention (MLA) and mixtures of
+experts (MoE). The counts follow the modules of transformers 5; the tests hold
 them against those modules, torch's FLOP counter and its saved tensors. Parameters: exact. FLOPs: forward, two
 a multiply-add, matrix products only (no norms, biases, softmax).
 
@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,11 +38,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.known_models import Experts, LatentAttention, load_config, read_dimensions
+from hbp.cost.dimensions import FAMILIES, Experts, LatentAttention, guess_dimensions, read_dimensions
+from hbp.cost.known_models import load_config
 from hbp.errors import HbpError
 
 FLOAT32 = 4
 """Bytes."""
+GUESSED_WITHIN = 0.2
+"""Of a model's parameters, what may be unexplained where its family is not known."""
 SMALL_LAYER_PARAMETERS = 1_000_000
 """Gathering fewer takes latency rather than bandwidth, on any link."""
 
@@ -85,6 +88,19 @@ class ModelSpec:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    """It is over all heads at once."""
+    layer_norms: int = 2
+    float32_norms: bool = False
+    """Norms are scaled before they are cast back, so that autograd keeps a float32 copy."""
+    fused_qkv: bool = False
+    """One projection makes queries, keys and values."""
+    sinks: bool = False
+    """Each head has an attention sink."""
+    mlp_matrices: int = 3
+    """Of a dense MLP; 2: without a gate."""
+    other_parameters: int = 0
+    """Of a layer, of which nothing is known (a family that is not known here)."""
     windows: tuple[int | None, ...] = ()
     """Sliding window of each layer in tokens, None for full attention; empty if all layers attend in full."""
     latent: LatentAttention | None = None
@@ -157,14 +173,16 @@ class ModelSpec:
 
     @cached_property
     def _attention_extras(self) -> tuple[int, int]:
-        """Biases and norm weights inside one layer's attention."""
+        """Biases (and sinks) and norm weights inside one layer's attention."""
         if self.latent is not None:
             norms = (self.latent.q_lora_rank or 0) + self.latent.kv_lora_rank
             columns = norms + self.latent.qk_rope_head_dim
         else:
-            norms = self.qk_norm * 2 * self.qk_head_dim
+            wide = (self.heads + self.kv_heads) if self.wide_qk_norm else 2
+            norms = self.qk_norm * wide * self.qk_head_dim
             columns = (self.heads + self.kv_heads) * self.qk_head_dim + self.kv_heads * self.v_head_dim
-        return self.qkv_bias * columns + self.out_bias * self.hidden, norms
+        biases = self.qkv_bias * columns + self.out_bias * self.hidden + self.sinks * self.heads
+        return biases, norms
 
     @property
     def attention_parameters(self) -> int:
@@ -174,7 +192,7 @@ class ModelSpec:
     def _gated_mlp(self, width: int, count: int) -> int:
         """Of ``count`` gated MLPs that are one matrix side by side."""
         wide = width * count
-        return 3 * self.hidden * wide + (self.mlp_bias * (2 * wide + self.hidden) if count else 0)
+        return self.mlp_matrices * self.hidden * wide + (self.mlp_bias * (2 * wide + self.hidden) if count else 0)
 
     def mlp_parameters(self, layer: int) -> int:
         """MLP of one layer: dense, or router, routed experts and shared experts."""
@@ -182,11 +200,14 @@ class ModelSpec:
         if e is None or not self.is_moe(layer):
             return self._gated_mlp(self.intermediate, 1)
         routed = self.hidden * e.n_experts * (1 + 3 * e.intermediate)
-        return routed + self._gated_mlp(e.intermediate, e.n_shared)
+        if e.biases:
+            routed += e.n_experts * (1 + 2 * e.intermediate + self.hidden)
+        return routed + self._gated_mlp(e.shared_width, e.n_shared > 0) + e.shared_gate * self.hidden
 
     def layer_parameters(self, layer: int) -> int:
-        """All of one layer, its two norms included."""
-        return self.attention_parameters + self.mlp_parameters(layer) + 2 * self.hidden
+        """All of one layer, its norms included."""
+        norms = self.layer_norms * self.hidden
+        return self.attention_parameters + self.mlp_parameters(layer) + norms + self.other_parameters
 
     @cached_property
     def parameter_count(self) -> ParameterCount:
@@ -199,7 +220,7 @@ class ModelSpec:
             attention=self.n_layers * (self._attention_weights + biases),
             dense_mlp=sum(count for moe, count in mlp if not moe),
             moe_mlp=sum(count for moe, count in mlp if moe),
-            norms=self.n_layers * (norms + 2 * self.hidden) + self.hidden,
+            norms=self.n_layers * (norms + self.layer_norms * self.hidden + self.other_parameters) + self.hidden,
         )
 
     def parameters(self) -> int:
@@ -226,11 +247,11 @@ class ModelSpec:
 
     def linear_flops_per_token(self) -> float:
         """FLOPs of all layers' projections, MLPs, routers and experts (only those that a token goes to)."""
-        dense = 3 * self.hidden * self.intermediate * (self.n_layers - self.n_moe_layers)
+        dense = self.mlp_matrices * self.hidden * self.intermediate * (self.n_layers - self.n_moe_layers)
         total = self.n_layers * self._attention_weights + dense
         if self.experts is not None:
             e = self.experts
-            active = 3 * e.intermediate * (e.experts_per_token + e.n_shared) + e.n_experts
+            active = 3 * (e.intermediate * e.experts_per_token + e.shared_width) + e.n_experts + e.shared_gate
             total += self.n_moe_layers * self.hidden * active
         return 2.0 * total
 
@@ -242,7 +263,7 @@ class ModelSpec:
         """
         skipped = self.intermediate * (self.n_layers - self.n_moe_layers)
         if self.experts is not None:
-            skipped += self.experts.intermediate * self.experts.n_shared * self.n_moe_layers
+            skipped += self.experts.shared_width * self.n_moe_layers * (not self.experts.shared_gate)
         return self.linear_flops_per_token() - 2.0 * self.hidden * skipped
 
     def head_flops_per_token(self) -> float:
@@ -285,10 +306,13 @@ class ModelSpec:
     def layer_activation_bytes(self, layer: int, dtype_bytes: int, degree: int = 1) -> float:
         """Bytes per local token that autograd keeps of a layer not recomputed, at an SP degree."""
         b, h = dtype_bytes, self.hidden
-        total = 2 * _norm_bytes(h, b) + 2 * h * b  # both layer norms, and their outputs into the projections
+        total = self.layer_norms * self._norm_bytes(h, b) + 2 * h * b  # norms, and what goes into the projections
         total += self._attention_elements(degree) * b + self.heads * FLOAT32  # log-sum-exp
+        if self.fused_qkv and degree == 1:  # values are a view of the fused projection, all of which is kept
+            total += (self.heads + self.kv_heads) * self.qk_head_dim * b
         if self.qk_norm:
-            total += (self.heads + self.kv_heads) * _norm_bytes(self.qk_head_dim, b)
+            heads = self.heads + self.kv_heads
+            total += self._norm_bytes(heads * self.qk_head_dim, b) + (1 if self.wide_qk_norm else heads - 1) * FLOAT32
         if self.latent is not None:
             total += self._latent_bytes(self.latent, b, degree)
         return total + self._mlp_bytes(layer, b)
@@ -313,10 +337,14 @@ class ModelSpec:
             total += heads * v  # the output, copied for its projection
         return total
 
+    def _norm_bytes(self, width: int, dtype_bytes: int) -> float:
+        """Kept by an RMSNorm besides its output: input in float32, normalised copy, reciprocal root."""
+        return width * (FLOAT32 + (FLOAT32 if self.float32_norms else dtype_bytes)) + FLOAT32
+
     def _latent_bytes(self, m: LatentAttention, b: int, degree: int) -> float:
-        total = _norm_bytes(m.kv_lora_rank, b) + m.kv_lora_rank * b
+        total = self._norm_bytes(m.kv_lora_rank, b) + m.kv_lora_rank * b
         if m.q_lora_rank is not None:
-            total += _norm_bytes(m.q_lora_rank, b) + m.q_lora_rank * b
+            total += self._norm_bytes(m.q_lora_rank, b) + m.q_lora_rank * b
         if b == FLOAT32:  # no upcast, so the norm keeps the tensor of which its input is a view
             total += m.qk_rope_head_dim * b
         if degree == 1 and self.v_head_dim == self.kernel_head_dim:  # not padded, values are a view of their projection
@@ -326,12 +354,12 @@ class ModelSpec:
     def _mlp_bytes(self, layer: int, b: int) -> float:
         e = self.experts
         if e is None or not self.is_moe(layer):
-            return 4 * self.intermediate * b
-        routed = e.experts_per_token * (4 * e.intermediate + 2 * self.hidden) * b
+            return (self.mlp_matrices + 1) * self.intermediate * b
+        routed = e.experts_per_token * ((7 if e.biases else 4) * e.intermediate + 2 * self.hidden) * b
         router = e.n_experts * FLOAT32 + e.experts_per_token * (32 + b)
         if e.float32_router and b < FLOAT32:
             router += self.hidden * FLOAT32
-        return routed + router + 4 * e.intermediate * e.n_shared * b
+        return routed + router + (4 * e.shared_width + e.shared_gate * (self.hidden + 1)) * b
 
     def activation_bytes_per_token_per_layer(self, dtype_bytes: int, degree: int = 1) -> float:
         """:meth:`layer_activation_bytes`, mean over the layers."""
@@ -344,8 +372,21 @@ class ModelSpec:
     def widest_mlp(self) -> int:
         """Elements of a token between an MLP's projections, in the layer where they are most."""
         e = self.experts
-        routed = e.intermediate * (e.experts_per_token + e.n_shared) if e is not None and self.n_moe_layers else 0
+        routed = e.intermediate * e.experts_per_token + e.shared_width if e is not None and self.n_moe_layers else 0
         return max(routed, self.intermediate if self.n_moe_layers < self.n_layers else 0)
+
+    def combining_bytes(self, dtype_bytes: int) -> float:
+        """Bytes per token of the gradients where the outputs of a token's experts are weighted and summed.
+
+        Three of the size of all these outputs: theirs in two orders, and that of the weights before it is summed; in
+        float32 where the router's weights are. What the shared experts kept is free by then.
+        """
+        e = self.experts
+        if e is None:
+            return 0.0
+        size = FLOAT32 if e.float32_router else dtype_bytes
+        shared = 4 * e.intermediate * e.n_shared * dtype_bytes
+        return float(3 * e.experts_per_token * self.hidden * size - shared)
 
     def checkpoint_bytes_per_token(self, dtype_bytes: int) -> float:
         """Bytes per token kept by one layer that is recomputed: its input."""
@@ -388,11 +429,6 @@ class ModelSpec:
         return float(others * self.kv_heads_at(degree) * (self.qk_head_dim + self.v_head_dim) * dtype_bytes)
 
 
-def _norm_bytes(width: int, dtype_bytes: int) -> float:
-    """Kept by an RMSNorm besides its output: input in float32, normalised copy, reciprocal root."""
-    return width * (FLOAT32 + dtype_bytes) + FLOAT32
-
-
 def load_model_spec(name_or_path: str) -> ModelSpec:
     """A built-in model by name, or the ``config.json`` of a folder (or the file itself).
 
@@ -415,3 +451,32 @@ def spec_from_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
     """
     dimensions = read_dimensions(config)
     return ModelSpec(name=name or dimensions["model_type"], **dimensions)
+
+
+def spec_of_any(config: Mapping[str, Any], parameters: Callable[[], int], name: str = "") -> ModelSpec:
+    """The same, of a family that need not be known here.
+
+    Of an unknown family the MLP is taken to have three matrices or two, whichever comes nearer to the model's number of
+    parameters; what is left of these is spread over the layers.
+
+    Args:
+        config: ``config.to_dict()``.
+        parameters: counts those of the model; asked where the family is not known.
+        name: as for :func:`spec_from_config`.
+
+    Raises:
+        HbpError: a key is missing or makes no sense, or the model is no plain decoder.
+    """
+    family = config.get("model_type")
+    if family in FAMILIES:
+        return spec_from_config(config, name)
+    dimensions, count = guess_dimensions(config), parameters()
+    specs = [ModelSpec(name=name or str(family), **dimensions, mlp_matrices=matrices) for matrices in (2, 3)]
+    nearest = min(specs, key=lambda spec: abs(count - spec.parameters()))
+    rest = count - nearest.parameters()
+    if abs(rest) > count * GUESSED_WITHIN:
+        raise HbpError(
+            f"model_type {family!r} is not known to the cost model, and {count:,} parameters do not look like those "
+            "of a plain decoder with its dimensions; train a model of a known family"
+        )
+    return dataclasses.replace(nearest, other_parameters=max(0, rest) // nearest.n_layers)

@@ -8,7 +8,7 @@ sums.
 Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers recomputed:
 
 - linear: ``S/d`` tokens × FLOPs × (1 forward + 2 backward + k/n recomputed, all but each layer's last product); the
-  vocabulary projection counts 4 passes, since the chunked loss recomputes it. Small products do not reach the rate of
+  vocabulary projection counts 3 passes in any case. Small products do not reach the rate of
   large ones: a product of ``r`` rows runs at ``r / (r + h)`` of it (``h`` is
   :attr:`~hbp.cost.cluster.ClusterSpec.half_rate_tokens`), which is the time of ``h`` more rows, whatever ``r``: a fixed
   part. With experts each has its own ``h``, so few tokens an expert are slow;
@@ -42,8 +42,8 @@ from hbp.errors import HbpError
 
 Float = npt.NDArray[np.float64]
 
-HEAD_PASSES = 4
-"""Of the vocabulary projection: forward, two in backward, and one more since the chunked loss recomputes it."""
+HEAD_PASSES = 3
+"""Of the vocabulary projection: forward, and one for each of its two gradients; nothing of it is recomputed."""
 FLASH_BACKWARD = 2.5
 """Forwards that flash attention's backward takes: five products, the scores' once more among them, over two."""
 

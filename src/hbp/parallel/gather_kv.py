@@ -55,6 +55,10 @@ class Gather:
     """None: nothing is sent, each rank takes its own part for everyone's (:mod:`hbp.train.measure.micro_batch`)."""
     chunks: tuple[Chunk, ...]
 
+    def pinned(self) -> Gather:
+        """The same with its tensors in pinned host memory."""
+        return replace(self, chunks=tuple(replace(c, documents=c.documents.pinned()) for c in self.chunks))
+
     def to(self, device: torch.device) -> Gather:
         """The same with its tensors on a device."""
         return replace(self, chunks=tuple(replace(c, documents=c.documents.to(device)) for c in self.chunks))

@@ -26,8 +26,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hbp.errors import HbpError
 
-BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
-
 
 @dataclass(frozen=True)
 class SequenceGroups:
@@ -91,7 +89,8 @@ class ParallelMesh:
     def _group(self, ranks: list[int]) -> ProcessGroup | None:
         if len(ranks) == 1:
             return None
-        group = dist.new_group(ranks, backend=BACKENDS[self.world.device_type], use_local_synchronization=True)
+        of_device = dict(part.split(":") for part in dist.get_backend_config().split(","))
+        group = dist.new_group(ranks, backend=of_device[self.world.device_type], use_local_synchronization=True)
         assert isinstance(group, ProcessGroup)
         return group
 

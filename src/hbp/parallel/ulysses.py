@@ -33,8 +33,15 @@ from hbp.errors import HbpError
 from hbp.parallel.gather_kv import Gather, gathered_attention
 from hbp.parallel.varlen import Documents, check_kernel, document_attention
 
-ATTENTION_NAMES = {"auto": "hbp", "varlen": "hbp_varlen", "sdpa": "hbp_sdpa", "flex": "hbp_flex", "flash": "hbp_fa"}
-"""Of each kernel at transformers, which takes any name with `flash` in it for one of its own."""
+ATTENTION_NAMES = {
+    "auto": "hbp",
+    "varlen": "hbp_varlen",
+    "sdpa": "hbp_by_document",
+    "flex": "hbp_by_blocks",
+    "flash": "hbp_fa",
+    "eager": "hbp_written_out",
+}
+"""Of each kernel at transformers, which takes any name with `flash`, `flex` or `sdpa` in it for one of its own."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,11 @@ class PackLayout:
         """Ranks that exchange heads."""
         return self.sp_degree // (self.gather.ways if self.gather else 1)
 
+    def pinned(self) -> PackLayout:
+        """The same with its tensors in pinned host memory."""
+        gather = self.gather.pinned() if self.gather else None
+        return replace(self, documents=self.documents.pinned(), gather=gather)
+
     def to(self, device: torch.device) -> PackLayout:
         """The same with its tensors on a device."""
         gather = self.gather.to(device) if self.gather else None
@@ -67,6 +79,17 @@ class PackLayout:
             if group is not None:
                 dist.all_reduce(x, group=group)
         return x
+
+
+class Sealed:
+    """A pack's layout as compiled layers should see it: one object like another.
+
+    torch.compile (2.11) takes a frozen dataclass for its fields, and would compile a layer anew for every number of
+    documents, eight times, and then not at all.
+    """
+
+    def __init__(self, layout: PackLayout) -> None:
+        self.layout = layout
 
 
 class _Kept(torch.autograd.Function):
@@ -109,7 +132,15 @@ def exchange_to_tokens(x_SF: Tensor, degree: int, group: ProcessGroup | None) ->
     return _exchange(x_SF.contiguous(), group).view(degree, tokens, x_SF.size(1)).transpose(0, 1)
 
 
-def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackLayout, **options: Any) -> Tensor:
+def ulysses_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layout: PackLayout,
+    *,
+    sinks_H: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """Causal document attention of a pack spread over ``layout.sp_group``.
 
     Args:
@@ -117,14 +148,15 @@ def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackL
         k_TKD: keys ``[T, K, D]``.
         v_TKD: values ``[T, K, D]`` (``D`` may differ from the keys').
         layout: the pack.
-        options: scale, sliding window and kernel, as in :func:`~hbp.parallel.varlen.document_attention`.
+        sinks_H: attention sinks of all heads; each rank uses, and gets the gradients of, those of its own.
+        options: scale, window, softcap and kernel, as in :func:`~hbp.parallel.varlen.document_attention`.
 
     Returns:
         ``[T, H, D]`` with the values' ``D``.
     """
     degree, group = layout.ulysses_degree, layout.sp_group
     if degree == 1:
-        return _attend(q_THD, k_TKD, v_TKD, layout, **options)
+        return _attend(q_THD, k_TKD, v_TKD, layout, sinks_H=sinks_H, **options)
     tokens, heads = q_THD.shape[:2]
     if heads % degree:
         raise HbpError(f"SP degree {degree} does not divide the model's {heads} attention heads; lower the degree")
@@ -134,7 +166,8 @@ def ulysses_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackL
     packed = torch.cat([x.reshape(tokens, degree, -1) for x in parts], dim=2)
     split = exchange_to_heads(packed, degree, group).split([h * d for h, d in mine], dim=1)
     q, k, v = (x.unflatten(1, shape) for x, shape in zip(split, mine, strict=True))
-    out = _attend(q, k, v, layout, **options)
+    sinks = None if sinks_H is None else sinks_H.view(degree, -1)[layout.sp_rank % degree]
+    out = _attend(q, k, v, layout, sinks_H=sinks, **options)
     return exchange_to_tokens(out.flatten(1), degree, group).reshape(tokens, heads, -1)
 
 
@@ -165,21 +198,25 @@ def _attention_interface(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     *,
-    hbp_layout: PackLayout | None = None,
+    hbp_layout: PackLayout | Sealed | None = None,
     hbp_kernel: str = "auto",
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' AttentionInterface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out."""
+    """Transformers' AttentionInterface: ``[1, H, T, D]`` in, ``[1, T, H, D]`` out; `s_aux` are sinks ``[H]``."""
     if hbp_layout is None:
         raise HbpError(
             "the attention function 'hbp' needs the pack's layout: call the model with hbp_layout=..., or for "
             "evaluation and generate after model.set_attn_implementation('sdpa')"
         )
+    layout = hbp_layout.layout if isinstance(hbp_layout, Sealed) else hbp_layout
     if attention_mask is not None or dropout:
         raise HbpError("packed documents take no attention mask and no attention dropout; set attention_dropout to 0")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = ulysses_attention(q, k, v, hbp_layout, scale=scaling, sliding_window=sliding_window, kernel=hbp_kernel)
+    options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap, "kernel": hbp_kernel}
+    out = ulysses_attention(q, k, v, layout, sinks_H=s_aux, **options)
     return out[None], None
 
 

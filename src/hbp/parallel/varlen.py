@@ -1,14 +1,16 @@
 """Attention over packed documents on one device: documents never see each other.
 
-One interface, :func:`document_attention`, over four kernels:
+One interface, :func:`document_attention`, over five kernels:
 
 - ``varlen``: torch's native variable-length flash attention, one launch for the whole pack; CUDA, half precision;
 - ``sdpa``: ``scaled_dot_product_attention``, document by document; anywhere. Equal lengths are not batched, since few
   documents have the same; one longer than a sliding window goes in blocks;
 - ``flex``: torch's FlexAttention, compiled, with a block mask made once a pack; CUDA (on CPU it has no backward);
-- ``flash``: the ``flash-attn`` package, for users who have it.
+- ``flash``: the ``flash-attn`` package, for users who have it;
+- ``eager``: written out in blocks (:mod:`hbp.parallel.written_out`); anywhere.
 
-``auto`` takes ``varlen`` on CUDA and ``sdpa`` elsewhere. All cost the sum of the squared document lengths, not the
+``auto`` takes ``varlen`` on CUDA and ``sdpa`` elsewhere, and for what these cannot do (softcapped scores, attention
+sinks: :data:`FEATURES`) ``flex`` and ``eager``. All cost the sum of the squared document lengths, not the
 square of the pack's length (``flex`` up to whole blocks of 128).
 
 Queries may be fewer than keys (:mod:`hbp.parallel.gather_kv`): then a document's queries are its *last* tokens, as in
@@ -21,15 +23,19 @@ Legend: ``S`` query tokens, ``R`` key tokens, ``H`` query heads, ``K`` key/value
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hbp.errors import HbpError
+from hbp.parallel.written_out import written_out_attention
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,12 @@ class Documents:
         key_ends = ends if same else self.cu_key_lengths.to(device, non_blocking=True)
         return Documents(self.lengths, ends, self.key_lengths, key_ends)
 
+    def pinned(self) -> Documents:
+        """The same in pinned host memory, so that nothing waits for the copy to a device."""
+        ends = self.cu_seqlens.pin_memory()
+        same = self.cu_key_lengths is self.cu_seqlens
+        return Documents(self.lengths, ends, self.key_lengths, ends if same else self.cu_key_lengths.pin_memory())
+
 
 def make_documents(
     lengths: tuple[int, ...], device: torch.device, key_lengths: tuple[int, ...] | None = None
@@ -89,6 +101,8 @@ def document_attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Causal attention within each document.
@@ -100,19 +114,34 @@ def document_attention(
         documents: query lengths that sum to ``S`` and key lengths that sum to ``R``.
         scale: softmax scale; ``D ** -0.5`` if None.
         sliding_window: tokens that a query sees, itself included; None for all before it.
-        kernel: a name of :data:`KERNELS`, or ``auto``.
+        softcap: bound of the scores, ``cap · tanh(score / cap)``; None for none.
+        sinks_H: of each head a number that takes part in the softmax; None for none.
+        kernel: a name of :data:`KERNELS` or :data:`FEATURES`, or ``auto``.
 
     Returns:
         ``[S, H, D]`` with the values' ``D``.
+
+    Raises:
+        HbpError: the kernel lacks a feature.
     """
+    features = frozenset(n for n, value in (("softcap", softcap), ("sinks", sinks_H)) if value is not None)
     if kernel == "auto":
-        kernel = "varlen" if q_SHD.is_cuda else "sdpa"
-    return KERNELS[kernel](q_SHD, k_RKD, v_RKD, documents, scale, sliding_window)
+        kernel = ("flex" if features else "varlen") if q_SHD.is_cuda else ("eager" if features else "sdpa")
+    if not features and kernel in KERNELS:
+        return KERNELS[kernel](q_SHD, k_RKD, v_RKD, documents, scale, sliding_window)
+    check_features(kernel, features)
+    if kernel == "eager":
+        lengths = documents.lengths, documents.key_lengths
+        return written_out_attention(q_SHD, k_RKD, v_RKD, *lengths, scale, sliding_window, softcap, sinks_H)
+    if kernel == "flash":
+        return _flash(q_SHD, k_RKD, v_RKD, documents, scale, sliding_window, softcap)
+    return _flex(q_SHD, k_RKD, v_RKD, documents, scale, sliding_window, softcap, sinks_H)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    unequal: dict[str, Any] = {"enable_gqa": q.size(1) != k.size(1)} if _names_unequal_heads(varlen_attn) else {}
     size = v.size(2)
     q, k, v, scale = _one_head_size(q, k, v, scale)
     out = varlen_attn(
@@ -125,13 +154,27 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float 
         documents.longest_keys,
         scale=scale,
         window_size=_reach(window),
-        enable_gqa=q.size(1) != k.size(1),
+        **unequal,
     )
     assert isinstance(out, Tensor)
     return out[..., :size]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
+@functools.cache
+def _names_unequal_heads(varlen_attn: Callable[..., Any]) -> bool:
+    """Whether it has to be told of fewer key/value heads: from torch 2.12; before, it just takes them."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None = None,
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     size = v.size(2)
@@ -147,6 +190,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float |
         softmax_scale=scale,
         causal=True,
         window_size=_reach(window),
+        softcap=softcap or 0.0,
     )
     return out[..., :size]
 
@@ -233,13 +277,40 @@ _shared_mask = functools.lru_cache(maxsize=4)(_causal_mask)
 """One for all layers and packs: autograd keeps it as long as they do."""
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None, window: int | None) -> Tensor:
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     if window not in documents.block_masks:
         documents.block_masks[window] = _block_mask(documents, window, q.device)
     q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
     mask, gqa = documents.block_masks[window], q.size(1) != k.size(1)
-    out = _flex_attention(q.is_cuda)(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa)
-    return out[0].transpose(0, 1)
+    attend, capped = _flex_attention(q.is_cuda), None if softcap is None else _capped(softcap)
+    if sinks_H is None:
+        return attend(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    sums = AuxRequest(lse=True)
+    out: Any = attend(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=gqa, return_aux=sums)
+    values, log_sum = out[0][0].transpose(0, 1), out[1].lse[0].transpose(0, 1)  # [S, H, D], [S, H]
+    share = torch.sigmoid(log_sum.float() - sinks_H.float())  # of the softmax, what is not the sink's
+    return (values.float() * share[..., None]).to(values.dtype)
+
+
+@functools.cache
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    """FlexAttention's change to scores: one object for each bound, so that it is compiled once."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 @functools.cache
@@ -251,31 +322,90 @@ def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(plain, dynamic=True) if compiled else plain
 
 
-def _block_mask(documents: Documents, window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+BLOCK = 128
+"""Queries, and keys, of a block of FlexAttention."""
 
-    of_query, at_query = _places(documents.lengths, documents.key_lengths, device)
-    of_key, at_key = _places(documents.key_lengths, documents.key_lengths, device)
+
+def _block_mask(documents: Documents, window: int | None, device: torch.device) -> Any:
+    """FlexAttention's mask, from where documents begin and end alone: no query is held against every key.
+
+    The keys that a block of queries may see are one run, from the first that its first query sees (within a window, the
+    first that any of its queries does) to its last query's own. Blocks of that run are computed with a mask, but those
+    that all of its queries see in full, which are one run too if they are of one document. On the host: blocks².
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    of_query, at_query = _places(documents.lengths, documents.key_lengths)  # document, and position among the keys
+    of_key, at_key = _places(documents.key_lengths, documents.key_lengths)
+    begins = (np.cumsum(documents.key_lengths) - documents.key_lengths)[of_query]  # first key of each query's document
+    reach = np.maximum(0, at_query + 1 - window) if window is not None else np.zeros_like(at_query)
+    low, high = begins + reach, begins + at_query + 1  # the keys [low, high) that each query sees
+    first = np.arange(0, len(of_query), BLOCK)
+    last = np.minimum(first + BLOCK, len(of_query)) - 1
+    n_keys = -(-len(of_key) // BLOCK)
+    from_block = np.minimum.reduceat(low, first) // BLOCK
+    to_block = -(-high[last] // BLOCK)
+    whole = of_query[first] == of_query[last]
+    full_from = np.where(whole, -(-low[last] // BLOCK), n_keys)
+    full_to = np.where(whole & (last - first + 1 == BLOCK), high[first] // BLOCK, 0)
+    block = np.arange(n_keys)
+    full = (block >= full_from[:, None]) & (block < full_to[:, None])
+    some = (block >= from_block[:, None]) & (block < to_block[:, None]) & ~full
+
+    def chosen(blocks: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """How many key blocks each query block has, and which, those first; int32 ``[1, 1, blocks(, keys)]``."""
+        order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
+        counts = blocks.sum(axis=1).astype(np.int32)
+        return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)
+
+    of_query_d, at_query_d, of_key_d, at_key_d = (
+        torch.from_numpy(x).to(device) for x in (of_query, at_query, of_key, at_key)
+    )
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        ahead = at_query[query] - at_key[key]
-        seen = (of_query[query] == of_key[key]) & (ahead >= 0)
+        ahead = at_query_d[query] - at_key_d[key]
+        seen = (of_query_d[query] == of_key_d[key]) & (ahead >= 0)
         return seen if window is None else seen & (ahead < window)
 
-    return create_block_mask(sees, None, None, len(of_query), len(of_key), device=device)
+    lengths = len(of_query), len(of_key)
+    return BlockMask.from_kv_blocks(*chosen(some), *chosen(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=lengths)
 
 
-def _places(lengths: tuple[int, ...], ends: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _places(lengths: Sequence[int], ends: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Document of each token, and its position in it, the last token of a document standing at its end."""
-    count = torch.tensor(lengths)
-    document = torch.repeat_interleave(torch.arange(len(lengths)), count)
-    first = count.cumsum(0) - count
-    shift = torch.tensor(ends) - count - first
-    return document.to(device), (torch.arange(len(document)) + shift[document]).to(device)
+    count = np.array(lengths)
+    document = np.repeat(np.arange(len(count)), count)
+    shift = np.array(ends) - np.cumsum(count)
+    return document, np.arange(len(document)) + shift[document]
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Documents, float | None, int | None], Tensor]
 KERNELS: Mapping[str, Kernel] = {"varlen": _varlen, "sdpa": _sdpa, "flex": _flex, "flash": _flash}
+FEATURES: Mapping[str, frozenset[str]] = {
+    "eager": frozenset(("softcap", "sinks")),
+    "flex": frozenset(("softcap", "sinks")),
+    "flash": frozenset(("softcap",)),
+}
+"""What kernels can do beyond scale and window; the others nothing."""
+
+
+def check_features(kernel: str, features: Collection[str]) -> None:
+    """Refuse a kernel for a model that needs what it lacks.
+
+    Args:
+        kernel: a name of a kernel, or ``auto``.
+        features: ``softcap``, ``sinks``.
+
+    Raises:
+        HbpError: names the feature and kernels that have it.
+    """
+    lacking = set(features) - FEATURES.get(kernel, frozenset())
+    if kernel != "auto" and lacking:
+        able = [name for name, known in FEATURES.items() if lacking <= known]
+        raise HbpError(
+            f"the model's attention has {' and '.join(sorted(lacking))}, which the kernel {kernel!r} lacks; give auto "
+            f"or {' or '.join(able)}"
+        )
 
 
 def check_kernel(kernel: str) -> None:
@@ -284,8 +414,8 @@ def check_kernel(kernel: str) -> None:
     Raises:
         HbpError: names the kernels that there are, or the package that is missing.
     """
-    if kernel != "auto" and kernel not in KERNELS:
-        raise HbpError(f"no attention kernel {kernel!r}: give auto, {', '.join(KERNELS)}")
+    if kernel not in ("auto", "eager", *KERNELS):
+        raise HbpError(f"no attention kernel {kernel!r}: give auto, eager, {', '.join(KERNELS)}")
     if kernel in ("varlen", "flex") and not torch.cuda.is_available():
         raise HbpError(f"the attention kernel {kernel!r} trains on CUDA alone; give auto or sdpa")
     if kernel == "flash":

@@ -18,19 +18,18 @@ fastest that fits memory for the longest length. So they differ from each other 
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from hbp.plan import Group
 from hbp.planning.kernels import best_fit_decreasing, by_falling_length, first_fit, next_fit
-from hbp.planning.packs import Int, Lengths, Packs, join, packs_of
-from hbp.planning.schedule import (
-    Schedule,
-    balance_batches,
-    micro_steps_per_step,
-    tile_mixed,
-)
-from hbp.planning.strategy import Outcome, Problem
+from hbp.planning.packs import Int, Lengths, PackCost, Packs, Schedule, join, packs_of
+from hbp.planning.paper.packing import balance_batches, micro_steps_per_step
+from hbp.planning.settings import Choice, Wanted, every_degree, every_length, least_seconds
+from hbp.planning.strategy import Outcome, Problem, Strategy
 
 ISF_PASSES = 50
 ISF_FULL = 0.99
@@ -157,7 +156,8 @@ def dcp(problem: Problem) -> Outcome:
     """Dynamic context parallelism: degree from length alone, degrees mixed within a micro-step."""
     static, cost, lengths = problem.static, problem.cost, problem.lengths
     per_rank = static.capacity / static.sp_degree
-    groups = tuple(Group(int(per_rank * d), d, static.gc_layers) for d in cost.degrees() if d <= static.sp_degree)
+    degrees = (d for d in cost.degrees() if d <= static.sp_degree and int(per_rank * d))  # of packs that hold a token
+    groups = tuple(Group(int(per_rank * d), d, static.gc_layers) for d in degrees)
     limits = np.array([group.capacity for group in groups])
     ids = problem.rng.permutation(problem.sample_ids)
     tokens = micro_steps_per_step(static, problem.world_size, problem.global_batch_tokens)
@@ -172,3 +172,44 @@ def dcp(problem: Problem) -> Outcome:
             steps.append(np.full(len(parts[-1]), step))
     schedule = tile_mixed(join(parts), np.concatenate(steps), groups, problem.pack_cost(groups), problem.world_size)
     return Outcome(schedule, groups)
+
+
+def tile_mixed(packs: Packs, step: Int, groups: Sequence[Group], cost: PackCost, world_size: int) -> Schedule:
+    """Lay the packs of each step out in micro-steps that mix degrees: highest degree first, then by falling cost.
+
+    Degrees are powers of two, so laying them out in falling order keeps every group aligned and leaves no hole but at
+    the end of a micro-step that the next, larger run of ranks does not fit.
+    """
+    degree = np.array([group.sp_degree for group in groups])[packs.group]
+    order = np.lexsort((-cost(packs), -degree, step))
+    packs, step, degree = packs.take(order), step[order], degree[order]
+    micro, start = np.empty(len(packs), np.int64), np.empty(len(packs), np.int64)
+    at, here, now = 0, 0, -1
+    for i in range(len(packs)):
+        if step[i] != now:
+            at, here, now = 0, 0, step[i]
+        if at + degree[i] > world_size:
+            at, here = 0, here + 1
+        micro[i], start[i] = here, at
+        at += degree[i]
+    return Schedule(packs, step, micro, start)
+
+
+def _dcp_settings(wanted: Wanted) -> list[Choice]:
+    """Every length and degree, promised what it takes at best: where no sample communicates."""
+    total, found = wanted.total(), []
+    for choice in every_length(wanted):
+        alone = Group(math.ceil(choice.group.capacity / choice.group.sp_degree), 1, choice.group.gc_layers)
+        found.append(replace(choice, seconds=least_seconds(wanted.cost, [alone], total)))
+    return found
+
+
+BASELINES = (
+    Strategy("concat", "random order, greedy concatenation, one setting: naive packing", concat),
+    Strategy("ffd", "first fit decreasing over the whole set, packs in random order", ffd),
+    Strategy("bfd", "best fit decreasing over the whole set, packs in random order", bfd),
+    Strategy("isf", "iterative sampling and filtering, as OmniBal packs", isf),
+    Strategy("sorted", "LongAlign's sorted batching, a sample a rank", sorted_batches, every_degree),
+    Strategy("lb", "each step's samples dealt evenly by predicted time, as verl does", lb, slow_above=100_000),
+    Strategy("dcp", "a sample's SP degree by its length, as Megatron-Core does", dcp, _dcp_settings),
+)

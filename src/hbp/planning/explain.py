@@ -2,9 +2,9 @@
 
 For each group: which samples are at home there and what share of the predicted time it runs; what other SP degrees
 would need (recomputed layers) at this length, and what the run would take with them; and what it would take without the
-group, its samples going to the next longer one. The run of `hbp-mixed` is planned with each of these changes, on a
-sample, as the search for groups does (:class:`hbp.planning.mixed.groups.Trial`), for the next degrees up and down. That
-of other strategies is the time of packs that are full and evenly spread, which is what Algorithm 1 goes by.
+group, its samples going to the next longer one. Where a strategy searches its groups, the run is planned with each of
+these changes, on a sample, as the search does (:class:`hbp.planning.mixed.groups.Trial`), for the next degrees up and
+down. That of other strategies is the time of packs that are full and evenly spread, which is what Algorithm 1 goes by.
 
 Complexity: three plans of a sample for each group; or groups × degrees predictions.
 """
@@ -21,7 +21,8 @@ from hbp.cost.predict import CostModel
 from hbp.plan import Group, Plan
 from hbp.planning.mixed.groups import Trial
 from hbp.planning.packs import Lengths
-from hbp.planning.paper.groups import SamplesByLength, group_seconds
+from hbp.planning.planner import STRATEGIES
+from hbp.planning.settings import SamplesByLength, group_seconds
 from hbp.progress import Progress
 
 Price = Callable[[tuple[Group, ...]], float]
@@ -91,7 +92,8 @@ def explain(plan: Plan, cost: CostModel, lengths: Lengths) -> list[Reason]:
     samples = SamplesByLength(cost, lengths[lengths <= groups[-1].capacity])
     busy = plan.predicted_s.astype(np.float64) * plan.sp_degree
     homes = _homes(groups, [Group(**group) for group in plan.info.settings.get("extra_groups", ())])
-    tried = plan.info.strategy == "hbp-mixed"
+    strategy = STRATEGIES.get(plan.info.strategy)
+    tried = strategy is not None and strategy.finds_groups
     price: Price = partial(_run_seconds, cost, samples)
     if tried:
         price = Trial(cost, samples, min(cost.world_size, 2 * max(group.sp_degree for group in homes))).seconds

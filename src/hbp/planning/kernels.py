@@ -8,6 +8,9 @@ O(samples) with small constants, at the quality of whole-set best fit decreasing
 
 First fit, next fit and Karmarkar–Karp are here for the baselines.
 
+Legend: ``N`` samples, ``B`` bins (packs), ``L`` the longest length. A *histogram* ``counts`` ``[L + 1]`` stands for
+samples that differ in nothing but their length: ``counts[l]`` of them have ``l`` tokens.
+
 Cost: sorting aside, about 1e7 samples a second on one core. Memory: 24 bytes a sample.
 """
 
@@ -29,7 +32,7 @@ CACHED = 1 << 16
 @njit(cache=True, inline="always")
 def _lowest(word: np.uint64) -> int:
     """Index of the lowest set bit of a word that is not zero."""
-    n = 0
+    n = 0  # bits below it, found by halves: 32 empty ones are shifted out, then 16, …
     for shift in (32, 16, 8, 4, 2, 1):
         if word & ((ONE << np.uint64(shift)) - ONE) == 0:
             word >>= np.uint64(shift)
@@ -40,7 +43,7 @@ def _lowest(word: np.uint64) -> int:
 @njit(cache=True, inline="always")
 def _highest(word: np.uint64) -> int:
     """Index of the highest set bit of a word that is not zero."""
-    n = 0
+    n = 0  # as in _lowest, from above: as long as there is something in the upper half, it is looked at alone
     for shift in (32, 16, 8, 4, 2, 1):
         if word >> np.uint64(shift) != 0:
             word >>= np.uint64(shift)
@@ -50,13 +53,18 @@ def _highest(word: np.uint64) -> int:
 
 @njit(cache=True)
 def _new_bitmap(size: int) -> npt.NDArray[np.uint64]:
-    """Three levels for values 0..size-1 (up to 64^4), in one array of three rows' worth."""
-    words = (size >> 6) + 1
+    """A set of values 0..size-1 (size up to 64^4): row ``i`` has a bit for each word of row ``i - 1`` that is not zero.
+
+    Row 0 has a bit for each value: value ``v`` is bit ``v & 63`` of word ``v >> 6``. The word is a value of the
+    next row, so the same two steps climb (``>> 6``) and descend (``<< 6 | bit``) from row to row.
+    """
+    words = (size >> 6) + 1  # of row 0; the rows above need fewer, and have as many
     return np.zeros((4, words), np.uint64)
 
 
 @njit(cache=True)
 def _mark(bitmap: npt.NDArray[np.uint64], value: int) -> None:
+    """Put a value in; its words above are no longer empty."""
     for level in range(4):
         bitmap[level, value >> 6] |= ONE << np.uint64(value & 63)
         value >>= 6
@@ -64,9 +72,10 @@ def _mark(bitmap: npt.NDArray[np.uint64], value: int) -> None:
 
 @njit(cache=True)
 def _clear(bitmap: npt.NDArray[np.uint64], value: int) -> None:
+    """Take a value out."""
     for level in range(4):
         bitmap[level, value >> 6] &= ~(ONE << np.uint64(value & 63))
-        if bitmap[level, value >> 6] != 0:
+        if bitmap[level, value >> 6] != 0:  # others are in this word, so the rows above stay
             return
         value >>= 6
 
@@ -78,13 +87,13 @@ def _next_up(bitmap: npt.NDArray[np.uint64], value: int) -> int:
         index = value >> 6
         if index >= bitmap.shape[1]:
             return -1
-        word = bitmap[level, index] & (ALL << np.uint64(value & 63))
+        word = bitmap[level, index] & (ALL << np.uint64(value & 63))  # bits from the value on
         if word != 0:
             value = (index << 6) | _lowest(word)
-            for down in range(level - 1, -1, -1):
+            for down in range(level - 1, -1, -1):  # the lowest value of that word, and of that one's word, …
                 value = (value << 6) | _lowest(bitmap[down, value])
             return value
-        value = index + 1
+        value = index + 1  # none in this word: a row up, which of the words after it is not empty?
     return -1
 
 
@@ -95,7 +104,7 @@ def _next_down(bitmap: npt.NDArray[np.uint64], value: int) -> int:
         if value < 0:
             return -1
         index = value >> 6
-        word = bitmap[level, index] & (ALL >> np.uint64(63 - (value & 63)))
+        word = bitmap[level, index] & (ALL >> np.uint64(63 - (value & 63)))  # bits up to the value
         if word != 0:
             value = (index << 6) | _highest(word)
             for down in range(level - 1, -1, -1):
@@ -119,15 +128,18 @@ def best_fit_into(counts: Int, room: Int, capacity: int, most_bins: int) -> tupl
         Bin and length of each sample placed, in order of falling length, and the room left in every bin.
     """
     total = counts.sum()
-    bin_of, taken = np.empty(total, np.int64), np.empty(total, np.int64)
+    bin_of, taken = np.empty(total, np.int64), np.empty(total, np.int64)  # [N], the first `placed` of them in use
     bins, placed = len(room), 0
-    rooms = np.empty(max(bins, min(most_bins, bins + total)), np.int64)
+    rooms = np.empty(max(bins, min(most_bins, bins + total)), np.int64)  # [B] tokens left, the first `bins` in use
     rooms[:bins] = room
-    next_bin = np.empty(len(rooms), np.int64)  # next bin with the same room
+    # Bins with the same room are a stack: first[r] is its top, or -1, and next_bin[b] the one below b. The bitmap holds
+    # every r whose stack is not empty, so the fullest bin with room for x is on the stack of the next value from x up.
+    # Full bins (room 0) are on none.
+    next_bin = np.empty(len(rooms), np.int64)
     largest = max(capacity, room.max() if bins else 0)
-    first = np.full(largest + 1, -1, np.int64)  # first bin with a given room
+    first = np.full(largest + 1, -1, np.int64)
     bitmap = _new_bitmap(largest + 1)
-    for b in range(bins - 1, -1, -1):
+    for b in range(bins - 1, -1, -1):  # backwards, so that of equal bins the first is on top
         if room[b]:
             if first[room[b]] < 0:
                 _mark(bitmap, room[b])
@@ -137,24 +149,24 @@ def best_fit_into(counts: Int, room: Int, capacity: int, most_bins: int) -> tupl
         left = counts[length]
         while left:
             space = _next_up(bitmap, length)
-            if space < 0:
+            if space < 0:  # no bin has room: open one, if there may be more
                 if bins == len(rooms):
                     break
                 here, space = bins, capacity
                 bins += 1
-            else:
+            else:  # off its stack
                 here = first[space]
                 first[space] = next_bin[here]
                 if first[space] < 0:
                     _clear(bitmap, space)
-            many = min(left, space // length)
+            many = min(left, space // length)  # after one it is still the fullest with room, so it takes them all
             bin_of[placed : placed + many] = here
             taken[placed : placed + many] = length
             placed += many
             left -= many
             space -= many * length
             rooms[here] = space
-            if space:
+            if space:  # onto the stack of the room that it has now
                 if first[space] < 0:
                     _mark(bitmap, space)
                 next_bin[here] = first[space]
@@ -173,7 +185,7 @@ def greedy_fill_into(room: Int, counts: Int) -> tuple[Int, Int]:
     pack = np.empty(total, np.int64)
     taken = np.empty(total, np.int64)
     longest = len(counts) - 1
-    bitmap = _new_bitmap(longest + 1)
+    bitmap = _new_bitmap(longest + 1)  # lengths of which there are samples left
     for length in range(1, longest + 1):
         if counts[length]:
             _mark(bitmap, length)
@@ -200,6 +212,8 @@ def greedy_fill_into(room: Int, counts: Int) -> tuple[Int, Int]:
 def first_fit(lengths: Lengths, capacity: int) -> Int:
     """Bin of each sample by first fit in the order given; the bin is found in a tree of maxima."""
     n = len(lengths)
+    # A heap-shaped tree: node 1 is the root, 2i and 2i + 1 are below i, bin b is leaf `leaves + b`. Each node holds the
+    # most room of any bin below it, so the first bin with room is found by going left wherever the left has enough.
     leaves = 1
     while leaves < n:
         leaves *= 2
@@ -209,7 +223,7 @@ def first_fit(lengths: Lengths, capacity: int) -> Int:
         node = 1
         while node < leaves:
             node *= 2
-            if tree[node] < lengths[i]:
+            if tree[node] < lengths[i]:  # not to the left, so to the right: the parent had room
                 node += 1
         bin_of[i] = node - leaves
         tree[node] -= lengths[i]
@@ -246,7 +260,7 @@ def count_lengths(lengths: Lengths, longest: int) -> Int:
 @njit(cache=True)
 def counting_sort(values: Int, lengths: Lengths, longest: int) -> Int:
     """`values` in order of rising `lengths` (none over `longest`), stable; no comparison, two passes."""
-    at = np.zeros(longest + 2, np.int64)
+    at = np.zeros(longest + 2, np.int64)  # at[l]: first how many are shorter than l, then where the next l goes
     for length in lengths:
         at[length + 1] += 1
     for length in range(longest + 1):
@@ -276,12 +290,12 @@ def _dealt(bucket: npt.NDArray[np.uint8], order: Int, rng: np.random.Generator) 
     for b in bucket:
         ends[b] += 1
     ends = np.cumsum(ends)
-    at = ends.copy()
+    at = ends.copy()  # bucket b is order[at[b] : ends[b]], filled from its end, until at[b] is where it begins
     for i in range(len(bucket)):
         at[bucket[i]] -= 1
         order[at[bucket[i]]] = i
     for begin, end in zip(at, ends):  # noqa: B905 (numba's zip has no strict)
-        for i in range(end - 1, begin, -1):
+        for i in range(end - 1, begin, -1):  # Fisher and Yates
             j = begin + int(rng.random() * (i + 1 - begin))
             order[i], order[j] = order[j], order[i]
     return order
@@ -324,7 +338,7 @@ def greedy_fill(room: Int, lengths: Lengths, rng: np.random.Generator) -> Int:
     pack, taken = greedy_fill_into(room.astype(np.int64), counts)
     by_length = np.argsort(taken, kind="stable")
     taken_sorted = taken[by_length]
-    rank = np.arange(len(taken)) - np.searchsorted(taken_sorted, taken_sorted)
+    rank = np.arange(len(taken)) - np.searchsorted(taken_sorted, taken_sorted)  # the how many-th taken of its length
     result = np.full(len(lengths), -1, np.int64)
     result[order[starts[taken_sorted] + rank]] = pack[by_length]
     return result

@@ -1,16 +1,24 @@
-"""Packs as flat arrays: which samples each holds, and which group runs it. Legend: ``P`` packs, ``N`` samples."""
+"""Packs as flat arrays: which samples each holds, which group runs it, what it is predicted to take, and its place.
+
+Legend: ``P`` packs, ``N`` samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
+
+from hbp.cost.predict import CostModel, Work
+from hbp.plan import Group
 
 Int = npt.NDArray[np.int64]
 Lengths = npt.NDArray[np.integer]
+Float = npt.NDArray[np.float64]
 
 
 def numbered(n: int) -> Int:
@@ -63,3 +71,61 @@ def join(parts: Sequence[Packs]) -> Packs:
         np.concatenate([np.zeros(0, np.int64), *(part.sample_ids for part in parts)]),
         np.concatenate([np.zeros(0, np.int64), *(part.group for part in parts)]),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Packs with their place in the run, each array ``[P]``."""
+
+    packs: Packs
+    step: Int
+    micro_step: Int
+    rank_start: Int
+
+
+def in_order(schedule: Schedule) -> Schedule:
+    """Packs in order of step, micro-step and first rank, as a plan's rows are."""
+    order = np.lexsort((schedule.rank_start, schedule.micro_step, schedule.step))
+    columns = (schedule.step, schedule.micro_step, schedule.rank_start)
+    return Schedule(schedule.packs.take(order), *(column[order] for column in columns))
+
+
+PackCost = Callable[[Packs], Float]
+"""Predicted seconds of each pack."""
+
+
+def predicted_seconds(cost: CostModel, lengths: Lengths, groups: Sequence[Group]) -> PackCost:
+    """Predicted seconds of packs of these groups."""
+
+    def seconds(packs: Packs) -> Float:
+        work = cost.work(lengths[packs.sample_ids], packs.offsets)
+        result = np.empty(len(packs))
+        for index in np.unique(packs.group):
+            here = packs.group == index
+            group = groups[index]
+            result[here] = cost.seconds(group.sp_degree, group.gc_layers).of(work[here])
+        return result
+
+    return seconds
+
+
+class PackCosts:
+    """The cost model, and a table over lengths of what samples weigh."""
+
+    def __init__(self, cost: CostModel, longest: int) -> None:
+        self.cost = cost
+        self.pairs = cost.model.attention_pairs(np.arange(longest + 1))
+
+    def work(self, pack_of: Int, taken: Int, count: int) -> Work:
+        """What each of `count` packs contains, of which ``pack_of[i]`` holds a sample of ``taken[i]``."""
+        return Work(*_sums(pack_of, taken, count, self.pairs))
+
+
+@njit(cache=True)
+def _sums(pack_of: Int, taken: Int, count: int, pairs_of: Float) -> tuple[Float, Float, Float]:
+    documents, tokens, pairs = np.zeros(count), np.zeros(count), np.zeros(count)
+    for i in range(len(pack_of)):
+        documents[pack_of[i]] += 1
+        tokens[pack_of[i]] += taken[i]
+        pairs[pack_of[i]] += pairs_of[taken[i]]
+    return documents, tokens, pairs

@@ -1,13 +1,13 @@
 """The way from lengths to a plan: groups → packs → micro-steps → steps → rows.
 
-A strategy is a function from a :class:`~hbp.planning.strategy.Problem` to scheduled packs and their groups
-(:class:`~hbp.planning.strategy.Outcome`); everything around it (dropping what cannot fit, predicting, measuring,
-writing the rows) is common to all, so that strategies differ only in what they decide.
+A strategy turns a :class:`~hbp.planning.strategy.Problem` into scheduled packs and their groups
+(:class:`~hbp.planning.strategy.Outcome`); everything around it (dropping what cannot fit, trying its settings,
+predicting, measuring, writing the rows) is common to all, so that strategies differ only in what they decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -15,67 +15,19 @@ import numpy as np
 from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
-from hbp.planning import baselines
+from hbp.planning.baselines import BASELINES
 from hbp.planning.metrics import measure, measure_order
-from hbp.planning.mixed.groups import search_groups
-from hbp.planning.mixed.windows import windowed_schedule
-from hbp.planning.packs import Lengths
-from hbp.planning.paper.curriculum import default_short_steps, order_steps
-from hbp.planning.paper.groups import Choice, SamplesByLength, best_setting, fitting_capacity, published_groups
-from hbp.planning.paper.packing import hierarchical_packs
-from hbp.planning.schedule import balance_batches, in_order
-from hbp.planning.settings import settings_to_try
-from hbp.planning.strategy import Outcome, Problem
+from hbp.planning.mixed.hbp_mixed import HBP_MIXED
+from hbp.planning.packs import Int, Lengths, in_order
+from hbp.planning.paper.hbp import HBP
+from hbp.planning.settings import Choice, SamplesByLength, Wanted, best_setting, fitting_capacity
+from hbp.planning.strategy import Outcome, Problem, Strategy
 
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
 """Of one step, as the plan file counts them in int16."""
 
-Strategy = Callable[[Problem], Outcome]
-
-
-def hbp(problem: Problem) -> Outcome:
-    """The paper's method: Algorithm 1's groups, hierarchical packing, GreedyFill, balance batching, curriculum."""
-    lengths, ids = problem.lengths, problem.sample_ids
-    groups = published_groups(problem.cost, lengths[ids], problem.static.capacity)
-    packs = hierarchical_packs(lengths, ids, groups, problem.rng)
-    schedule = balance_batches(
-        packs,
-        problem.pack_cost(groups),
-        groups,
-        lengths,
-        problem.world_size,
-        problem.global_batch_tokens,
-        problem.rng,
-    )
-    n_steps = int(schedule.step.max()) + 1
-    kind = np.empty(n_steps, np.int64)
-    kind[schedule.step] = schedule.packs.group
-    lowest = min(group.sp_degree for group in groups)
-    short = {i for i, group in enumerate(groups) if group.sp_degree == lowest}
-    count = default_short_steps(n_steps) if problem.short_steps is None else problem.short_steps
-    position = order_steps(kind, short, count, problem.rng)
-    return Outcome(replace(schedule, step=position[schedule.step]), groups, short_steps=count)
-
-
-def hbp_mixed(problem: Problem) -> Outcome:
-    """Our best: groups searched for the data, packs that are alike, steps that hold the data's mix."""
-    lengths = problem.own_lengths
-    batch = problem.global_batch_tokens if problem.batch_given else None
-    groups = search_groups(problem.cost, lengths, int(lengths.max()), problem.longest, batch)
-    return windowed_schedule(problem, groups)
-
-
-STRATEGIES: Mapping[str, Strategy] = {
-    "concat": baselines.concat,
-    "ffd": baselines.ffd,
-    "bfd": baselines.bfd,
-    "isf": baselines.isf,
-    "sorted": baselines.sorted_batches,
-    "lb": baselines.lb,
-    "dcp": baselines.dcp,
-    "hbp": hbp,
-    "hbp-mixed": hbp_mixed,
-}
+STRATEGIES: Mapping[str, Strategy] = {strategy.name: strategy for strategy in (*BASELINES, HBP, HBP_MIXED)}
+"""By name, in the order in which they are listed and compared."""
 
 
 def make_plan(
@@ -116,43 +68,31 @@ def make_plan(
     """
     if strategy not in STRATEGIES:
         raise HbpError(f"no strategy {strategy!r}: give one of {', '.join(STRATEGIES)}")
-    if not len(lengths):
-        raise HbpError("there are no samples to plan; give data with at least one")
-    if int(lengths.min()) < 1:
-        raise HbpError(
-            f"sample {int(lengths.argmin())} has {int(lengths.min())} tokens; every length must be 1 or more"
-        )
-    limit = static.capacity if static else max_length
-    dropped = np.zeros(0, np.int64) if limit is None else np.flatnonzero(lengths > limit)
+    how = STRATEGIES[strategy]
+    dropped = _too_long(lengths, static.capacity if static else max_length)
     own = np.delete(lengths, dropped) if len(dropped) else lengths
-    if not len(own):
-        raise HbpError(f"every sample is longer than {limit} tokens; raise --max-length to {int(lengths.max())}")
-    longest = static.capacity if static else fitting_capacity(cost, own, max_length)
-    longer = max_length is None
-    choices = (
-        [Choice(static, 0.0)]
-        if static
-        else settings_to_try(strategy, cost, own, longest, longer=longer, batch=global_batch_tokens)
-    )
+    if static:
+        choices = [Choice(static, 0.0)]
+    else:
+        longest = fitting_capacity(cost, own, max_length)
+        choices = how.settings(Wanted(cost, own, longest, max_length is None, global_batch_tokens))
     best: Plan | None = None
-    for choice in choices:
+    for choice in sorted(choices, key=lambda choice: choice.seconds):
         if best is not None and choice.seconds >= best.info.metrics["predicted_s"]:
             break  # and so are all after it
-        setting = choice.group
-        batch = global_batch_tokens or default_batch_tokens(cost, own, setting.capacity)
         problem = Problem(
             lengths=lengths,
             dropped=dropped,
-            static=setting,
+            static=choice.group,
             longest=max_length,
             cost=cost,
-            global_batch_tokens=batch,
+            global_batch_tokens=global_batch_tokens or default_batch_tokens(cost, own, choice.group.capacity),
             batch_given=global_batch_tokens is not None,
             short_steps=short_steps,
             windows=windows,
             rng=np.random.default_rng(seed),
         )
-        plan = to_plan(STRATEGIES[strategy](problem), problem, strategy, seed)
+        plan = to_plan(how.plan(problem), problem, strategy, seed)
         if best is None or plan.info.metrics["predicted_s"] < best.info.metrics["predicted_s"]:
             best = plan
     assert best is not None
@@ -164,6 +104,19 @@ def make_plan(
         "static": asdict(static) if static else None,
     }
     return replace(best, info=replace(best.info, settings={**best.info.settings, "asked": asked}))
+
+
+def _too_long(lengths: Lengths, limit: int | None) -> Int:
+    """Samples over the limit; refuses lengths of which nothing is left to plan."""
+    if not len(lengths):
+        raise HbpError("there are no samples to plan; give data with at least one")
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1:
+        raise HbpError(f"sample {int(lengths.argmin())} has {shortest} tokens; every length must be 1 or more")
+    dropped = np.zeros(0, np.int64) if limit is None else np.flatnonzero(lengths > limit)
+    if len(dropped) == len(lengths):
+        raise HbpError(f"every sample is longer than {limit} tokens; raise --max-length to {longest}")
+    return dropped
 
 
 def default_batch_tokens(cost: CostModel, lengths: Lengths, longest: int) -> int:
@@ -184,7 +137,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Pla
         )
     if outcome.known is None:
         schedule = in_order(schedule)
-        seconds = problem.pack_cost(groups)(schedule.packs)
+        seconds: np.ndarray = problem.pack_cost(groups)(schedule.packs)
         in_plan = lengths[schedule.packs.sample_ids]
     else:
         seconds, in_plan = outcome.known

@@ -1,8 +1,12 @@
-"""What a strategy is given, and what it gives back."""
+"""What a strategy is, what it is given, and what it gives back.
+
+Nothing outside a strategy's own file asks for its name: what others need to know of it is a field of
+:class:`Strategy`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,8 +15,8 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel
 from hbp.plan import Group
-from hbp.planning.packs import Int, Lengths, numbered
-from hbp.planning.schedule import PackCost, Schedule, predicted_seconds
+from hbp.planning.packs import Int, Lengths, PackCost, Schedule, numbered, predicted_seconds
+from hbp.planning.settings import Choice, Wanted, every_length
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,27 @@ class Outcome:
     """What the strategy knows of its order (:mod:`hbp.planning.mixed.order`)."""
     waiting: Int = field(default_factory=lambda: np.zeros(0, np.int64))
     """Samples left for later, of a stream."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to plan."""
+
+    name: str
+    """As on the command line; every name is in :mod:`hbp.config` too."""
+    summary: str
+    """One line for ``--help``."""
+    plan: Callable[[Problem], Outcome]
+    settings: Callable[[Wanted], list[Choice]] = every_length
+    """Static settings that it may be planned with, each with seconds that no plan of it can beat; the fastest plan is
+    kept."""
+    ours: bool = False
+    """Not what users have today, which ours are measured against."""
+    finds_groups: bool = False
+    """Whether it searches groups for the data set, so that :attr:`Problem.static` says nothing but what fits."""
+    curriculum: bool = False
+    """Whether ``short_steps`` means anything to it."""
+    windows: bool = False
+    """Whether ``windows`` does."""
+    slow_above: int | None = None
+    """Samples from which on it takes minutes; None where it never does."""

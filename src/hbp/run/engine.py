@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from hbp.config import Config
 from hbp.cost.cluster import GIB, ClusterSpec, load_cluster
-from hbp.cost.model_spec import spec_from_config
+from hbp.cost.model_spec import spec_of_any
 from hbp.cost.predict import CostModel
 from hbp.cost.profile_file import profile_json
 from hbp.data.samples import Samples
@@ -31,7 +31,7 @@ from hbp.run.data import check_model, choose, prepare
 from hbp.train.launch import rank_zero_first
 from hbp.train.lora import adapter_parameters, add_adapters
 from hbp.train.measure.live import live_profile, load_stack, packs_to_measure, stack_heights
-from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, read_config, shard
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, meta_model, read_config, shard
 
 GPUS = ("NVIDIA", "Instinct")
 """What the names of GPUs hold, and those of CPUs do not."""
@@ -73,12 +73,21 @@ class Engine:
     def stack(self, height: int) -> CausalLMWithLoss:
         """The first layers of the model, freshly initialised, with adapters where the run trains some."""
         config, lora, spec = self.config.model, self.config.lora, self.cost.model
-        model = load_stack(config.path, height, self.device, vocab_size=spec.vocab, seed=self.config.seed)
+        model = load_stack(
+            config.path,
+            height,
+            self.device,
+            vocab_size=spec.vocab,
+            seed=self.config.seed,
+            attention=config.attention,
+        )
         if lora.rank:
             add_adapters(model, lora, config.path, self.config.seed)
             model.to(self.device)
         dtype = getattr(torch, config.compute_dtype)
-        shard(model, self.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype)
+        by_layer = spec.sharded_by_layer
+        shard(model, self.mesh.world, by_layer=by_layer, compute_dtype=dtype, compiled=config.compile)
+        model.offload_activations = config.offload_activations
         return model
 
 
@@ -104,9 +113,13 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         raise HbpError(f"{config.model.path} holds no weights for adapters to add to; give model.path one that does")
     if is_configuration_alone(config.model.path):
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
-    spec = spec_from_config(read_config(config.model.path, store.vocab_size).to_dict())
+    path, vocab = config.model.path, store.vocab_size
+    spec = spec_of_any(
+        read_config(path, vocab).to_dict(), lambda: meta_model(path, vocab_size=vocab).lm.num_parameters()
+    )
     if config.lora.rank:
         spec = dataclasses.replace(spec, adapter_parameters=adapter_parameters(config.lora, config.model.path))
+    cluster = dataclasses.replace(cluster, offload_activations=config.model.offload_activations)
     cost = CostModel(spec, cluster, world_size)
     mesh = make_mesh(world_size, [], device.type, spec.heads)  # groups are made for the degrees that are run
     return Engine(config, device, mesh, samples, held_out, cost)

@@ -44,6 +44,7 @@ from hbp.run.fit_memory import (
 from hbp.run.resume import Part, part_folder
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
+from hbp.train.check.compare import require_checked
 from hbp.train.checkpoint import Checkpoint
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
@@ -231,6 +232,8 @@ def check_strategies(config: Config) -> str:
 def check_ready(config: Config, *, logs: bool = True) -> None:
     """Refuse a model that cannot be trained, packages that are missing and writers that nobody is logged in to.
 
+    A family that is not proven has to pass the comparison with transformers first.
+
     Args:
         config: of the run.
         logs: the run writes logs.
@@ -238,7 +241,8 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
     Raises:
         HbpError: says what is missing.
     """
-    read_config(config.model.path)
+    model = read_config(config.model.path)
+    require_checked(config.model.path, model, Path(config.run_dir) / "model-check.json")
     if config.lora.rank and find_spec("peft") is None:
         raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
     if logs:

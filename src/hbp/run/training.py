@@ -29,9 +29,9 @@ from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress, say
 from hbp.run.engine import Engine
-from hbp.run.odd_steps import OddSteps, finite_or_none
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, run_id, write_part
-from hbp.run.saving import Saving
+from hbp.run.steps.odd import OddSteps, finite_or_none
+from hbp.run.steps.saving import Saving
 from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
 from hbp.simulator import step_seconds
 from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, list_checkpoints, load_checkpoint

@@ -143,7 +143,7 @@ def micro_batches(
 
     def stage(row: int, step: GlobalBatch | None) -> MicroBatch:
         batch = make_micro_batch(plan, row, samples, mesh, rank, torch.device("cpu"), step)
-        return _pinned(batch) if device.type == "cuda" else batch
+        return pinned(batch) if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, "micro-batches") as thread:
         waiting: deque[Future[MicroBatch]] = deque()
@@ -177,7 +177,7 @@ def steps(
             ``[N]``), they are not counted first.
         mesh: of :func:`~hbp.parallel.mesh.make_mesh`; gets the groups of the plan's degrees that it lacks.
         device: of this rank.
-        loss: of :data:`~hbp.train.loss.LOSSES`.
+        loss: of :data:`~hbp.config.LOSSES`.
         start: first step to give, for a run that goes on.
 
     Yields:
@@ -210,10 +210,12 @@ def count_loss_tokens(plan: Plan, samples: SampleSource) -> npt.NDArray[np.integ
     return counts
 
 
-def _pinned(batch: MicroBatch) -> MicroBatch:
+def pinned(batch: MicroBatch) -> MicroBatch:
+    """The same in pinned host memory, which a CUDA device copies from while it computes."""
     weights = None if batch.weights is None else batch.weights.pin_memory()
     ids, positions, labels = (x.pin_memory() for x in (batch.input_ids, batch.position_ids, batch.labels))
-    return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights)
+    layout = batch.layout.pinned()
+    return replace(batch, input_ids=ids, position_ids=positions, labels=labels, weights=weights, layout=layout)
 
 
 def micro_batch_of(

@@ -84,7 +84,8 @@ class _AtomicWriter(FileSystemWriter):
     """Writes beside the final folder and renames when all ranks are done; deletes checkpoints beyond the last few."""
 
     def __init__(self, folder: Path, position: Position, keep: int) -> None:
-        super().__init__(folder.with_name(folder.name + PARTIAL))
+        # The state is in host memory already. To copy ahead, the writing thread would take a CUDA context on device 0.
+        super().__init__(folder.with_name(folder.name + PARTIAL), per_thread_copy_ahead=0)
         self.folder, self.position, self.keep = folder, position, keep
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:

@@ -20,15 +20,17 @@ from torch.distributed.tensor import DTensor
 from hbp.train.launch import PREPARE_TIMEOUT, rank_zero_first
 from hbp.train.lora import frozen_names, has_adapters, save_adapters
 from hbp.train.model import CausalLMWithLoss, read_config
-from hbp.train.weights import INDEX
+from hbp.train.weights.stored import INDEX, WEIGHTS, checkpoint_folder, stored_dtype
 
 SHARD_BYTES = 5 * 10**9
-WEIGHTS = "model.safetensors"
 
 
 def source_dtype(name_or_folder: str) -> torch.dtype:
-    """What a model's configuration says that its weights are in; float32 where it says nothing."""
-    dtype = read_config(name_or_folder).dtype or torch.float32
+    """What transformers would load a model's weights in: as its configuration says, else as the first of them is."""
+    dtype = read_config(name_or_folder).dtype
+    if dtype is None:
+        folder = checkpoint_folder(name_or_folder)
+        return torch.float32 if folder is None else stored_dtype(folder)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
@@ -86,7 +88,7 @@ def _write_files(
     shards = _shards(state, dtype, shard_bytes)
     where: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
-        values = {name: _whole(state[name], dtype) for name in names}
+        values = {name: _whole(state[name], _written_in(lm, name, dtype)) for name in names}
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         with rank_zero_first(group) as first:
             if first:
@@ -101,6 +103,12 @@ def _write_files(
             config = json.loads((folder / "config.json").read_text())
             config["dtype"] = str(dtype).removeprefix("torch.")  # what was trained in is float32
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _written_in(lm: Any, name: str, dtype: torch.dtype) -> torch.dtype | None:
+    """The type that a tensor is written in: None, its own, for what transformers keeps in float32 in any case."""
+    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    return None if any(part in name for part in kept) else dtype
 
 
 def _write_file(lm: Any, values: dict[str, Tensor], folder: Path, file: str) -> list[str]:

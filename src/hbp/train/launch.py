@@ -14,12 +14,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,6 +46,10 @@ CPU_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+CUDA_ENVIRONMENT = {
+    # Packs of other sizes from micro-step to micro-step leave holes in segments of fixed size.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """Signals that a launcher hands on to its ranks."""
@@ -110,9 +115,8 @@ def _ranks_report() -> Iterator[str]:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if not torch.cuda.is_available():
-        for name, value in CPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+    for name, value in (CUDA_ENVIRONMENT if torch.cuda.is_available() else CPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
     # What the launcher logs of a failed rank, we say in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
@@ -158,9 +162,20 @@ def reports_here() -> bool:
     return dist.get_rank() == 0 and (ERROR_FILE not in os.environ or RANKS_PRINT in os.environ)
 
 
+def raise_open_files() -> None:
+    """Allow as many open files as the system lets us: gloo opens a socket to each other rank in every group."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # some systems refuse their own limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join the job's processes; yields this rank's device."""
+    raise_open_files()
+    for name, value in CUDA_ENVIRONMENT.items():  # read when the allocator first allocates
+        os.environ.setdefault(name, value)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hbp.config import TrainConfig
@@ -267,7 +268,8 @@ def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 
 
 def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float | None:
     """Mean cross entropy over the loss tokens of a plan's samples; None if they have none."""
-    total, rank, model = 0.0, dist.get_rank(), learner.model
+    rank, model = dist.get_rank(), learner.model
+    total = torch.zeros((), dtype=torch.float64, device=learner.device)  # summed there: the host does not wait
     targets = int(samples.loss_tokens[plan.sample_ids].sum())
     if not targets:
         return None
@@ -277,9 +279,11 @@ def evaluate(learner: Learner, plan: Plan, samples: CountedSamples) -> float | N
         for step in rows_of_rank(plan, rank):
             for row in step:
                 batch = make_micro_batch(plan, row, samples, learner.mesh, rank, learner.device)
-                total += float(model(batch.input_ids, batch.position_ids, batch.labels, batch.layout))
+                total += model(batch.input_ids, batch.position_ids, batch.labels, batch.layout).detach()
     model.train()
-    return float(gather([total], learner.device).sum()) / targets
+    if isinstance(model, FSDPModule):  # which keeps its root gathered until a backward
+        model.reshard()
+    return float(gather([float(total)], learner.device).sum()) / targets
 
 
 def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, tokens_total: int) -> float:
@@ -292,13 +296,16 @@ def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, to
 
 
 def make_optimizer(model: CausalLMWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that are trained; norms and biases, the vectors, without weight decay."""
+    """AdamW over the parameters that are trained; norms and biases, the vectors, without weight decay.
+
+    Fused, as `foreach` would hold another copy of them all.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if config.decay_all or parameter.ndim > 1]
     rest = [parameter for parameter in trained if not config.decay_all and parameter.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
     filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, config.lr, config.betas, weight_decay=config.weight_decay, foreach=True)
+    return torch.optim.AdamW(filled, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 @contextmanager

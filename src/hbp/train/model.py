@@ -3,8 +3,11 @@
 The root module that FSDP2 sees is :class:`CausalLMWithLoss`: the vocabulary projection is used inside its forward, in
 chunks, so the full logits never exist. One world mesh shards everything; nothing here depends on the SP degree.
 
-The model is sharded before a checkpoint of safetensors is read or fresh values are drawn, so that no rank ever holds
-the whole (:mod:`hbp.train.weights`).
+The model is sharded before a checkpoint is read or fresh values are drawn, so that no rank ever holds the whole
+(:mod:`hbp.train.weights`).
+
+Any family that transformers knows may come. Those of :data:`PROVEN_FAMILIES` are held against plain transformers in the
+tests; another has to pass the same comparison before it is trained (:mod:`hbp.train.check`).
 
 Activations may be offloaded (:func:`offloaded_activations`): what autograd keeps for backward waits in host memory.
 Offloading the inputs of recomputed layers leaves almost nothing on the device between forward and backward, at the cost
@@ -18,8 +21,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +34,50 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from hbp.cost.known_models import FAMILIES
 from hbp.errors import HbpError
-from hbp.parallel.ulysses import PackLayout, register_attention
+from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
+from hbp.parallel.varlen import check_features
 from hbp.train.loss import RouterLoss, summed_cross_entropy
-from hbp.train.weights import draw_shards, load_shards, safetensors_folder
+from hbp.train.weights.load import draw_shards, load_shards, settle_ties
+from hbp.train.weights.stored import checkpoint_folder
 
+PROVEN_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2_moe",
+    "smollm3",
+)
+"""Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on what else is in the pack."""
+RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
+"""Kinds of layers that carry a state from token to token, past the ends of documents and ranks."""
 SMALL_BYTES = 1 << 20
 """A tensor of fewer stays on the device."""
 
-Kept = tuple[torch.device, Tensor]
-"""Where a tensor was, and what is kept of it"""
+
+@dataclass
+class Kept:
+    """A saved tensor: on its device, or in host memory."""
+
+    device: torch.device
+    tensor: Tensor
+    copied: torch.cuda.Event | None = None
+    """When the copy to the host is done."""
 
 
 def offloaded_activations(small_bytes: int = SMALL_BYTES) -> saved_tensors_hooks:
@@ -52,17 +89,32 @@ def offloaded_activations(small_bytes: int = SMALL_BYTES) -> saved_tensors_hooks
 
     def pack(tensor: Tensor) -> Kept:
         if is_parameter(tensor) or tensor.numel() * tensor.element_size() < small_bytes:
-            return tensor.device, tensor
-        pinned = tensor.is_cuda
-        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=pinned)
-        host.copy_(tensor, non_blocking=pinned)
-        return tensor.device, host
+            return Kept(tensor.device, tensor)
+        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        if not tensor.is_cuda:
+            host.copy_(tensor)
+            return Kept(tensor.device, host)
+        stream = side_stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))  # what computes it
+        with torch.cuda.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)  # its memory is not another's before that
+        return Kept(tensor.device, host, stream.record_event())
 
     def unpack(kept: Kept) -> Tensor:
-        device, tensor = kept
-        return tensor.to(device, non_blocking=tensor.is_pinned())
+        if kept.copied is None:
+            return kept.tensor.to(kept.device)
+        current = torch.cuda.current_stream(kept.device)
+        current.wait_event(kept.copied)
+        return kept.tensor.to(kept.device, non_blocking=True)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the copies, one a device for the whole run: each new one would keep memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def is_parameter(tensor: Tensor) -> bool:
@@ -70,10 +122,8 @@ def is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
-TRAINED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2")
-"""Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on what else is in the pack."""
+FLOAT32_WEIGHTS = {"deepseek_v2": ("gate.weight",)}
+"""What a family computes with in float32 in any case, where transformers (5.17) does not say so itself."""
 
 
 class CausalLMWithLoss(nn.Module):
@@ -86,6 +136,7 @@ class CausalLMWithLoss(nn.Module):
         super().__init__()
         self.lm = lm
         self.router_loss = RouterLoss(lm)
+        self.finish_logits = finish_logits(lm.config)
         self.offload_activations = False
 
     def forward(
@@ -116,9 +167,11 @@ class CausalLMWithLoss(nn.Module):
             offloaded_activations() if offload else nullcontext(),
             self.router_loss.listening() if routed else nullcontext(),
         ):
-            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=layout)
-        projection = self.lm.get_output_embeddings().weight
-        loss = summed_cross_entropy(out.last_hidden_state[0], projection, labels, weights)
+            out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, hbp_layout=Sealed(layout))
+        head = self.lm.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None  # not with adapters on it
+        projection = head.weight if plain else head
+        loss = summed_cross_entropy(out.last_hidden_state[0], projection, labels, weights, finish=self.finish_logits)
         return loss + token_share * self.router_loss.of_pack(layout) if routed else loss
 
     @property
@@ -128,8 +181,28 @@ class CausalLMWithLoss(nn.Module):
         return layers
 
 
+def attention_features(lm: Any) -> list[str]:
+    """What a transformers model's attention needs of a kernel besides scale and window."""
+    softcap = ["softcap"] if getattr(lm.config, "attn_logit_softcapping", None) else []
+    return softcap + (["sinks"] if any(hasattr(module, "sinks") for module in lm.modules()) else [])
+
+
+def finish_logits(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a family does to its logits after the projection, from its configuration; None for nothing."""
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if factor == 1.0 and not cap:
+        return None
+
+    def finish(logits: Tensor) -> Tensor:
+        scaled = logits * factor
+        return torch.tanh(scaled / cap) * cap if cap else scaled
+
+    return finish
+
+
 def check_trainable(config: Any) -> None:
-    """Refuse a model that would not train as its documents alone do.
+    """Refuse a model of which it is known that it would not train as its documents alone do.
 
     Args:
         config: transformers configuration.
@@ -137,20 +210,36 @@ def check_trainable(config: Any) -> None:
     Raises:
         HbpError: names the family or the setting.
     """
-    if config.model_type not in TRAINED_FAMILIES:
-        known = "can be planned for but not trained yet" if config.model_type in FAMILIES else "are not known here"
-        raise HbpError(f"{config.model_type} models {known}; this trains {', '.join(TRAINED_FAMILIES)}")
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope in LENGTH_DEPENDENT_ROPE:
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind in RECURRENT_LAYERS:
+            raise HbpError(
+                f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack "
+                "into the next and is not carried from rank to rank; train a model whose layers all attend"
+            )
+    if config.get_text_config() is not config:
         raise HbpError(
-            f"the model's rotary embedding is {rope!r}, which depends on the longest document of a pack; "
-            "set rope_parameters to yarn, llama3, linear or default"
+            f"{config.model_type} models take more than text; give the configuration and weights of their text model "
+            f"({config.get_text_config().model_type}) alone"
         )
+    for rope in _rope_kinds(config):
+        if rope in LENGTH_DEPENDENT_ROPE:
+            raise HbpError(
+                f"the model's rotary embedding is {rope!r}, which depends on the longest document of a pack; "
+                "set rope_parameters to yarn, llama3, linear or default"
+            )
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise HbpError(f"the model is quantized ({method}); give its weights in bfloat16 or float32")
-    if config.attention_dropout:
-        raise HbpError(f"the model's attention_dropout is {config.attention_dropout}; set it to 0 in its config.json")
+    for name in ("attention_dropout", "attn_pdrop", "attn_dropout"):
+        if getattr(config, name, 0):
+            raise HbpError(f"the model's {name} is {getattr(config, name)}; set it to 0 in its config.json")
+
+
+def _rope_kinds(config: Any) -> set[str]:
+    """Of all layers; Gemma 3 has one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type", "default") for each in nested or [parameters]}
 
 
 def is_configuration_alone(name_or_folder: str) -> bool:
@@ -225,7 +314,7 @@ def load_model(
             lm = AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation=kernel, dtype=dtype)
     except (OSError, ValueError) as error:
         raise _not_loaded(name_or_folder, error) from None
-    return _ready(lm)
+    return _ready(lm, attention)
 
 
 def load_sharded(
@@ -243,36 +332,41 @@ def load_sharded(
 ) -> CausalLMWithLoss:
     """A model in float32, sharded over the world, its values read or drawn shard by shard.
 
-    The model is built without storage, sharded, given memory, and each rank reads its own slices of a checkpoint of
-    safetensors, or draws each module's parameters and keeps its own slices, so that none holds the whole. Only a
-    checkpoint in another format is whole on every rank before it is sharded.
+    The model is built without storage, sharded, given memory, and each rank reads its own slices of a checkpoint, or
+    draws each module's parameters and keeps its own slices, so that none holds the whole.
 
     Args:
         name_or_folder: as for :func:`load_model`, and so `vocab_size`, `seed` and `attention`.
         mesh: of the world, and so `by_layer`, `compute_dtype` and `compiled` as for :func:`shard`.
         device: of this rank.
-        adapt: called with the model before it is sharded, and maybe before it has storage, to add low-rank adapters.
+        adapt: called with the model before it is sharded or has storage, to add low-rank adapters.
 
     Raises:
         HbpError: as they do, or a checkpoint whose tensors do not fit the model.
     """
-    from transformers import GenerationConfig
-
-    folder, fresh = safetensors_folder(name_or_folder), is_configuration_alone(name_or_folder)
-    if folder is None and not fresh:
-        model = load_model(name_or_folder, vocab_size=vocab_size, seed=seed, attention=attention).to(device)
-    else:
-        model = meta_model(name_or_folder, vocab_size=vocab_size, attention=attention)
+    folder, fresh = checkpoint_folder(name_or_folder), is_configuration_alone(name_or_folder)
+    model = meta_model(name_or_folder, vocab_size=vocab_size, attention=attention)
+    if folder is not None:
+        settle_ties(model.lm, folder)
+    elif not fresh:
+        raise HbpError(f"cannot load a model from {name_or_folder!r}: it has a configuration but no weights")
     if adapt:
         adapt(model)
     shard(model, mesh, by_layer=by_layer, compute_dtype=compute_dtype, compiled=compiled)
     if folder is not None:
         load_shards(model.lm, folder, device, seed)
-        if (folder / "generation_config.json").is_file():  # for the exported model
-            model.lm.generation_config = GenerationConfig.from_pretrained(folder)
-    elif fresh:
+        _take_generation_config(model.lm, folder)
+    else:
         draw_shards(model.lm, device, seed)
     return model
+
+
+def _take_generation_config(lm: Any, folder: Path) -> None:
+    """For the exported model."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        lm.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def meta_model(name_or_folder: str, *, vocab_size: int | None = None, attention: str = "auto") -> CausalLMWithLoss:
@@ -289,10 +383,11 @@ def meta_model(name_or_folder: str, *, vocab_size: int | None = None, attention:
     config, kernel = read_config(name_or_folder, vocab_size), register_attention(attention)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
-    return _ready(lm)
+    return _ready(lm, attention)
 
 
-def _ready(lm: Any) -> CausalLMWithLoss:
+def _ready(lm: Any, attention: str) -> CausalLMWithLoss:
+    check_features(attention, attention_features(lm))
     # Non-reentrant: a layer's keyword arguments (the pack's layout) are kept for the recomputation.
     name = "activation_checkpointing_enable"  # since transformers 5.2x; before that:
     enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
@@ -320,8 +415,9 @@ def shard(
             routers) are gathered apart, in float32.
         compiled: see :func:`compile_layers`.
     """
+    # Inputs are of the compute dtype from the embedding on. To see that, FSDP2 would build the pack's layout anew for
+    # each layer, and with it what is made once a pack.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    in_layer = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     if compute_dtype != torch.float32:
         for module in _float32_modules(model.lm):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -329,7 +425,7 @@ def shard(
     if compiled:
         compile_layers(model)
     for layer in model.layers if by_layer else ():
-        fully_shard(layer, mesh=mesh, mp_policy=in_layer, shard_placement_fn=place)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     assert isinstance(model, FSDPModule)
 
@@ -347,7 +443,8 @@ def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:
 
 
 def _float32_modules(lm: Any) -> list[nn.Module]:
-    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    own: Iterable[str] = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    kept = own or FLOAT32_WEIGHTS.get(lm.config.model_type, ())
     names = [name.removesuffix(".weight") for name in kept]
     return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 

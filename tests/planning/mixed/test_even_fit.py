@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp.planning.kernels import best_fit_into
@@ -50,7 +51,7 @@ def check(lengths: list[int] | Int, room: Int, slots: int) -> tuple[Int, Int, In
     room=st.lists(st.integers(1, 300), max_size=12),
     slots=st.sampled_from([1, 2, 4]),
 )
-@settings(max_examples=150, deadline=None)
+@cases(150)
 def test_every_sample_has_one_place_or_fits_no_room(lengths: list[int], room: list[int], slots: int) -> None:
     check(lengths, np.array(sorted(room, reverse=True), np.int64), slots)
 
@@ -113,7 +114,7 @@ def test_a_pack_with_little_room_waits_for_what_fits_it() -> None:
     lack=st.floats(0, 3e4),
     slots=st.sampled_from([1, 2, 4]),
 )
-@settings(max_examples=150, deadline=None)
+@cases(150)
 def test_dealt_and_filled(own: list[int], below: list[int], lack: float, slots: int) -> None:
     """Every own sample has a place where there is a pack for each; then no pack has room for any sample left over."""
     left, room = histogram(own), np.full(len(own), 300)

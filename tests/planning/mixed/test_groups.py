@@ -7,7 +7,8 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
@@ -18,7 +19,8 @@ from hbp.data.length_sets import generate
 from hbp.plan import Group
 from hbp.planning.mixed import groups as group_search
 from hbp.planning.mixed.groups import Trial, best_groups, candidate_capacities, search_groups
-from hbp.planning.paper.groups import SamplesByLength, published_groups
+from hbp.planning.paper.groups import published_groups
+from hbp.planning.settings import SamplesByLength
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
 
@@ -28,7 +30,7 @@ LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
     st.sampled_from([1, 2, 8]),
     st.sampled_from([None, 3000]),
 )
-@settings(max_examples=15, deadline=None)
+@cases(15)
 def test_groups_fit_and_hold_every_sample(lengths: list[int], world: int, limit: int | None) -> None:
     cost = tiny_cost(world, 3000)
     groups = search_groups(cost, np.array(lengths), max(lengths), limit)

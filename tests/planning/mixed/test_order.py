@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp.planning.mixed.order import cut_steps, drift, interleave, shorts_first
+from hbp.planning.mixed.order import cut_steps, interleave, shorts_first
 
 
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 20))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_every_stretch_holds_each_kind_s_share(counts: list[int], seed: int) -> None:
     """Within one micro-step for two kinds; each kind more may push the others of a share p by p.
 
@@ -30,7 +30,7 @@ def test_every_stretch_holds_each_kind_s_share(counts: list[int], seed: int) -> 
 @given(
     places=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=60), seed=st.integers(0, 9)
 )
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_windows_follow_each_other(places: list[tuple[int, int]], seed: int) -> None:
     window, kind = (np.array(x, np.int64) for x in zip(*places, strict=True))
     order = interleave(kind, window, np.random.default_rng(seed))
@@ -52,7 +52,7 @@ def test_steps_are_cut_by_the_middle_of_micro_steps() -> None:
 
 
 @given(tokens=st.lists(st.integers(1, 100), min_size=1, max_size=60), batch=st.integers(1, 500), seed=st.integers(0, 9))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_steps_hold_the_batch_to_within_one_micro_step(tokens: list[int], batch: int, seed: int) -> None:
     amounts = np.array(tokens, np.float64)
     order = np.random.default_rng(seed).permutation(len(tokens))
@@ -72,18 +72,3 @@ def test_short_micro_steps_come_first() -> None:
     found, used = shorts_first(order, np.ones(4, bool), tokens, 4.0, 2)
     assert (found.tolist(), used) == ([0, 1, 2, 3], 2)
     assert shorts_first(np.arange(40), np.arange(40) % 2 == 0, np.full(40, 4.0), 4.0, None)[1] == 4  # a tenth
-
-
-@pytest.mark.parametrize(
-    ("step", "offsets", "lengths", "expected"),
-    [
-        ([0, 1], [0, 2, 3], [4, 4, 8], 0.5),  # each step of one kind, the data half and half
-        ([0, 1], [0, 2, 4], [4, 8, 4, 8], 0.0),
-        ([0, 0], [0, 2, 3], [4, 4, 8], 0.0),  # one step is the data
-        ([0, 1], [0, 1, 2], [5, 7], 0.0),  # of one octave
-        ([0, 1], [0, 1, 2], [4, 12], 0.5 * (0.75 + 0.25)),  # off by 3/4 and 1/4
-    ],
-)
-def test_drift_by_hand(step: list[int], offsets: list[int], lengths: list[int], expected: float) -> None:
-    found = drift(np.array(step), np.array(offsets), np.array(lengths, np.int32), max(step) + 1)
-    assert found == pytest.approx(expected)

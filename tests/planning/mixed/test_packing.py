@@ -6,7 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
@@ -15,9 +16,10 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.plan import Group
-from hbp.planning.mixed import packing as histogram_packs
-from hbp.planning.mixed.packing import PackCosts, Packed, pack_histogram, tile_by_seconds
-from hbp.planning.packs import Int
+from hbp.planning.mixed import packing, tail
+from hbp.planning.mixed.open_packs import Packed, tile_by_seconds
+from hbp.planning.mixed.packing import pack_histogram
+from hbp.planning.packs import Int, PackCosts
 
 GROUPS = (Group(64, 1, 0), Group(256, 2, 1), Group(1024, 4, 2))
 ALIKE = (Group(64, 1, 0), Group(256, 2, 0), Group(512, 2, 2), Group(700, 2, 3), Group(1024, 4, 2))
@@ -77,18 +79,18 @@ LENGTHS = st.lists(st.integers(1, 64) | st.integers(1, 300) | st.integers(1, LON
 
 
 @given(lengths=LENGTHS, world=st.sampled_from([4, 8]), groups=st.sampled_from([GROUPS, GROUPS[1:], GROUPS[2:], ALIKE]))
-@settings(max_examples=60, deadline=None)
+@cases(60)
 def test_the_last_window_places_everything(lengths: list[int], world: int, groups: tuple[Group, ...]) -> None:
     packed, waiting = pack(lengths, groups, world, last=True)
     assert not waiting.any()
     assert packed.groups[: len(groups)] == groups
-    for tail in packed.groups[len(groups) :]:
-        assert tail.capacity <= groups[-1].capacity
-        assert any(tail.sp_degree == g.sp_degree and tail.gc_layers <= g.gc_layers for g in groups)
+    for group in packed.groups[len(groups) :]:
+        assert group.capacity <= groups[-1].capacity
+        assert any(group.sp_degree == g.sp_degree and group.gc_layers <= g.gc_layers for g in groups)
 
 
 @given(lengths=LENGTHS, world=st.sampled_from([4, 8]), groups=st.sampled_from([GROUPS, ALIKE]), seed=st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
+@cases(80)
 def test_an_inner_window_leaves_no_rank_idle(
     lengths: list[int], world: int, groups: tuple[Group, ...], seed: int
 ) -> None:
@@ -148,7 +150,7 @@ def test_few_long_packs_finish_together(name: str, monkeypatch: pytest.MonkeyPat
     """Sorting cannot bring together packs of documents that differ, where one micro-step takes many of them."""
     lengths = generate(name, 60_000, 0)
     found = few_micro_steps(lengths)
-    monkeypatch.setattr(histogram_packs, "WAITS", 1.0)
+    monkeypatch.setattr(packing, "WAITS", 1.0)
     sorted_alone = few_micro_steps(lengths)
     assert waiting(found) < 0.6 * waiting(sorted_alone)
     assert found.micro_step.max() <= sorted_alone.micro_step.max() + 1
@@ -192,14 +194,14 @@ def test_few_tokens_at_the_end_share_several_micro_steps(monkeypatch: pytest.Mon
     """Alone they would wait for FSDP's traffic: five seconds for a thousandth of the tokens."""
     lengths = np.full(64 * 74_240 * 8 // 500 + 100, 500)
     shared = run_seconds(lengths)
-    monkeypatch.setattr(histogram_packs, "UNEVEN", 1.0)
+    monkeypatch.setattr(tail, "UNEVEN", 1.0)
     assert shared < 0.98 * run_seconds(lengths)
 
 
 def test_samples_that_outweigh_a_long_pack_have_the_next_group_as_home(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = np.concatenate([np.linspace(20_000, 130_000, 300).astype(np.int64), np.full(100_000, 500)])
     at_home_further_up = run_seconds(lengths)
-    monkeypatch.setattr(histogram_packs, "_even_length", lambda counts: len(counts))
+    monkeypatch.setattr(packing, "_even_length", lambda counts: len(counts))
     assert at_home_further_up < 0.98 * run_seconds(lengths)
 
 
@@ -209,7 +211,7 @@ def test_samples_that_outweigh_a_long_pack_have_the_next_group_as_home(monkeypat
     ),
     world=st.sampled_from([4, 8, 12]),
 )
-@settings(max_examples=200, deadline=None)
+@cases(200)
 def test_mixed_degrees_side_by_side(packs: list[tuple[float, int]], world: int) -> None:
     """Aligned, no rank twice; no pack waits that idle ranks could hold, none is slower than a micro-step before it."""
     seconds, degree = np.array([s for s, _ in packs]), np.array([d for _, d in packs], np.int64)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import tiny_cost
 
@@ -65,7 +66,7 @@ def rows(pieces: list[Plan]) -> list[tuple[list[int], ...]]:
     st.integers(1, 50),
     st.sampled_from([2, 8]),
 )
-@settings(max_examples=40, deadline=None)
+@cases(40)
 def test_pieces_together_are_a_plan(found: list[int], buffer: int, chunk: int, world: int) -> None:
     lengths = np.array(found, np.int32)
     planner = StreamPlanner(tiny_cost(world, MOST), buffer, MOST, groups=GROUPS)
@@ -80,7 +81,7 @@ def test_pieces_together_are_a_plan(found: list[int], buffer: int, chunk: int, w
 
 
 @given(st.lists(st.integers(1, 1100), min_size=50, max_size=200), st.integers(5, 60), st.integers(0, 150))
-@settings(max_examples=15, deadline=None)
+@cases(15)
 def test_a_restored_planner_goes_on_as_the_first_would_have(found: list[int], buffer: int, cut: int) -> None:
     lengths, cost = np.array(found, np.int32), tiny_cost(4, MOST)
     first = StreamPlanner(cost, buffer, MOST, groups=GROUPS, seed=3, global_batch_tokens=5000)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp.planning.paper.curriculum import default_short_steps, order_steps
@@ -30,7 +31,7 @@ def test_default_is_500_but_at_most_a_tenth(steps: int, short: int) -> None:
     st.integers(0, 70),
     st.integers(0, 9),
 )
-@settings(max_examples=100, deadline=None)
+@cases(100)
 def test_the_first_steps_are_short(kinds: list[int], short: set[int], short_steps: int, seed: int) -> None:
     order = run(kinds, short, short_steps, seed)
     first = min(short_steps, sum(kind in short for kind in kinds))

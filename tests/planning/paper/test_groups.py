@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from plans import can_fit, tiny_cost
 
@@ -16,16 +17,9 @@ from hbp.cost.predict import CostModel, Work
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
 from hbp.plan import Group
-from hbp.planning.paper.groups import (
-    SamplesByLength,
-    best_setting,
-    group_seconds,
-    longest_capacity,
-    longest_settings,
-    published_candidates,
-    published_groups,
-)
+from hbp.planning.paper.groups import published_candidates, published_groups
 from hbp.planning.planner import make_plan
+from hbp.planning.settings import SamplesByLength, best_setting, group_seconds, longest_capacity, longest_settings
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
 
@@ -83,7 +77,7 @@ def test_group_seconds_wait_for_the_longest_sample() -> None:
     st.sampled_from([1, 2, 4, 8, 12]),
     st.integers(50, 6000),
 )
-@settings(max_examples=100, deadline=None)
+@cases(100)
 def test_groups_fit_memory_or_are_refused(lengths: list[int], world: int, tokens: int) -> None:
     cost, array = tiny_cost(world, tokens), np.array(lengths)
     longest = longest_capacity(array, None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import given, settings
+from cases import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp.plan import Group
@@ -34,7 +35,7 @@ def pack(lengths: list[int], capacities: list[int], ids: list[int] | None = None
     st.sets(st.integers(1, 399), max_size=3),
     st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@cases(100)
 def test_every_sample_once_in_a_pack_of_its_longest_members_group(
     lengths: list[int], smaller: set[int], data: st.DataObject
 ) -> None:

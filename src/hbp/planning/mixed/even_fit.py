@@ -12,13 +12,15 @@ other:
    all of those have the share of the costliest, since they will wait for it anyway.
    A pack with less room than that waits until the samples are short enough.
 3. The sand, and what found no room, goes where it fits best (:func:`hbp.planning.kernels.best_fit_into`), which fills
-the
-   packs to their last token.
+   the packs to their last token.
 
 :func:`even_deal` and :func:`fill_evenly` do the same for long samples and the shorter ones that fill their packs.
 
 What it trades: packs that a very long document begins stay costlier than the others; sorting by cost afterwards brings
 them together. Complexity: O(samples · log packs).
+
+Legend: ``N`` samples placed, ``P`` packs, ``counts[l]`` samples of length ``l``, ``lack`` ``[P]`` squared length that
+each pack is still due.
 """
 
 from __future__ import annotations
@@ -109,7 +111,10 @@ def densities(counts: Int, room: Int) -> tuple[float, float]:
 def _deal(counts: Int, room: Int, lack: Float, shortest: int, spare: bool) -> tuple[Int, Int]:
     """Longest first, each sample to the pack that lacks most and has room; with `spare` none beyond what is lacking."""
     most = min(counts[shortest:].sum(), room.sum() // shortest)
-    pack_of, taken = np.empty(most, np.int64), np.empty(most, np.int64)
+    pack_of, taken = np.empty(most, np.int64), np.empty(most, np.int64)  # [N], the first `placed` in use
+    # heap[:size]: packs with room, the one that lacks most first; one sorted by falling lack is a heap already.
+    # Lengths fall, so a pack that is too full for this one may have room again once they are down to what it has left:
+    # until then it is off the heap, on the stack waiting[its room], linked by after[].
     heap, size, placed = np.argsort(-lack, kind="mergesort"), len(room), 0
     waiting = np.full(
         len(counts), -1
@@ -118,7 +123,7 @@ def _deal(counts: Int, room: Int, lack: Float, shortest: int, spare: bool) -> tu
     for length in range(len(counts) - 1, shortest - 1, -1):
         left, square = counts[length], float(length) * length
         pack = waiting[length]
-        while pack >= 0:
+        while pack >= 0:  # these have room for just one of this length: back on the heap
             heap[size] = pack
             size += 1
             _sift_up(heap, size - 1, lack)
@@ -129,7 +134,7 @@ def _deal(counts: Int, room: Int, lack: Float, shortest: int, spare: bool) -> tu
                 after[pack], waiting[room[pack]] = waiting[room[pack]], pack
                 size -= 1
                 heap[0] = heap[size]
-            elif spare and lack[pack] < square:
+            elif spare and lack[pack] < square:  # nor does any other pack lack so much
                 break
             else:
                 pack_of[placed], taken[placed] = pack, length
@@ -137,7 +142,7 @@ def _deal(counts: Int, room: Int, lack: Float, shortest: int, spare: bool) -> tu
                 left -= 1
                 room[pack] -= length
                 lack[pack] -= square
-            _sift_down(heap, size, lack)
+            _sift_down(heap, size, lack)  # the first entry is another pack, or lacks less than it did
         counts[length] = left
     return pack_of[:placed], taken[:placed]
 
@@ -167,8 +172,10 @@ def _sand(counts: Int) -> int:
 def _shares(counts: Int, room: Int, slots: int) -> Float:
     """Attention cost due to each pack: alike per token of capacity, but what the longest documents force."""
     packs = len(room)
-    forced = np.zeros(packs)  # square of the longest document of the micro-step that a pack will be in
-    at, total = 0, 0.0
+    # The longest documents begin a pack each: the i-th longest that of pack i. Sorted by time, packs are taken `slots`
+    # at a time, and all of a micro-step wait for its first, whose document forces them: forced[p] is that one's square.
+    forced = np.zeros(packs)
+    at, total = 0, 0.0  # packs that a document begins; squares of all samples
     for length in range(len(counts) - 1, 0, -1):
         square = float(length) * length
         total += counts[length] * square
@@ -179,6 +186,8 @@ def _shares(counts: Int, room: Int, slots: int) -> Float:
     while at < packs and at % slots:  # packs without a document of their own wait no less
         forced[at] = forced[at - 1]
         at += 1
+    # What the forced packs take is not to be shared any more. With the rest the common level falls, so the next pack
+    # may be above it too; forced[] falls, so one pass from the front finds all of them.
     tokens = float(room.sum())
     begin = 0  # packs before this one are forced above the common level
     while begin < packs and tokens > 0 and forced[begin] > total / tokens * room[begin]:

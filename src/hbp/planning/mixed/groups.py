@@ -41,10 +41,11 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel, Work
 from hbp.plan import Group
-from hbp.planning.metrics import rank_seconds
-from hbp.planning.mixed.packing import PackCosts, pack_histogram
-from hbp.planning.packs import Int, Lengths
-from hbp.planning.paper.groups import SamplesByLength, published_groups
+from hbp.planning.lower_bound import rank_seconds
+from hbp.planning.mixed.packing import pack_histogram
+from hbp.planning.packs import Int, Lengths, PackCosts
+from hbp.planning.paper.groups import published_groups
+from hbp.planning.settings import SamplesByLength
 
 N_HALVINGS = 6
 SHORTEST_CANDIDATE = 256
@@ -250,33 +251,52 @@ def _price(cost: CostModel, group: Group) -> float:
 
 
 def _seconds_after(
-    cost: CostModel, group: Group, h: SamplesByLength, capacities: Int, j: int, price: float, filled: bool
+    cost: CostModel, group: Group, samples: SamplesByLength, capacities: Int, j: int, price: float, filled: bool
 ) -> Float:
-    """Predicted seconds of group `j` if it follows no group, the first, … the one before it, float64 ``[j + 1]``."""
-    spent, slots, capacity = (
-        cost.seconds(group.sp_degree, group.gc_layers),
-        cost.world_size // group.sp_degree,
-        float(group.capacity),
-    )
-    last = int(h.up_to(group.capacity))
-    first = np.concatenate([[0], h.up_to(capacities[:j])])
-    n, tokens, pairs = (x[last] - x[first] for x in (h.documents, h.tokens, h.pairs))
-    half = np.maximum(first, h.up_to(group.capacity // 2))
-    packs = np.maximum(np.maximum(tokens / capacity, h.documents[last] - h.documents[half]), slots if filled else 1.0)
-    fill = np.maximum(packs * capacity - tokens, 0.0) if filled else np.zeros(j + 1)
-    # Heads outweigh a mean pack and get one each; the others share the rest evenly.
-    head = np.clip(np.searchsorted(h.pairs_of, pairs / packs, side="right"), first, last)
-    heads = np.minimum(h.documents[last] - h.documents[head], packs)
-    weight = np.where(heads > 0, (h.pairs[last] - h.pairs[head]) / np.maximum(heads, 1), 0.0)
-    level = np.maximum(0.0, pairs - heads * weight) / np.maximum(packs - heads, 1.0)
-    even = spent.fixed + (spent.per_document * n + spent.per_token * (tokens + fill)) / packs
-    costliest = h.pairs_of[last - 1] if last else 0.0
+    """Predicted seconds of group `j` if it follows no group, the first, … the one before it, float64 ``[j + 1]``.
+
+    Every array below has one entry for each group that may come before, which decides where the own samples begin.
+    """
+    spent, slots = cost.seconds(group.sp_degree, group.gc_layers), cost.world_size // group.sp_degree
+    first = np.concatenate([[0], samples.up_to(capacities[:j])])  # the own samples are lengths first … last − 1
+    last = int(samples.up_to(group.capacity))
+    n, tokens, pairs = (x[last] - x[first] for x in (samples.documents, samples.tokens, samples.pairs))
+    packs = _packs_needed(group, samples, first, last, tokens, float(slots) if filled else 1.0)
+    fill = np.maximum(packs * float(group.capacity) - tokens, 0.0) if filled else np.zeros(j + 1)
+    heads, of_head, of_other = _heads(samples, first, last, pairs, packs)
+
+    # Packs: all hold the same tokens; heads and others differ in pairs, and each hides what it can of FSDP's traffic.
+    alike = spent.fixed + (spent.per_document * n + spent.per_token * (tokens + fill)) / packs
     seconds = np.zeros(j + 1)
-    for count, per_pack in ((heads, weight), (packs - heads, level)):
-        busy = even + spent.per_pair * per_pack
+    for count, per_pack in ((heads, of_head), (packs - heads, of_other)):
+        busy = alike + spent.per_pair * per_pack
         seconds += count / slots * (busy + np.maximum(0.0, spent.fsdp - spent.overlap * busy))
-    seconds += spent.per_pair * np.where(heads > 0, np.maximum(0.0, costliest - level) / 2, 0.0)
-    seconds *= np.maximum(1.0, slots / packs)
+    # Waiting that sorting leaves: over all heads half the distance between the costliest pack and an even one.
+    costliest = samples.pairs_of[last - 1] if last else 0.0
+    seconds += spent.per_pair * np.where(heads > 0, np.maximum(0.0, costliest - of_other) / 2, 0.0)
+    seconds *= np.maximum(1.0, slots / packs)  # whole micro-steps: ranks without a pack wait too
+    saved = fill * price / cost.world_size  # what fills this group's packs is taken off the shortest group's bill
     # Between settings of a group that no sample needs yet, the one that would run its longest pack with least effort.
     longest = float(spent.of(cost.work(np.array([group.capacity])))[0]) / slots
-    return np.where(n > 0, seconds - fill * price / cost.world_size, 0.0) + longest * UNUSED
+    return np.where(n > 0, seconds - saved, 0.0) + longest * UNUSED
+
+
+def _packs_needed(
+    group: Group, samples: SamplesByLength, first: Int, last: int, tokens: Float, at_least: float
+) -> Float:
+    """Packs of samples ``first … last − 1``: as their tokens ask, and one for each over half a pack (no two share)."""
+    half = np.maximum(first, samples.up_to(group.capacity // 2))
+    over_half = samples.documents[last] - samples.documents[half]
+    return np.maximum(np.maximum(tokens / float(group.capacity), over_half), at_least)
+
+
+def _heads(samples: SamplesByLength, first: Int, last: int, pairs: Float, packs: Float) -> tuple[Float, Float, Float]:
+    """Samples that alone outweigh a mean pack, which have one each: how many; pairs of such a pack, and of the others.
+
+    The other packs share evenly what pairs are left.
+    """
+    head = np.clip(np.searchsorted(samples.pairs_of, pairs / packs, side="right"), first, last)
+    heads = np.minimum(samples.documents[last] - samples.documents[head], packs)
+    of_head = np.where(heads > 0, (samples.pairs[last] - samples.pairs[head]) / np.maximum(heads, 1), 0.0)
+    of_other = np.maximum(0.0, pairs - heads * of_head) / np.maximum(packs - heads, 1.0)
+    return heads, of_head, of_other

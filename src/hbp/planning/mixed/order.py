@@ -6,13 +6,9 @@ micro-steps: within one for two groups, never further off than their number. Opt
 global batch of tokens. The curriculum (paper, Section 4.3) then brings the first steps forward: micro-steps of the
 groups of the lowest SP degree, in their order.
 
-Two figures say what is left of a random order:
-
-- *drift*: how far a step's composition is from the data set's: half the sum over octaves of sample length of the
-  absolute difference between the step's share of tokens and the data set's, the mean over steps. 0: every step is the
-  data set in small; near 1: steps of one kind. Random samples of the same batch size do not reach 0 either.
-- *travel*: how far a sample is trained on from where the shuffle put it, as a share of the run, the mean over samples.
-  0 for the shuffle itself; 1/3 if the two orders have nothing to do with each other.
+What is left of a random order is measured by *drift* (:mod:`hbp.planning.metrics`) and *travel*: how far a sample is
+trained on from where the shuffle put it, as a share of the run, the mean over samples. 0 for the shuffle itself; 1/3 if
+the two orders have nothing to do with each other.
 
 Complexity: a sort of the micro-steps.
 """
@@ -21,13 +17,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from hbp.plan import IntArray
-from hbp.planning.packs import Int
+from hbp.planning.packs import Float, Int
 from hbp.planning.paper.curriculum import default_short_steps
-
-Float = npt.NDArray[np.float64]
 
 
 def interleave(kind: Int, window: Int, rng: np.random.Generator) -> Int:
@@ -69,31 +61,3 @@ def shorts_first(
     ours = order[short[order]]
     early = ours[: int(np.searchsorted(np.cumsum(tokens[ours]), steps * batch, side="right"))]
     return np.concatenate([early, order[~np.isin(order, early)]]), steps
-
-
-def drift(step: IntArray, offsets: IntArray, lengths: IntArray, n_steps: int) -> float:
-    """Mean distance of a step's composition from the data set's (module docstring).
-
-    Args:
-        step: of each pack ``[P]``.
-        offsets: of the packs' samples ``[P + 1]``.
-        lengths: of the samples, pack by pack.
-        n_steps: optimizer steps.
-    """
-    tokens = _tokens_by_octave(step, offsets, lengths, n_steps)
-    whole = tokens.sum(axis=0) / tokens.sum()
-    shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
-    return float(np.abs(shares - whole).sum(axis=1).mean() / 2)
-
-
-@njit(cache=True)
-def _tokens_by_octave(step: IntArray, offsets: IntArray, lengths: IntArray, n_steps: int) -> Float:
-    """Tokens of each step in samples of 1, 2–3, 4–7, … tokens, ``[steps, 32]``."""
-    tokens = np.zeros((n_steps, 32))
-    for pack in range(len(step)):
-        for i in range(offsets[pack], offsets[pack + 1]):
-            octave, rest = 0, lengths[i] >> 1
-            while rest:
-                octave, rest = octave + 1, rest >> 1
-            tokens[step[pack], octave] += lengths[i]
-    return tokens

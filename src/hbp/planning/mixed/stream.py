@@ -22,10 +22,11 @@ from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan, hash_lengths
 from hbp.planning.mixed.groups import search_groups
+from hbp.planning.mixed.hbp_mixed import HBP_MIXED
 from hbp.planning.mixed.windows import TooFewSamples, windowed_schedule
 from hbp.planning.packs import Lengths
-from hbp.planning.paper.groups import longest_settings
 from hbp.planning.planner import to_plan
+from hbp.planning.settings import longest_settings
 from hbp.planning.strategy import Problem
 
 
@@ -169,7 +170,7 @@ class StreamPlanner:
             outcome = windowed_schedule(problem, self.groups, to_the_end=to_the_end)
         except TooFewSamples:
             outcome = windowed_schedule(self._problem(self.groups[-1]), self.groups)
-        plan = to_plan(outcome, problem, "hbp-mixed", self.seed)
+        plan = to_plan(outcome, problem, HBP_MIXED.name, self.seed)
         dropped = tuple((i, f"{n} tokens, longer than the longest group ({self.max_length})") for i, n in self.too_long)
         info = replace(
             plan.info,

@@ -27,9 +27,8 @@ from hbp.errors import HbpError
 from hbp.plan import Group, IntArray
 from hbp.planning.kernels import count_lengths, counting_sort, shuffled
 from hbp.planning.mixed.order import cut_steps, interleave, shorts_first
-from hbp.planning.mixed.packing import PackCosts, pack_histogram
-from hbp.planning.packs import Int, Lengths, Packs
-from hbp.planning.schedule import Schedule
+from hbp.planning.mixed.packing import pack_histogram
+from hbp.planning.packs import Int, Lengths, PackCosts, Packs, Schedule
 from hbp.planning.strategy import Outcome, Problem
 
 MICRO_STEPS_PER_WINDOW = 1024
@@ -131,6 +130,7 @@ def _draw(
     for i in range(len(pack_of)):
         sizes[pack_of[i]] += 1
         tokens[pack_of[i]] += taken[i]
+    # at[p]: where the next sample of pack p goes, first the pack's beginning; next_of[l]: the next sample of length l.
     at, next_of = np.cumsum(sizes) - sizes, starts.copy()
     for i in range(len(pack_of)):
         pack, length = pack_of[i], taken[i]

@@ -19,8 +19,9 @@ from hbp.cost.fit import Collective
 from hbp.parallel.gather_kv import ALL_GATHER, REDUCE_SCATTER
 from hbp.train.measure.micro_batch import highest
 
-SIZES = (2**16, 2**20, 2**23)
-"""Bytes that a rank receives, about."""
+SIZES = {"cpu": (2**16, 2**20, 2**23), "cuda": (2**16, 2**20, 2**24, 2**27, 2**29)}
+"""Bytes that a rank receives, about. Small ones tell the latency; the rate shows only from a layer's size on (436 MB at
+8B), so those of a GPU end there."""
 REPEATS = 5
 
 
@@ -39,7 +40,7 @@ def measure_collectives(degrees: Iterable[int], device: torch.device) -> list[Co
         if ranks == 1:
             continue
         group = init_device_mesh(device.type, (world // ranks, ranks), mesh_dim_names=("dp", "sp")).get_group("sp")
-        for size in SIZES:
+        for size in SIZES[device.type]:
             elements = size // 4 // (ranks - 1)
             whole = torch.ones(ranks * elements, device=device)
             part, target = torch.ones(elements, device=device), torch.empty_like(whole)

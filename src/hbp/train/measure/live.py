@@ -156,7 +156,13 @@ def stack_heights(parameters: int, n_layers: int) -> tuple[int, ...]:
 
 
 def load_stack(
-    name_or_folder: str, n_layers: int, device: torch.device, *, vocab_size: int | None = None, seed: int = 0
+    name_or_folder: str,
+    n_layers: int,
+    device: torch.device,
+    *,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    attention: str = "auto",
 ) -> CausalLMWithLoss:
     """The first `n_layers` of a model, freshly initialised on a device; its weights are not read.
 
@@ -166,6 +172,7 @@ def load_stack(
         device: where the parameters are made.
         vocab_size: replaces the configuration's.
         seed: of the initialisation.
+        attention: kernel.
 
     Raises:
         HbpError: no configuration that transformers can load, or one with fewer layers.
@@ -174,7 +181,7 @@ def load_stack(
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(cut_config(config, n_layers)))
         with torch.device(device):
-            return load_model(folder, vocab_size=vocab_size, seed=seed).to(device)
+            return load_model(folder, vocab_size=vocab_size, seed=seed, attention=attention).to(device)
 
 
 def cut_config(config: Mapping[str, Any], n_layers: int) -> dict[str, Any]:

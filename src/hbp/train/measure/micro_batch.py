@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -67,11 +68,11 @@ def measure_point(
     documents = [(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, np.uint8)) for n in lengths]
     rank = dist.get_rank()
     batch = micro_batch_of(documents, 0, sp_degree, rank % sp_degree, gc_layers, mesh, device)
-    peak = highest(_peak_alone(model, batch, device), device)
+    peak = highest(peak_alone(model, batch, device), device)
     if not repeats or math.isinf(peak):
         return Point(tuple(lengths), sp_degree, gc_layers, 0.0, peak)
 
-    _hold_gradients(model)
+    hold_gradients(model)
     forward_backward(model, batch)  # collectives of a new group begin slowly
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < ENOUGH_S:  # alike on all ranks, since the seconds are
@@ -84,19 +85,16 @@ def measure_point(
     return Point(tuple(lengths), sp_degree, gc_layers, float(np.median(seconds)), peak)
 
 
-def _peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
+def peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
     """Peak bytes of this rank, states included; infinite where it runs out of memory."""
     batch, peak = alone(batch), math.inf
     try:
         with without_others(model):
-            gradients = _hold_gradients(model)
-            peak = _peak_bytes(lambda: forward_backward(model, batch), device)
+            gradients = hold_gradients(model)
+            peak = peak_bytes_of(lambda: forward_backward(model, batch), device)
             peak += local_parameter_bytes(model) + (GRADIENTS + MOMENTS) * gradients
     except torch.OutOfMemoryError:
-        reset: Any = getattr(model, "reset_iter_state", None)
-        if reset is None:  # FSDP2 before torch 2.13 cannot go on after that
-            raise
-        reset()
+        start_over(model)
     model.zero_grad(set_to_none=True)
     if math.isinf(peak):
         gc.collect()
@@ -105,7 +103,37 @@ def _peak_alone(model: CausalLMWithLoss, batch: MicroBatch, device: torch.device
     return peak
 
 
-def _hold_gradients(model: CausalLMWithLoss) -> int:
+def start_over(model: nn.Module) -> None:
+    """Bring FSDP2 back to before a micro-batch that raised in its middle: nothing gathered, nothing under way.
+
+    From torch 2.13 it does so itself; for 2.11 and 2.12, what it keeps between the passes is taken back here.
+    """
+    reset = getattr(model, "reset_iter_state", None)
+    if reset is not None:
+        reset()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        shared, tree = state._comm_ctx, state._state_ctx
+        tree.iter_forward_root, tree.post_backward_final_callback_queued = None, False
+        shared.all_gather_state = shared.reduce_scatter_state = None
+        shared.post_forward_order.clear()
+        state._training_state = TrainingState.IDLE
+        state._modules_to_run_forward.clear()
+        group = state._fsdp_param_group
+        if group is not None:
+            group._all_gather_result = group._post_reduce_event = group._partial_reduce_output = None
+            group._all_reduce_state = group._reshard_after_forward_event = None
+            group._training_state = TrainingState.IDLE
+            group._post_forward_indices.clear()
+            group._to_sharded()
+
+
+def hold_gradients(model: CausalLMWithLoss) -> int:
     """Give the parameters gradients to accumulate into; returns the bytes of this rank's part of them."""
     size = 0
     for parameter in model.parameters():
@@ -153,7 +181,8 @@ def highest(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> float:
+def peak_bytes_of(run: Callable[[], object], device: torch.device) -> float:
+    """Most bytes that running it had given out at a time, over what was before; every tensor is seen."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -190,8 +219,7 @@ class _AllGather(_Communication):
         if not self.alone:
             return ALL_GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
         for part in output_tensor.chunk(group.size()):
-            if part.data_ptr() != input_tensor.data_ptr():  # gathered in place
-                part.copy_(input_tensor)
+            part.copy_(input_tensor)
         return None
 
 

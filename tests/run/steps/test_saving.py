@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from workers import run_ranks
 
 from hbp.config import Config
-from hbp.run import saving
+from hbp.run.steps import saving
 from hbp.train.checkpoint import list_checkpoints
 
 

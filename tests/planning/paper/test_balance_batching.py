@@ -1,4 +1,4 @@
-"""Schedules: micro-steps of like cost, tails dealt anew, mixed degrees without holes."""
+"""Balance batching: micro-steps of like cost, tails dealt anew."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hbp.plan import Group, imbalance
-from hbp.planning.packs import Int, Packs, packs_of
-from hbp.planning.schedule import Schedule, _deal_tail, balance_batches, micro_steps_per_step, tile_mixed
+from hbp.planning.packs import Int, Packs, Schedule, packs_of
+from hbp.planning.paper.packing import _deal_tail, balance_batches, micro_steps_per_step
 
 
 def squares(lengths: Int):
@@ -132,33 +130,3 @@ def test_no_packs_make_an_empty_schedule() -> None:
     packs = Packs(np.zeros(1, np.int64), nothing, nothing)
     schedule = balance_batches(packs, squares(nothing), [Group(10, 1, 0)], nothing, 4, 40, np.random.default_rng(0))
     assert len(schedule.packs) == len(schedule.step) == 0
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 50)), min_size=1, max_size=40),
-    st.sampled_from([8, 16, 24]),
-)
-@settings(max_examples=100, deadline=None)
-def test_mixed_degrees_tile_without_holes(rows: list[tuple[int, int, int]], world: int) -> None:
-    kinds = sorted({step for _, step, _ in rows})
-    lengths = np.array([length for _, _, length in rows])
-    step = np.array([kinds.index(s) for _, s, _ in rows])
-    groups = [Group(50 * 2**i, 2**i, 0) for i in range(4)]
-    packs = Packs(np.arange(len(rows) + 1), np.arange(len(rows)), np.array([g for g, _, _ in rows]))
-    schedule = tile_mixed(packs, step, groups, squares(lengths), world)
-    assert sorted(schedule.packs.sample_ids.tolist()) == list(range(len(rows)))
-    assert schedule.step.tolist() == sorted(step[schedule.packs.sample_ids].tolist())
-    at: dict[tuple[int, int], int] = {}
-    previous = None
-    for place, group, sample in zip(places(schedule), schedule.packs.group, schedule.packs.sample_ids, strict=True):
-        degree = groups[group].sp_degree
-        assert place[2] == at.get(place[:2], 0)  # no hole before it
-        assert place[2] % degree == 0
-        at[place[:2]] = place[2] + degree
-        assert at[place[:2]] <= world
-        key = (place[0], -degree, -int(lengths[sample]))
-        assert previous is None or previous <= key  # highest degree first, then by falling cost
-        previous = key
-    for s in range(len(kinds)):
-        ends = [at[key] for key in sorted(at) if key[0] == s]
-        assert all(end == world for end in ends[:-1])  # these degrees all divide the world

@@ -20,7 +20,7 @@ from workers import LLAMA, run_ranks, write_model
 from hbp.config import Config
 from hbp.errors import RankFailed
 from hbp.run.engine import Engine
-from hbp.run.odd_steps import OddSteps, finite_or_none
+from hbp.run.steps.odd import OddSteps, finite_or_none
 from hbp.train import loop
 from hbp.train.checkpoint import list_checkpoints
 from hbp.train.loop import StepLosses

@@ -12,8 +12,8 @@ from plans import hand_plan, tiny_cost
 from hbp.cost.cluster import CLUSTERS
 from hbp.errors import HbpError
 from hbp.plan import Group, validate
+from hbp.planning.elsewhere import plan_elsewhere
 from hbp.planning.planner import STRATEGIES, make_plan
-from hbp.planning.what_if import plan_elsewhere
 from hbp.simulator import simulate
 
 

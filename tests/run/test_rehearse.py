@@ -1,0 +1,119 @@
+"""A rehearsal against what is known: the estimate's arithmetic, every rank of a mixed plan, real ranks' memory."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plans import hand_plan
+from workers import CPU, LLAMA, run_ranks, write_config
+
+from hbp.cli.main import main
+from hbp.cost.cluster import CLUSTERS
+from hbp.cost.model_spec import spec_from_config
+from hbp.cost.predict import CostModel
+from hbp.errors import HbpError
+from hbp.parallel.mesh import make_mesh
+from hbp.plan import Plan, write_plan
+from hbp.planning.planner import make_plan
+from hbp.run.rehearse import ratio_estimate, rehearse
+from hbp.train.measure.micro_batch import measure_point
+from hbp.train.model import load_sharded
+
+SPEC = spec_from_config(LLAMA)
+LENGTHS = np.array([300, 280, 40, 33, 20, 64, 64, 12, 90, 7, 150, 16] * 3, np.int32)
+
+
+def planned(world: int, strategy: str = "hbp-mixed") -> Plan:
+    return make_plan(LENGTHS, CostModel(SPEC, CLUSTERS["cpu-local"], world), strategy=strategy)
+
+
+def test_a_ratio_that_holds_everywhere_leaves_no_doubt() -> None:
+    predicted = np.array([1.0, 2.0, 5.0])
+    assert ratio_estimate(1.6 * predicted, predicted, 100) == (pytest.approx(1.6), pytest.approx(0.0, abs=1e-12))
+    assert ratio_estimate(np.array([3.0]), np.array([2.0]), 9) == (1.5, math.inf)
+    assert ratio_estimate(np.array([3.0, 1.0]), np.array([2.0, 2.0]), 2) == (1.0, 0.0)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng, held = np.random.default_rng(0), 0
+    predicted = rng.uniform(1, 4, 200)
+    measured = predicted * rng.normal(1.5, 0.2, 200)
+    truth = measured.sum() / predicted.sum()
+    for _ in range(400):
+        some = rng.choice(200, 12, replace=False)
+        ratio, half = ratio_estimate(measured[some], predicted[some], 200)
+        held += abs(ratio - truth) <= half
+    assert 0.9 <= held / 400 <= 0.99
+
+
+def test_every_rank_of_every_micro_step_at_the_true_world_size(tmp_path: Path) -> None:
+    plans = [planned(8), planned(8, "concat")]
+    ours, naive = rehearse(plans, write_config(tmp_path, LLAMA), CPU, micro_steps=2, repeats=1)
+    for plan, found in ((plans[0], ours), (plans[1], naive)):
+        assert len(found.rows) == 8 * found.micro_steps
+        assert found.micro_steps == min(2, found.of_micro_steps)
+        assert found.all_ranks
+        assert all(row.measured_s > 0 for row in found.rows)
+        assert found.step_s_interval[0] <= found.step_s <= found.step_s_interval[1]
+        assert found.predicted_step_s == pytest.approx(plan.info.metrics["predicted_s"] / plan.n_steps, rel=1e-5)
+        states = 4 * 4 * SPEC.parameters() / 8  # parameters, gradients, two moments in float32, an eighth of each
+        assert all(states <= row.peak_bytes < states + 3e7 for row in found.rows)
+
+
+def test_chosen_ranks_hold_the_one_with_most_to_compute(tmp_path: Path) -> None:
+    plan = planned(8)
+    model = write_config(tmp_path, LLAMA)
+    few = rehearse([plan], model, CPU, micro_steps=None, ranks=2, repeats=1)[0]
+    every = rehearse([plan], model, CPU, micro_steps=None, repeats=1)[0]
+    assert len(few.rows) == 2 * few.micro_steps
+    for step, micro in {(row.step, row.micro_step) for row in few.rows}:
+        most = max(row.predicted_s for row in every.rows if (row.step, row.micro_step) == (step, micro))
+        assert most in [row.predicted_s for row in few.rows if (row.step, row.micro_step) == (step, micro)]
+
+
+def peaks_of_rank(rank: int, world: int, model: str, packs: list[tuple[list[int], int, int]]) -> list[float]:
+    """Of real processes, over all ranks."""
+    mesh = make_mesh(world, [1, 2], "cpu", SPEC.heads)
+    lm = load_sharded(model, mesh.world, CPU)
+    return [measure_point(lm, mesh, *pack, device=CPU, repeats=0).peak_bytes for pack in packs]
+
+
+def test_memory_is_that_of_two_real_processes(tmp_path: Path) -> None:
+    plan, model = planned(2), write_config(tmp_path, LLAMA)
+    found = rehearse([plan], model, CPU, micro_steps=None, repeats=1)[0]
+    packs = [(plan.samples(r)[1].tolist(), int(plan.sp_degree[r]), int(plan.gc_layers[r])) for r in range(plan.n_packs)]
+    real = run_ranks(peaks_of_rank, 2, model, packs)[0]
+    for row, peak in enumerate(real):
+        at = (int(plan.step[row]), int(plan.micro_step[row]))
+        ranks = range(int(plan.rank_start[row]), int(plan.rank_start[row] + plan.sp_degree[row]))
+        own = [r.peak_bytes for r in found.rows if (r.step, r.micro_step) == at and r.rank in ranks]
+        assert max(own) == pytest.approx(peak, rel=0.02)
+
+
+def test_command_prints_the_numbers_and_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan(planned(4), tmp_path / "plan")
+    model = write_config(tmp_path / "model", LLAMA)
+    given = ["rehearse", str(tmp_path / "plan"), "--model", model, "--micro-steps", "1", "--repeats", "1"]
+    assert main([*given, "--json", "--out", str(tmp_path / "kept.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "kept.json").read_text())
+    wanted = {"step", "micro_step", "rank", "measured_s", "predicted_s", "peak_bytes", "predicted_bytes"}
+    assert {"step_s", "predicted_step_s"} <= printed.keys()
+    assert all(wanted <= row.keys() for row in printed["rows"])
+    assert [row["rank"] for row in printed["rows"]] == [0, 1, 2, 3]
+
+
+def test_wrong_input_is_one_line(tmp_path: Path) -> None:
+    model, other = write_config(tmp_path / "a", LLAMA), write_config(tmp_path / "b", {**LLAMA, "num_hidden_layers": 2})
+    with pytest.raises(HbpError, match="2 and 4 ranks; give plans of one world size"):
+        rehearse([planned(2), planned(4)], model, CPU)
+    with pytest.raises(HbpError, match="carries no cost model"):
+        rehearse([hand_plan([(0, 0, 0, 1, 8, 1.0, [8])], 1)], model, CPU)
+    with pytest.raises(HbpError, match=r"3 layers of 32, but .* has 2 of 32"):
+        rehearse([planned(2)], other, CPU)
+    with pytest.raises(HbpError, match="0 micro-steps; give at least 1"):
+        rehearse([planned(2)], model, CPU, micro_steps=0)
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,157 @@
+"""What `hbp check` says of families that pass, of those that do not, and when `hbp train` asks it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import config_of, hbp, write_job
+from workers import write_config
+
+from hbp.errors import HbpError
+from hbp.run.job import check_ready
+from hbp.train.check import compare
+from hbp.train.check.compare import TOLERANCE, findings, model_config, require_checked
+from hbp.train.check.properties import NAMES, NEIGHBOUR, PROPERTIES, RankRun, documents
+from hbp.train.check.reference import alone, worst
+from hbp.train.check.tiny import tiny_config, write_tiny
+
+STARCODER = {  # no gate in its MLP, layer norms with biases, a family that nothing here knows
+    "model_type": "starcoder2",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "sliding_window": 64,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny model, and runs of four ranks that are right in everything, made from the reference."""
+    folder = write_tiny(tmp_path_factory.mktemp("tiny") / "a", tiny_config(model_config("llama-3.1-8b")))
+    loss, gradients = alone(folder, documents())
+
+    def split(scale: float = 1.0, name: str | None = None) -> list[RankRun]:
+        changed = {key: x * (scale if key == name else 1.0) for key, x in gradients.items()}
+        return [
+            (loss / 4, {key: (0, x.chunk(4)[rank] if rank < len(x.chunk(4)) else x[:0]) for key, x in changed.items()})
+            for rank in range(4)
+        ]
+
+    return folder, split
+
+
+def runs_of(split: Any, changes: dict[str, Any]) -> list[dict[tuple[str, str], Any]]:
+    keys = [*(each.name for each in PROPERTIES), f"{NEIGHBOUR} 1", f"{NEIGHBOUR} 2"]
+    right = split()
+    return [{("m", key): changes.get(key, right)[rank] for key in keys} for rank in range(4)]
+
+
+def test_right_runs_hold(tiny):
+    folder, split = tiny
+    found = findings("m", (folder, folder), runs_of(split, {}))
+    assert [each.property for each in found] == list(NAMES)
+    assert all(each.holds and not each.why for each in found)
+
+
+def test_a_wrong_gradient_is_named_with_its_property(tiny):
+    folder, split = tiny
+    wrong = split(1.001, "model.layers.1.mlp.up_proj.weight")
+    raised = ["ValueError: no such mask"] * 4
+    found = findings("m", (folder, folder), runs_of(split, {"SP 2": wrong, f"{NEIGHBOUR} 2": wrong, "packed": raised}))
+    failed = {each.property: each for each in found if not each.holds}
+    assert failed.keys() == {"SP 2", NEIGHBOUR, "packed"}
+    assert failed["SP 2"].where == failed[NEIGHBOUR].where == "model.layers.1.mlp.up_proj.weight"
+    assert failed["SP 2"].error == pytest.approx(1e-3, rel=0.01)
+    assert failed["SP 2"].why == "layers other than attention look at more than one token"
+    assert (failed["packed"].error, failed["packed"].why) == (None, "ValueError: no such mask")
+
+
+def test_missing_and_undefined_gradients_are_no_small_errors():
+    one = {"a": torch.ones(2), "b": torch.ones(2)}
+    loss = torch.ones(())
+    assert worst((loss, {"a": torch.ones(2)}), (loss, one)) == (float("inf"), "b")
+    error, where = worst((loss, {**one, "b": torch.tensor([1.0, torch.nan])}), (loss, one))
+    assert where == "b"
+    assert not error < TOLERANCE
+    assert worst((loss, {**one, "c": torch.zeros(1)}), (loss, one))[0] == 0  # frozen there
+    assert worst((loss, {**one, "c": torch.ones(1)}), (loss, one)) == (float("inf"), "c")
+
+
+def test_proven_families_are_not_checked_again_and_others_once(tmp_path, monkeypatch):
+    asked: list[str] = []
+    answer: dict[str, Any] = {"refused": None, "properties": [{"property": "alone", "holds": True, "why": ""}]}
+
+    def check(names: list[str]) -> list[dict[str, Any]]:
+        asked.extend(names)
+        return [answer]
+
+    monkeypatch.setattr(compare, "check_models", check)
+    record = tmp_path / "run" / "model-check.json"
+    require_checked("a", model_config("llama-3.1-8b"), record)
+    assert (asked, record.exists()) == ([], False)
+    config = model_config(write_config(tmp_path / "model", STARCODER))
+    require_checked("b", config, record)
+    require_checked("b", config, record)
+    assert asked == ["b"]
+    config.num_hidden_layers = 3
+    answer["properties"] = [
+        {"property": "alone", "holds": True, "why": ""},
+        {"property": "packed", "holds": False, "why": "masks are made elsewhere"},
+    ]
+    for _ in range(2):
+        with pytest.raises(
+            HbpError, match=r"starcoder2 models do not .*: 'packed' does not hold \(masks are made else"
+        ):
+            require_checked("b", config, record)
+    assert asked == ["b", "b"]
+    answer["refused"] = "no way"
+    record.unlink()
+    with pytest.raises(HbpError, match="no way"):
+        require_checked("b", config, record)
+
+
+def test_refused_by_name(tmp_path):
+    """Known not to train: told without a run, exit code 1."""
+    path = write_config(tmp_path / "next", {"model_type": "qwen3_next"})
+    done = hbp("check", path, "--json")
+    assert done.returncode == 1
+    result = json.loads(done.stdout)
+    assert (result["holds"], result["model_type"], result["properties"]) == (False, "qwen3_next", [])
+    assert "qwen3_next models have linear_attention layers, whose state would run" in result["refused"]
+    with pytest.raises(HbpError, match="cannot read the configuration of"):
+        model_config(str(tmp_path / "nowhere"))
+    for config, part in (
+        (
+            {"model_type": "gemma3"},
+            "gemma3 models take more than text; give the configuration and weights of their text",
+        ),
+        (model_config("phi-4-mini").to_dict(), "the model's rotary embedding is 'longrope', which depends on"),
+    ):
+        job = write_job(tmp_path / config["model_type"], samples=20)
+        write_config(job / "model", config)
+        with pytest.raises(HbpError, match=part):
+            check_ready(config_of(job))
+
+
+def test_a_family_that_nothing_here_knows_is_checked_and_trained(tmp_path):
+    """Once, before the ranks start; then its parameters stand in for a cost model."""
+    job = write_job(tmp_path, samples=20, data={"eval_samples": 2})
+    write_config(job / "model", STARCODER)
+    done = hbp("train", str(job / "cfg.yaml"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("starcoder2 models are not on the proven list") == 1
+    record = json.loads(Path(job, "run", "model-check.json").read_text())
+    assert record["holds"]
+    assert [each["property"] for each in record["properties"]] == list(NAMES)
+    assert len(json.loads(done.stdout)["results"][0]["parts"]) == 1
+    assert (job / "run" / "hbp" / "model" / "model.safetensors").is_file()
