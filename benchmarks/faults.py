@@ -51,6 +51,8 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+import hbp.report.page
+import hbp.run.job  # noqa: F401  so too
 import hbp.train.checkpoint as checkpoint
 import hbp.train.loop as loop
 from hbp.cli.main import main as hbp_main
@@ -59,6 +61,7 @@ from hbp.plan import read_plan
 from hbp.run_log import StepRecord, read_log
 
 MODES = ("full", "lora", "elastic", "slow-disk", "full-disk", "torn-files", "read-errors")
+QUICK_RANKS = 2
 RANKS, EPOCHS, HANG_S, MOST_TRIES = 4, 2, 120.0, 16
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "loss_tokens", "group")
@@ -252,20 +255,20 @@ def disturb(attempt: Attempt, chance: random.Random, world: int) -> str:
     return f"{signal.Signals(number).name} to {kind.split()[1]}"
 
 
-def kill_and_go_on(mode: str, kills: int, seed: int, root: Path, samples: int) -> Tally:
+def kill_and_go_on(mode: str, kills: int, seed: int, root: Path, samples: int, ranks: int) -> Tally:
     """Runs of one mode, disturbed until there were so many kills, each gone on with to its end."""
     chance, tally = random.Random(f"{mode} {seed}"), Tally(mode)
     config = write_job(root / mode / "job", samples)
     options = ["lora.rank=4", "lora.dropout=0.3"] if mode == "lora" else []
     reference, began = root / mode / "left-alone", time.monotonic()
-    alone = start(config, RANKS, [f"run_dir={reference}", *options], root / mode / "alone.txt", interference("full", 0))
+    alone = start(config, ranks, [f"run_dir={reference}", *options], root / mode / "alone.txt", interference("full", 0))
     assert alone.wait(600), "the run that was left alone hangs"
     assert set(alone.result()) == {FINISHED}, alone.log.read_text()[-3000:]
     whole_s, want = time.monotonic() - began, audit(reference)
     while tally.kills < kills:
         run, tally.runs = root / mode / f"run-{tally.runs}", tally.runs + 1
         for number in range(MOST_TRIES + 1):
-            world = chance.choice([1, 2, 3, 4]) if mode == "elastic" else RANKS
+            world = chance.choice([1, 2, 3, 4]) if mode == "elastic" else ranks
             log = run.with_name(f"{run.name}-{number}.txt")
             attempt = start(
                 config, world, [f"run_dir={run}", *options], log, interference(mode, chance.randrange(2**31))
@@ -330,8 +333,8 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as root:
-        samples = 50 if args.quick else 110
-        tallies = [kill_and_go_on(mode, kills, args.seed, Path(root), samples) for mode in modes]
+        size = (50, QUICK_RANKS) if args.quick else (110, RANKS)
+        tallies = [kill_and_go_on(mode, kills, args.seed, Path(root), *size) for mode in modes]
     rows = [{**vars(tally), "by": dict(tally.by), "codes": dict(tally.codes)} for tally in tallies]
     result = {
         "kills": sum(tally.kills for tally in tallies),
