@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "hbp"
 FLOORS = (
-    ("errors", "progress"),
+    ("errors", "progress", "disk"),
     ("plan_info", "plan", "run_log", "config", "cost", "data", "parallel"),
     ("planning", "train", "simulator"),
     ("run", "report", "integrations"),

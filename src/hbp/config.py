@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from hbp.errors import HbpError, did_you_mean
 
@@ -22,6 +23,22 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 """Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
 LOSSES: tuple[str, ...] = get_args(Loss)
 KERNELS: tuple[str, ...] = get_args(Kernel)
+
+FREE: JsonDict = {"kind": "free", "shown": "free to change"}
+"""Of an option: nothing that is trained depends on it, so a resumed run may have another value."""
+CONTENT: JsonDict = {"kind": "content", "shown": "fixed, by content"}
+"""Of a path or name: a run knows what it holds by a hash, wherever it lies."""
+FIXED: JsonDict = {"kind": "fixed", "shown": "fixed"}
+"""Of every option that says nothing else: a resumed run with another value is refused."""
+
+
+def on_resume(effect: str) -> JsonDict:
+    """Of an option that a resumed run may have another value of, with this effect."""
+    return {"kind": "resume", "shown": f"on resume: {effect}", "effect": effect}
+
+
+REPLANNED = on_resume("what is left is planned again")
+FROM_THERE = on_resume("holds from there on")
 
 
 class _Section(BaseModel):
@@ -50,25 +67,36 @@ class DataConfig(_Section):
         "stdlib",
         description="a JSON Lines, JSON or Parquet file, a folder of them, a saved `datasets` folder, a hub set as "
         "OWNER/NAME or hub:NAME, or `stdlib`: the embedded set made from this Python's own sources",
+        json_schema_extra=CONTENT,
     )
     sources: tuple[SourceConfig, ...] = Field(
         (),
         description="several, in place of `source`: a list of {path, name, weight or repeat, max_samples, split, "
         "subset, streaming}",
+        json_schema_extra=CONTENT,
     )
     eval_source: str | tuple[SourceConfig, ...] | None = Field(
-        None, description="evaluation samples: one source or a list as `sources`; none: `eval_samples` are held out"
+        None,
+        description="evaluation samples: one source or a list as `sources`; none: `eval_samples` are held out",
+        json_schema_extra=CONTENT,
     )
-    split: str = Field("train", description="split of a `datasets` source, or of files named after splits")
-    subset: str | None = Field(None, description="configuration name of a hub data set")
-    streaming: bool = Field(False, description="read a hub set as it is tokenized, without a copy on disk")
+    split: str = Field(
+        "train", description="split of a `datasets` source, or of files named after splits", json_schema_extra=CONTENT
+    )
+    subset: str | None = Field(None, description="configuration name of a hub data set", json_schema_extra=CONTENT)
+    streaming: bool = Field(
+        False, description="read a hub set as it is tokenized, without a copy on disk", json_schema_extra=FREE
+    )
     tokenizer: str | None = Field(
-        None, description="Hugging Face tokenizer folder or name; none: the model's (`stdlib` trains its own)"
+        None,
+        description="Hugging Face tokenizer folder or name; none: the model's (`stdlib` trains its own)",
+        json_schema_extra=CONTENT,
     )
     chat_template: str | None = Field(
         None,
         description="a Jinja file; `training`: TRL's training version of the tokenizer's own template; or a template "
         "that TRL ships, such as `qwen3_training`; none: the tokenizer's own",
+        json_schema_extra=CONTENT,
     )
     columns: dict[str, str] = Field(
         {}, description="where a field has another name than ours, as {messages: dialog, answer: response}"
@@ -91,14 +119,20 @@ class DataConfig(_Section):
         description="a record that cannot be used ends the run with its file and line, or is left out and counted",
     )
     eval_samples: int = Field(64, ge=0, description="samples held out for the evaluation loss, without `eval_source`")
-    processes: int = Field(1, ge=1, description="processes that tokenize")
+    processes: int = Field(1, ge=1, description="processes that tokenize", json_schema_extra=FREE)
     ray: str | None = Field(
-        None, description="tokenize on a Ray cluster: its address, `auto` or `local`; needs `pip install '.[ray]'`"
+        None,
+        description="tokenize on a Ray cluster: its address, `auto` or `local`; needs `pip install '.[ray]'`",
+        json_schema_extra=FREE,
     )
     cache: str | None = Field(
-        None, description="folder of tokenized pieces that runs share; none: $HBP_CACHE or ~/.cache/hbp; `off`: none"
+        None,
+        description="folder of tokenized pieces that runs share; none: $HBP_CACHE or ~/.cache/hbp; `off`: none",
+        json_schema_extra=FREE,
     )
-    cache_gib: float = Field(20.0, gt=0, description="what was used longest ago leaves the cache over this size, GiB")
+    cache_gib: float = Field(
+        20.0, gt=0, description="what was used longest ago leaves the cache over this size, GiB", json_schema_extra=FREE
+    )
     short_samples: int = Field(3000, ge=1, description="`stdlib` only: function-sized samples")
     long_samples: int = Field(24, ge=0, description="`stdlib` only: module-sized samples")
     longest_chars: int = Field(28_000, ge=1000, description="`stdlib` only: longest module used, characters")
@@ -109,7 +143,8 @@ class ModelConfig(_Section):
     """What is trained."""
 
     path: str = Field(
-        description="folder with weights, or a folder or file with a transformers config alone, or a hub name"
+        description="folder with weights, or a folder or file with a transformers config alone, or a hub name",
+        json_schema_extra=CONTENT,
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -119,37 +154,56 @@ class ModelConfig(_Section):
         "auto",
         description="kernel: torch's native one on CUDA and SDPA by document elsewhere; FlexAttention; flash-attn; "
         "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
+        json_schema_extra=FROM_THERE,
     )
-    compile: bool = Field(False, description="compile each layer around its attention with torch.compile")
+    compile: bool = Field(
+        False, description="compile each layer around its attention with torch.compile", json_schema_extra=FROM_THERE
+    )
     offload_activations: bool = Field(
         False,
         description="keep what waits for backward in host memory; plans count on it, so they recompute less",
+        json_schema_extra=FROM_THERE,
     )
 
 
 class ClusterConfig(_Section):
     """What it is trained on."""
 
-    name: str = Field("cpu-local", description="a built-in cluster, or a profile file written by `hbp profile`")
-    memory_gib: float | None = Field(
-        None, gt=0, description="memory budget of one process or GPU; none: the cluster's own"
+    name: str = Field(
+        "cpu-local",
+        description="a built-in cluster, or a profile file written by `hbp profile`",
+        json_schema_extra=REPLANNED,
     )
-    processes: int = Field(2, ge=1, description="local processes when not under torchrun")
-    profile: bool = Field(True, description="measure the cost model's constants here before planning")
+    memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="memory budget of one process or GPU; none: the cluster's own",
+        json_schema_extra=REPLANNED,
+    )
+    processes: int = Field(2, ge=1, description="local processes when not under torchrun", json_schema_extra=FREE)
+    profile: bool = Field(
+        True, description="measure the cost model's constants here before planning", json_schema_extra=FREE
+    )
 
 
 class PlanConfig(_Section):
     """How the samples are packed."""
 
     path: str | None = Field(
-        None, description="run this plan folder instead of making one, or the pieces of a planned stream that are in it"
+        None,
+        description="run this plan folder instead of making one, or the pieces of a planned stream that are in it",
+        json_schema_extra=CONTENT,
     )
-    strategy: str = Field("hbp-mixed", description="see `hbp plan --help`")
+    strategy: str = Field("hbp-mixed", description="see `hbp plan --help`", json_schema_extra=REPLANNED)
     baseline: str | None = Field(
-        None, description="also train this strategy on the same samples and compare, such as `concat`"
+        None,
+        description="also train this strategy on the same samples and compare, such as `concat`",
+        json_schema_extra=FREE,
     )
     baseline_full: bool = Field(
-        False, description="train every static setting of the baseline whole; no: a few steps of each, then the fastest"
+        False,
+        description="train every static setting of the baseline whole; no: a few steps of each, then the fastest",
+        json_schema_extra=FREE,
     )
     global_batch_tokens: int | None = Field(
         None,
@@ -159,7 +213,7 @@ class PlanConfig(_Section):
     short_steps: int | None = Field(
         None,
         ge=0,
-        description="curriculum: first steps with short groups only; none: 500 or a tenth of the run",
+        description="curriculum: first steps of the run with short groups only; none: 500 or a tenth of an epoch",
     )
     windows: int | None = Field(
         None,
@@ -176,43 +230,73 @@ class TrainConfig(_Section):
         "ave-token",
         description="over the global batch of a step: every loss token alike, every sample alike, or the sum",
     )
-    lr: float = Field(1e-5, gt=0, description="peak learning rate")
-    warmup: float = Field(0.03, ge=0, le=1, description="share of the tokens over which it rises")
-    final_lr: float = Field(0.1, ge=0, le=1, description="share of the peak that the cosine ends at")
+    lr: float = Field(1e-5, gt=0, description="peak learning rate", json_schema_extra=FROM_THERE)
+    warmup: float = Field(
+        0.03, ge=0, le=1, description="share of the tokens over which it rises", json_schema_extra=FROM_THERE
+    )
+    final_lr: float = Field(
+        0.1, ge=0, le=1, description="share of the peak that the cosine ends at", json_schema_extra=FROM_THERE
+    )
     weight_decay: float = Field(0.01, ge=0, description="of AdamW, on matrices; norms and biases have none")
     decay_all: bool = Field(False, description="weight decay on norms and biases too, as in earlier versions")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="gradients are clipped to this norm", json_schema_extra=FROM_THERE
+    )
     max_skipped: int = Field(
         3,
         ge=1,
         description="a step whose loss or gradient norm is not finite is skipped; so many in a row end the run",
+        json_schema_extra=FREE,
     )
     max_minutes: float | None = Field(
-        None, gt=0, description="save and end this job (exit code 85) after so many minutes; none: no limit"
+        None,
+        gt=0,
+        description="save and end this job (exit code 85) after so many minutes; none: no limit",
+        json_schema_extra=FREE,
     )
     max_steps: int | None = Field(
-        None, ge=1, description="save and end (exit code 85) after so many steps of the whole run; none: no limit"
+        None,
+        ge=1,
+        description="save and end (exit code 85) after so many steps of the whole run; none: no limit",
+        json_schema_extra=FREE,
     )
-    export: bool = Field(True, description="write the trained model as a Hugging Face folder")
-    epochs: int = Field(1, ge=1, description="times that every sample is trained on; each epoch has a plan of its own")
+    export: bool = Field(True, description="write the trained model as a Hugging Face folder", json_schema_extra=FREE)
+    epochs: int = Field(
+        1,
+        ge=1,
+        description="times that every sample is trained on; each epoch has a plan of its own",
+        json_schema_extra=on_resume("that many in all; the schedule is stretched or shortened from there on"),
+    )
     resume: str = Field(
         "auto",
         description="auto: go on from run_dir's last whole checkpoint; never: start anew; or a checkpoint folder",
+        json_schema_extra=FREE,
     )
-    save_minutes: float | None = Field(30.0, gt=0, description="minutes between checkpoints; none: not by time")
-    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints; none: not by steps")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; none: only at the end")
-    eval_tokens: int | None = Field(None, ge=1, description="tokens between evaluations; none: not by tokens")
+    save_minutes: float | None = Field(
+        30.0, gt=0, description="minutes between checkpoints; none: not by time", json_schema_extra=FREE
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="steps between checkpoints; none: not by steps", json_schema_extra=FREE
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept", json_schema_extra=FREE)
+    eval_steps: int | None = Field(
+        None, ge=1, description="steps between evaluations; none: only at the end", json_schema_extra=FREE
+    )
+    eval_tokens: int | None = Field(
+        None, ge=1, description="tokens between evaluations; none: not by tokens", json_schema_extra=FREE
+    )
     hang_minutes: float | None = Field(
         8.0,
         gt=0,
         description="end the run when a rank has kept the others waiting in a step for so long, and for ten times what "
         "the slowest step before would have it take; none: only where collectives give up",
+        json_schema_extra=FREE,
     )
     trace_steps: tuple[int, int] | None = Field(
-        None, description="[first, count]: steps to trace with torch's profiler, counted from where the run starts"
+        None,
+        description="[first, count]: steps to trace with torch's profiler, counted from where the run starts",
+        json_schema_extra=FREE,
     )
 
 
@@ -238,16 +322,20 @@ class LoraConfig(_Section):
 class LogConfig(_Section):
     """Where the numbers go besides ``steps.jsonl``."""
 
-    tensorboard: bool = Field(False, description="write TensorBoard event files")
-    wandb_project: str | None = Field(None, description="log to this project of Weights & Biases")
-    wandb_name: str | None = Field(None, description="name of the run there")
-    wandb_mode: Literal["online", "offline"] = Field("online", description="offline: files to `wandb sync` later")
+    tensorboard: bool = Field(False, description="write TensorBoard event files", json_schema_extra=FREE)
+    wandb_project: str | None = Field(
+        None, description="log to this project of Weights & Biases", json_schema_extra=FREE
+    )
+    wandb_name: str | None = Field(None, description="name of the run there", json_schema_extra=FREE)
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline: files to `wandb sync` later", json_schema_extra=FREE
+    )
 
 
 class Config(_Section):
     """A whole run."""
 
-    run_dir: str = Field("runs/hbp", description="folder for everything that the run writes")
+    run_dir: str = Field("runs/hbp", description="folder for everything that the run writes", json_schema_extra=FREE)
     seed: int = Field(0, ge=0, description="of the data split, the plan and a freshly initialised model")
     data: DataConfig = DataConfig()
     model: ModelConfig
@@ -355,8 +443,24 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise HbpError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
+def kinds() -> dict[str, JsonDict]:
+    """The kind of every option by its name: :data:`FREE`, :data:`CONTENT`, :data:`FIXED` or :func:`on_resume`."""
+    found: dict[str, JsonDict] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            found |= {f"{name}.{key}": _kind(option) for key, option in section.model_fields.items()}
+        else:
+            found[name] = _kind(field)
+    return found
+
+
+def _kind(field: Any) -> JsonDict:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else FIXED
+
+
 def describe() -> str:
-    """Every option with its type, default and meaning, as text."""
+    """Every option with its meaning, what it is to a resumed run, and its default, as text."""
     lines = []
     for name, field in Config.model_fields.items():
         section = field.annotation
@@ -371,4 +475,4 @@ def describe() -> str:
 def _option(name: str, field: Any) -> str:
     default = "required" if field.is_required() else f"default {'none' if field.default is None else field.default}"
     meaning = f"{field.description}  " if field.description else ""
-    return f"{name:<24}{meaning}[{default}]"
+    return f"{name:<24}{meaning}({_kind(field)['shown']})  [{default}]"

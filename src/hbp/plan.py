@@ -38,6 +38,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hbp.disk import beside, write_whole
 from hbp.errors import HbpError
 from hbp.plan_info import (
     JSON_NAME,
@@ -284,7 +285,7 @@ def _check_tiling(plan: Plan) -> None:
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
-    """Validate and write a plan folder; equal plans give equal bytes."""
+    """Validate and write a plan folder, each file whole; equal plans give equal bytes."""
     validate(plan)
     if len(plan.sample_ids) > np.iinfo(np.int32).max:
         raise HbpError(f"{len(plan.sample_ids)} samples are more than one plan file can index; plan the data in parts")
@@ -292,10 +293,10 @@ def write_plan(plan: Plan, folder: Path) -> None:
     # Repeated values are few bytes under zstd with no dictionary; ids do not repeat, but their differences are short.
     options = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": False}
     options["column_encoding"] = {"sample_ids.list.element": "DELTA_BINARY_PACKED"}
-    with pq.ParquetWriter(folder / PARQUET_NAME, SCHEMA, **options) as writer:
+    with beside(folder / PARQUET_NAME) as partial, pq.ParquetWriter(partial, SCHEMA, **options) as writer:
         for begin in range(0, max(plan.n_packs, 1), PACKS_AT_A_TIME):  # no copy of the whole
             writer.write_batch(_rows(plan, slice(begin, begin + PACKS_AT_A_TIME)))
-    (folder / JSON_NAME).write_text(json.dumps(info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
+    write_whole(folder / JSON_NAME, json.dumps(info_to_json(plan.info), indent=1, sort_keys=True) + "\n")
 
 
 def _rows(plan: Plan, rows: slice) -> pa.RecordBatch:

@@ -16,6 +16,8 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
+from hbp.disk import write_whole
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -109,7 +111,7 @@ def rewrite_log(folder: Path, kind: type[Record], records: Iterable[Record]) -> 
     """These records and no others; no file for none."""
     lines = "".join(map(_line, records))
     if lines:
-        (folder / kind.FILE).write_text(lines)
+        write_whole(folder / kind.FILE, lines)
     else:
         (folder / kind.FILE).unlink(missing_ok=True)
 

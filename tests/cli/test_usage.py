@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hbp import __version__
-from hbp.cli.main import COMMANDS, main, make_parser
-from hbp.cli.usage import SHELLS, completion, parse_counts, parse_span
+from hbp.cli.main import COMMANDS, exit_code, main, make_parser
+from hbp.cli.usage import SHELLS, check_out, completion, parse_counts, parse_span
 from hbp.errors import HbpError, did_you_mean
 
 SUBCOMMANDS = {"plan", "compare", "train", "profile", "simulate", "report"}
@@ -107,3 +109,31 @@ def test_completion_in_the_shell_itself(shell: str, tmp_path: Path) -> None:
 def test_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--completion", "bash"]) == 0
     assert "complete -o filenames -F _hbp hbp" in capsys.readouterr().out
+
+
+def test_a_folder_that_holds_something_else_is_not_written_into(tmp_path: Path) -> None:
+    check_out(tmp_path / "new", "plan.json")
+    check_out(tmp_path, "plan.json")
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(HbpError, match=r"holds something else \(thesis.tex\); give a new or empty folder"):
+        check_out(tmp_path, "plan.json")
+    with pytest.raises(HbpError, match="is a file"):
+        check_out(tmp_path / "thesis.tex", "plan.json")
+    (tmp_path / "plan.json").write_text("{}")
+    check_out(tmp_path, "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "code"),
+    [
+        (errno.ENOSPC, "run/plan.json: No space left on device; mend that and run again", 1),
+        (errno.EIO, "run/plan.json: Input/output error; mend that and run again", 1),
+        (errno.EACCES, "run/plan.json: Permission denied; give a folder that can be written", 2),
+    ],
+)
+def test_what_a_disk_does_is_one_line(number: int, said: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        raise OSError(number, os.strerror(number), "run/plan.json")
+
+    assert exit_code(command) == code
+    assert capsys.readouterr().err == f"hbp: error: {said}\n"

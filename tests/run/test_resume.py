@@ -29,7 +29,8 @@ from hbp.report.page import write_report
 from hbp.run import fit_memory as live_plan
 from hbp.run import training
 from hbp.run.engine import Samples
-from hbp.run.resume import Part, fingerprint, remaining, run_id
+from hbp.run.identity import read_record
+from hbp.run.resume import Part, fingerprint, remaining
 from hbp.simulator import step_seconds
 from hbp.train.checkpoint import list_checkpoints, read_position
 from hbp.train.loop import learning_rate
@@ -94,9 +95,9 @@ def test_signal_saves_at_the_same_step_and_exits(job, never_stopped):
     (checkpoint,) = list_checkpoints(folder / "checkpoints")
     assert read_position(checkpoint).step == 3
     assert not (job / "stopped" / "summary.json").exists()
-    name = run_id(config)
+    name = read_record(job / "stopped" / "run.json").id
     (summary, _), _ = run_ranks(run_here, 2, config)
-    assert run_id(config) == name != run_id(config_of(job, f"run_dir={job / 'whole'}"))
+    assert read_record(job / "stopped" / "run.json").id == name != read_record(job / "whole" / "run.json").id
     same_steps(steps_of(folder), steps_of(never_stopped))
     same_model(folder, never_stopped)
     finished = (folder / "steps.jsonl").stat().st_mtime_ns
@@ -226,8 +227,8 @@ def test_a_changed_run_is_refused_in_one_line(job, never_stopped):
     run = f"run_dir={job / 'changed'}"
     run_ranks(run_here, 2, config_of(job, run), 2)
     for change, said in [
-        ("train.lr=1e-3", "train.lr was 0.01, now 0.001"),
-        ("plan.strategy=bfd", "plan.strategy was 'hbp', now 'bfd'"),
+        ("train.loss=sum", "train.loss was 'ave-token', now 'sum'"),
+        ("seed=4", "seed was 0, now 4"),
         ("plan.global_batch_tokens=400", "plan.global_batch_tokens was 150, now 400"),
         (f"data.tokenizer={job / 'whole' / 'hbp' / 'model'}", "its data or tokenizer has changed"),
     ]:

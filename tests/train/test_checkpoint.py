@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from hbp.train.batch import micro_batch_of
 from hbp.train.checkpoint import (
     Checkpoints,
     Position,
+    _tensors_from_json,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -58,7 +62,7 @@ def position(step: int, world: int) -> Position:
 def save_steps(rank: int, world: int, config: str, folder: str):
     """Save after each of four steps, training on at once; returns the state after the third."""
     model, optimizer, step = trainer(world, config, seed=0)
-    checkpoints = Checkpoints(Path(folder), keep=2)
+    checkpoints = Checkpoints(Path(folder), 2, {"id": "whose"})
     kept = {}
     for number in range(1, 5):
         step()
@@ -178,3 +182,63 @@ def test_the_writing_thread_takes_no_cuda_context(tmp_path, monkeypatch):
         writer = _AtomicWriter(tmp_path / "step-1", position, 1)
         torch.distributed.checkpoint.save({"x": torch.ones(3)}, storage_writer=writer)
     assert (tmp_path / "step-1").is_dir()
+
+
+def load_first(rank: int, world: int, config: str, folder: str) -> str:
+    model, optimizer, _ = trainer(world, config, seed=5)
+    try:
+        load_checkpoint(Path(folder), model, optimizer, seed=0)
+    except HbpError as error:
+        return str(error)
+    return ""
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_of_a_checkpoint_is_unpickled(saved, tmp_path):
+    """Whoever writes a file may write its checksum too; so what is read holds no code, wherever it stands."""
+    config, folder, _ = saved
+    at, ran = Path(shutil.copytree(folder / "step-00000003", tmp_path / "step-00000003")), tmp_path / "ran"
+    (at / ".metadata").write_bytes(pickle.dumps(Evil(ran)))  # torch's own, which torch would unpickle
+    assert run_ranks(load_first, 1, config, str(at)) == [""]
+    where = json.loads((at / "tensors.json").read_text())
+    values = [place for place in where["places"] if place[0] in where["values"]]
+    assert values  # the optimizer's options
+    torch.save(Evil(ran), blob := io.BytesIO())
+    (at / "evil").write_bytes(blob.getvalue())
+    for place in values:
+        place[3:] = ["evil", 0, len(blob.getvalue())]
+    (at / "tensors.json").write_text(json.dumps(where))
+    (said,) = run_ranks(load_first, 1, config, str(at))
+    assert said.startswith(f"cannot load {at}: UnpicklingError")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda where: where["places"][0].__setitem__(3, "../../outside"), "is outside of the checkpoint"),
+        (lambda where: next(iter(where["tensors"].values())).update(dtype="device"), "no type device"),
+        (lambda where: where.pop("places"), "places"),
+    ],
+)
+def test_a_list_of_tensors_that_is_none_is_refused(saved, tmp_path, harm, said):
+    at = Path(shutil.copytree(saved[1] / "step-00000003", tmp_path / "step-00000003"))
+    where = json.loads((at / "tensors.json").read_text())
+    harm(where)
+    with pytest.raises(ValueError if said != "places" else KeyError, match=said):
+        _tensors_from_json(where)
+
+
+def test_a_checkpoint_says_whose_it_is_and_under_which_versions(saved):
+    data = json.loads((saved[1] / "step-00000003" / "position.json").read_text())
+    assert data["run"] == {"id": "whose"}
+    assert {".metadata", "tensors.json"} < set(data["files"])

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hbp.cli.usage import Commands
+from hbp.cli.usage import Commands, check_out
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.integrations.export import export_plan
     from hbp.plan import read_plan
 
+    check_out(args.out, "layout.json")
     layout = export_plan(read_plan(args.plan), open_store(args.data), args.to, args.out)
     if not args.json:
         print(f"{layout.rows:,} rows of up to {layout.longest_row:,} tokens → {args.out}; set {layout.to} to")

@@ -8,6 +8,7 @@ error. Exit codes: 0 done, 85 saved and to be continued by the same command (a s
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -15,14 +16,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hbp import __version__
-from hbp.cli import check, data, export, plan, rehearse, report, simulate, train
+from hbp.cli import audit, check, data, export, plan, rehearse, report, simulate, train
 from hbp.cli.usage import SHELLS, Parser, check_words, completion
 from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 
-COMMANDS = (data, check, plan, rehearse, train, simulate, export, report)
+COMMANDS = (data, check, plan, rehearse, train, simulate, export, report, audit)
 """Modules that declare commands (:mod:`hbp.cli.usage` says how), in the order in which the help lists them."""
 TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors")
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""What the file system may do to a run; a line tells it, no traceback."""
 STOPPED = 85
 """Exit code of a run that has saved its state and is to be continued; free of the shell's and of signals' codes."""
 
@@ -51,7 +54,7 @@ def _run(words: list[str]) -> int:
     result: dict[str, Any] | None = args.run(args)
     if result is not None and args.json:
         print(_as_json(result))
-    return 1 if args.command == "check" and result and not result["holds"] else 0
+    return 1 if args.command in ("check", "audit") and result and not result["holds"] else 0
 
 
 def _as_json(result: dict[str, Any]) -> str:
@@ -85,6 +88,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return _fail(HbpError(f"this needs {error.name}; {INSTALL_TRAIN}"), 2)
     except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         return _fail(HbpError(f"{error.filename}: {error.strerror}; give a folder that can be written"), 2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return _fail(RankFailed(f"{error.filename or 'a file'}: {error.strerror}; mend that and run again"), 1)
     except RankFailed as error:
         return _fail(error, 1)
     except Stopped as stop:

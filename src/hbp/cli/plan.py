@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hbp.cli.usage import Commands, Parser, check_numbers, parse_counts
+from hbp.cli.usage import Commands, Parser, check_numbers, check_out, parse_counts
 from hbp.errors import HbpError, did_you_mean
 from hbp.progress import Progress, say
 
@@ -96,11 +96,12 @@ def _add_planning(parser: Parser) -> None:
 
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp plan`."""
-    from hbp.plan import write_plan
+    from hbp.plan import JSON_NAME, write_plan
     from hbp.planning.pairs import plan_with_pairs
     from hbp.simulator import simulate
 
     check_numbers(args, LEAST)
+    check_out(args.out, JSON_NAME)
     _check_strategy(args.strategy)
     cost, (lengths, pair) = _cost(args, args.gpus), _samples(args)
     if args.sp is None and args.gc is None and not args.equal_micro_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +68,19 @@ def _options() -> str:
 def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     """`hbp train`; None on the ranks that the first one speaks for."""
     from hbp.config import load_config
+    from hbp.run.slurm import understand_srun
     from hbp.train import launch
 
     config = load_config(args.config, args.overrides)
     run = Path(config.run_dir)
+    understand_srun(os.environ)
     if not launch.under_torchrun():
         from hbp.run.job import check_before_launch
+        from hbp.run.lock import owning
 
-        check_before_launch(config)
-        launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
+        with owning(run, launcher=True):
+            check_before_launch(config)
+            launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
         summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     else:
         from hbp.run.job import run_job

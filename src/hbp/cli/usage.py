@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from hbp.errors import HbpError, did_you_mean
@@ -73,6 +74,22 @@ def check_numbers(args: argparse.Namespace, least: Mapping[str, int]) -> None:
         given = getattr(args, name)
         if given is not None and given < value:
             raise HbpError(f"--{name.replace('_', '-')} {given}: give at least {value}")
+
+
+def check_out(folder: Path, mark: str) -> None:
+    """Refuse to write into a folder that holds something else than what this command writes.
+
+    Args:
+        folder: of ``--out``.
+        mark: a file that is there if the command wrote what is there.
+
+    Raises:
+        HbpError: it does, or is no folder.
+    """
+    if folder.is_dir() and not (folder / mark).exists() and (other := next(folder.iterdir(), None)):
+        raise HbpError(f"--out {folder} holds something else ({other.name}); give a new or empty folder")
+    if folder.exists() and not folder.is_dir():
+        raise HbpError(f"--out {folder} is a file; give a new or empty folder")
 
 
 def parse_counts(text: str) -> list[int]:

@@ -75,6 +75,7 @@ def plan_within_memory(
     *,
     seed: int | None = None,
     global_batch_tokens: int | None = None,
+    short_steps: int | None = None,
 ) -> tuple[Plan, float]:
     """Plan into ``folder/plan``, run the fullest packs, plan again knowing what they took, until all fit.
 
@@ -85,7 +86,9 @@ def plan_within_memory(
     """
     budget, model = engine.cost.cluster.memory_bytes, model or engine.fresh_model()
     for _ in range(MEMORY_ROUNDS):
-        plan = write_and_read(engine, strategy, folder, seed=seed, global_batch_tokens=global_batch_tokens)
+        plan = write_and_read(
+            engine, strategy, folder, seed=seed, global_batch_tokens=global_batch_tokens, short_steps=short_steps
+        )
         worst = peak_bytes(engine, plan, model)
         if worst <= budget:
             return plan, worst
@@ -167,6 +170,7 @@ def write_and_read(
     *,
     seed: int | None = None,
     global_batch_tokens: int | None = None,
+    short_steps: int | None = None,
     static: Group | None = None,
 ) -> Plan:
     """Rank 0 plans the engine's samples into ``folder/plan``; every rank reads the same file. A collective.
@@ -177,6 +181,7 @@ def write_and_read(
         folder: of the part.
         seed: of the plan; None: the configuration's.
         global_batch_tokens: None: the configuration's.
+        short_steps: of the curriculum; None: the configuration's.
         static: setting of the strategies that have only one.
     """
     config = engine.config
@@ -189,7 +194,7 @@ def write_and_read(
                 seed=config.seed if seed is None else seed,
                 max_length=config.data.max_length,
                 global_batch_tokens=global_batch_tokens or config.plan.global_batch_tokens,
-                short_steps=config.plan.short_steps,
+                short_steps=config.plan.short_steps if short_steps is None else short_steps,
                 windows=config.plan.windows,
                 static=static,
             )

@@ -6,24 +6,26 @@ torch.
 
 A run is a row of parts, each following one plan (:mod:`hbp.run.resume`): an epoch is one, or as many as the pieces of a
 stream that the user planned. Where `run_dir` holds an unfinished run of the same configuration, its last whole
-checkpoint is gone on with.
+checkpoint is gone on with. One run at a time owns the folder (:mod:`hbp.run.lock`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from hbp.config import Config
+from hbp.disk import write_whole
 from hbp.errors import HbpError
 from hbp.plan import read_info, read_plan
 from hbp.planning.planner import STRATEGIES
@@ -41,15 +43,19 @@ from hbp.run.fit_memory import (
     own_plans,
     plan_within_memory,
 )
-from hbp.run.resume import Part, part_folder
+from hbp.run.identity import RUN, replans, write_record
+from hbp.run.lock import owning
+from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
 from hbp.train.check.compare import require_checked
-from hbp.train.checkpoint import Checkpoint
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
 from hbp.train.model import CausalLMWithLoss, read_config
 from hbp.train.watch import watch_others
+
+RESERVED = ("store", "data", "trace", "aside", ".", "..")
+"""Folders of a run that are no strategy's."""
 
 
 def run_job(config: Config, device: torch.device) -> dict[str, Any]:
@@ -58,50 +64,59 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
     Raises:
         Stopped: a signal ended it; the state is saved.
     """
-    with watch_others():
+    run = Path(config.run_dir)
+    with watch_others(), ExitStack() as stack:
         with rank_zero_first() as first:  # before data are prepared; the other nodes may lack what only rank 0 needs
             if first:
+                stack.enter_context(owning(run, launcher=False))
                 check_ready(config)
         ours = check_strategies(config)
-        run, engine = Path(config.run_dir), make_engine(config, device)
+        engine = make_engine(config, device)
         if dist.get_rank() == 0:
             say_summary(config, engine.samples.store)
-        summary = _summary(run) if resume.is_trained(config, engine.samples.store.fingerprint) else None
+        found = resume.find(config, folder_name(ours), engine.samples.store.fingerprint)
+        summary = read_summary(run) if found.kind == "finished" else None
         if summary is None:
-            summary = _train(engine, run, ours)
+            summary = _train(engine, run, found)
         elif config.plan.baseline in (None, *(r["strategy"] for r in summary["results"])):
             say(f"{run} holds this run, finished; set train.resume=never to run it again")
-        return _with_baseline(engine, run, ours, summary)
+        return _with_baseline(engine, run, run / found.record.folder, summary)
 
 
-def _train(engine: Engine, run: Path, ours: str) -> dict[str, Any]:
+def _train(engine: Engine, run: Path, found: Found) -> dict[str, Any]:
     """The strategy itself, from the start or from a checkpoint; the summary without a baseline."""
-    config, fingerprint = engine.config, engine.samples.store.fingerprint
-    checkpoint = resume.find(config, ours, fingerprint)
-    dist.barrier()  # every rank has read what was there
+    config, folder = engine.config, run / found.record.folder
     if dist.get_rank() == 0:
-        if checkpoint is None:
-            _clear(run, config.plan.path)
-        np.save(run / "lengths.npy", engine.samples.lengths)  # a checkpoint may come from another folder
-        resume.write_run(config, fingerprint, trained=False)
-    part = _first_part(engine, run / ours) if checkpoint is None else _part_of(checkpoint, engine, run / ours)
-    tokens = sum(read_info(plan).n_tokens for plan in own_plans(config)) or part.plan.info.n_tokens
+        _clear(run, config, folder)
+        resume.write_array(run / "lengths.npy", engine.samples.lengths)  # a checkpoint may come from another folder
+        write_record(run, found.record)
+    dist.barrier()
+    part = _first_part(engine, folder) if found.checkpoint is None else _part_of(found, engine, folder)
     engine = as_planned(engine, part.plan)
     result = train_strategy(
         engine,
-        run / ours,
+        folder,
         part,
-        lambda last, model: _next_part(last, engine, run / ours, model),
+        lambda last, model: _next_part(last, engine, folder, model),
         evaluation_plans(engine),
-        tokens * config.train.epochs,
-        checkpoint=checkpoint,
+        _tokens_total(config, found, part),
+        checkpoint=found.checkpoint,
         keeps_state=True,
     )
     summary = {"memory_budget_bytes": engine.cost.cluster.memory_bytes, "results": [result]}
     _write_summary(run, summary)
     if dist.get_rank() == 0:
-        resume.write_run(config, fingerprint, trained=True)
+        write_record(run, dataclasses.replace(found.record, trained=True))
     return summary
+
+
+def _tokens_total(config: Config, found: Found, part: Part) -> int:
+    """Tokens that the whole run is to see."""
+    if found.checkpoint is None:
+        tokens = sum(read_info(plan).n_tokens for plan in own_plans(config)) or part.plan.info.n_tokens
+        return tokens * config.train.epochs
+    before, now = found.changed.get("train.epochs", (1, 1))
+    return int(found.checkpoint.position.tokens_total * now // before)
 
 
 def _first_part(engine: Engine, folder: Path) -> Part:
@@ -125,19 +140,30 @@ def _profiled(engine: Engine, folder: Path) -> Engine:
     return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster))
 
 
-def _part_of(checkpoint: Checkpoint, engine: Engine, folder: Path) -> Part:
-    """The checkpoint's own part; with another number of ranks, a new one of the samples that are left of it."""
-    part = resume.read_part(folder, checkpoint.position, engine.samples)
-    if part.plan.info.world_size == engine.cost.world_size:
-        resume.say_where(checkpoint, part, 0)
+def _part_of(found: Found, engine: Engine, folder: Path) -> Part:
+    """The checkpoint's own part, or a new one of the samples that are left of it where its plan fits no longer.
+
+    It does not fit another number of ranks, another cluster, less memory, or another strategy.
+    """
+    assert found.checkpoint is not None
+    position = found.checkpoint.position
+    part = resume.read_part(folder, position, engine.samples)
+    if part.epoch >= engine.config.train.epochs:
+        raise HbpError(
+            f"train.epochs={engine.config.train.epochs} but the run in {folder} is in epoch {part.epoch + 1}; give "
+            "that or more, or another run_dir"
+        )
+    if part.plan.info.world_size == engine.cost.world_size and not replans(found.changed):
+        resume.say_where(found, part, 0)
         return part
-    left = resume.remaining(part, checkpoint.position.step)
-    resume.say_where(checkpoint, part, len(left.ids))
+    left = resume.remaining(part, position.step)
+    resume.say_where(found, part, len(left.ids))
     if len(left.ids):
-        return _planned_part(dataclasses.replace(_profiled(engine, folder), samples=left), part, part.turn, folder)
+        engine = dataclasses.replace(_profiled(engine, folder), samples=left)
+        return _planned_part(engine, part, part.turn, folder, run_step=position.run_step, changed=True)
     if _turn_after(part, engine.config) is None:
         return part
-    return _next_part(part, _profiled(engine, folder), folder) or part
+    return _next_part(part, _profiled(engine, folder), folder, changed=True) or part
 
 
 def _turn_after(last: Part, config: Config) -> tuple[int, int] | None:
@@ -148,48 +174,65 @@ def _turn_after(last: Part, config: Config) -> tuple[int, int] | None:
     return (last.epoch + 1, 0) if last.epoch + 1 < config.train.epochs else None
 
 
-def _next_part(last: Part, engine: Engine, folder: Path, model: CausalLMWithLoss | None = None) -> Part | None:
+def _next_part(
+    last: Part, engine: Engine, folder: Path, model: CausalLMWithLoss | None = None, *, changed: bool = False
+) -> Part | None:
     """The next piece of the user's own plans as it is; else all samples again, planned with another seed.
 
     A piece that was made for another number of ranks is planned again. What was learnt of memory before is in the
     cluster of the last plan.
     """
     turn, own = _turn_after(last, engine.config), own_plans(engine.config)
+    run_step = last.run_step + last.plan.n_steps
     if turn is None:
         return None
     if not own:
-        return _planned_part(engine, last, turn, folder, model)
+        return _planned_part(engine, last, turn, folder, model, run_step=run_step, changed=changed)
     epoch, piece = turn
     here = part_folder(folder, last.number + 1)
     if read_info(own[piece]).world_size != engine.cost.world_size:
         as_it_was = Part(last.number + 1, epoch, engine.samples, read_plan(own[piece]), here)
-        return _planned_part(
-            dataclasses.replace(engine, samples=resume.remaining(as_it_was, 0)), last, turn, folder, model
-        )
+        engine = dataclasses.replace(engine, samples=resume.remaining(as_it_was, 0))
+        return _planned_part(engine, last, turn, folder, model, run_step=run_step, changed=changed)
     plan, peak_bytes = own_plan(engine, own[piece], here, model)
-    return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes), piece)
+    return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes), piece, run_step)
 
 
 def _planned_part(
-    engine: Engine, last: Part, turn: tuple[int, int], folder: Path, model: CausalLMWithLoss | None = None
+    engine: Engine,
+    last: Part,
+    turn: tuple[int, int],
+    folder: Path,
+    model: CausalLMWithLoss | None = None,
+    *,
+    run_step: int,
+    changed: bool,
 ) -> Part:
-    """The engine's samples, planned as the last part was, whoever planned that."""
+    """The engine's samples, planned as the last part was, whoever planned that, or `changed`: as is configured now.
+
+    The curriculum is the run's: what is left of its short steps after `run_step` steps comes first.
+    """
     info, config, here = last.plan.info, engine.config, part_folder(folder, last.number + 1)
-    if info.world_size == engine.cost.world_size:
+    own = bool(own_plans(config))
+    if info.world_size == engine.cost.world_size and not changed:
         engine = as_planned(engine, last.plan)
+    planned_here = own and info.strategy in STRATEGIES
     epoch, piece = turn
+    short_steps = read_info(folder / "plan").settings.get("short_steps") or 0
     plan, peak_bytes = plan_within_memory(
         engine,
-        info.strategy if info.strategy in STRATEGIES else config.plan.strategy,
+        info.strategy if planned_here else config.plan.strategy,
         here,
         model,
         seed=config.seed + epoch,
         global_batch_tokens=global_batch_tokens(last.plan, config),
+        short_steps=max(0, int(short_steps) - run_step),
     )
-    return Part(last.number + 1, epoch, engine.samples, plan, here, max(peak_bytes, last.peak_bytes), piece)
+    peak_bytes = max(peak_bytes, last.peak_bytes)
+    return Part(last.number + 1, epoch, engine.samples, plan, here, peak_bytes, piece, run_step)
 
 
-def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]) -> dict[str, Any]:
+def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Train the baseline, if one is wanted and not there yet, and compare it with what ran on as many ranks."""
     baseline, results = engine.config.plan.baseline, summary["results"]
     if baseline is None or any(result["strategy"] == baseline for result in results):
@@ -199,7 +242,7 @@ def _with_baseline(engine: Engine, run: Path, ours: str, summary: dict[str, Any]
     if not alike:
         say(f"no baseline: this run was trained on other numbers of ranks than {engine.cost.world_size}")
         return summary
-    plan = read_plan(part_folder(run / ours, parts.index(alike[-1])) / "plan")
+    plan = read_plan(part_folder(folder, parts.index(alike[-1])) / "plan")
     engine = as_planned(engine, plan)
     result, trials = train_baseline(engine, baseline, plan, evaluation_plans(engine), run)
     summary |= {
@@ -268,32 +311,44 @@ def check_before_launch(config: Config, *, logs: bool = True) -> None:
     samples, held_out = choose(config, store)
     check_model(config, store, (samples, held_out))
     own = own_plans(config)
-    if own and not resume.may_resume(config):
+    found = decide(config, folder_name(check_strategies(config)), store.fingerprint) if logs else None
+    if own and (found is None or found.kind == "new"):
         check_plans([read_plan(plan) for plan in own], samples.lengths, config.cluster.processes)
 
 
-def _clear(run: Path, kept: str | None) -> None:
-    """Remove an earlier run's plans, logs and checkpoints, so that no page mixes two runs; data and `kept` stay."""
-    for name in ("summary.json", "profile.json", resume.RUN):
+def folder_name(strategy: str) -> str:
+    """The folder of a strategy in `run_dir`: its name where that is a plain one, else what is plain of it.
+
+    Another program's plan may call itself anything, also by a path out of `run_dir` or a name that a run uses itself.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._+=-]+", "-", strategy).strip("-.")[:80] or "unnamed"
+    return f"plan-{plain}" if plain in RESERVED or plain.startswith("before-") else plain
+
+
+def _clear(run: Path, config: Config, folder: Path) -> None:
+    """With `train.resume=never`, remove an earlier run's plans, logs and checkpoints, so that no page mixes two runs.
+
+    Data and the plan that is to be run stay. Trials of a baseline that was not finished go in any case: they are no
+    result, and no page could show them beside one.
+    """
+    for trial in run.glob("*-sp*/plan"):
+        name, _, degree = trial.parent.name.rpartition("-sp")
+        if name in STRATEGIES and degree.isdecimal():
+            shutil.rmtree(trial.parent, ignore_errors=True)
+    if config.train.resume != "never":
+        return
+    for name in (SUMMARY, "profile.json", RUN):
         (run / name).unlink(missing_ok=True)
     for plan in run.glob("*/plan"):
-        if plan.parent.name not in STRATEGIES:  # not ours to remove
+        if plan.parent.name not in (*STRATEGIES, folder.name):  # not ours to remove
             continue
         for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS, plan):
-            if kept is None or not Path(kept).resolve().is_relative_to(stale.resolve()):
+            if config.plan.path is None or not Path(config.plan.path).resolve().is_relative_to(stale.resolve()):
                 shutil.rmtree(stale, ignore_errors=True)
         for kind in (StepRecord, EvalRecord):
             (plan.parent / kind.FILE).unlink(missing_ok=True)
 
 
-def _summary(run: Path) -> dict[str, Any] | None:
-    try:
-        summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-        return summary if summary["results"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     if dist.get_rank() == 0:
-        (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_whole(run / SUMMARY, json.dumps(summary, indent=1) + "\n")

@@ -1,47 +1,60 @@
 """Going on with a run: whose checkpoints a folder holds, how far they came, what is left to train on.
 
 A run is a row of *parts*, each following one plan: one part an epoch (or one for each piece of a stream that the user
-planned), and one more for what was left of a part when the number of ranks changed. Part 0 lives in the strategy's
-folder, part n in ``part-n`` in it: ``plan``, ``steps.jsonl`` and ``samples.npy``, the token store's ids of what the
-plan's sample ids mean. A checkpoint says which part it belongs to and how many of its steps are done, so with the same
-number of ranks the same plan goes on, bit for bit.
+planned), and one more for what was left of a part when the number of ranks changed, or an option whose effect is that
+what is left is planned again. Part 0 lives in the strategy's folder, part n in ``part-n`` in it: ``plan``,
+``steps.jsonl`` and ``samples.npy``, the token store's ids of what the plan's sample ids mean. A checkpoint says which
+part it belongs to and how many of its steps are done, so with the same number of ranks the same plan goes on, bit for
+bit.
 
 With another number of ranks the plan does not fit. The samples of its remaining steps, and only they, are planned again
 for the ranks that there are (a new part); steps that are done stay done, so every sample is trained on exactly once.
+
+What a folder holds is used, set aside whole as ``before-1`` and so on (a run folder like any other), or refused in one
+line. Only `train.resume=never` deletes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
 
-from hbp.config import Config
+from hbp.config import Config, kinds
 from hbp.data.samples import Samples
+from hbp.disk import patiently, write_whole
 from hbp.errors import HbpError
-from hbp.plan import Plan, read_plan
+from hbp.plan import JSON_NAME, Plan, read_plan
 from hbp.progress import say
-from hbp.train.checkpoint import Checkpoint, Position, list_checkpoints, newest_checkpoint, read_position
+from hbp.run.fit_memory import own_plans
+from hbp.run.identity import RUN, Record, compare, identity, read_record, replans, versions, write_record
+from hbp.train.checkpoint import (
+    POSITION,
+    Checkpoint,
+    Position,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+    read_position,
+)
 from hbp.train.launch import rank_zero_first
 
-RUN = "run.json"
 CHECKPOINTS = "checkpoints"
-FREE = (
-    "run_dir", "cluster.processes", "data.processes", "data.ray", "data.cache", "data.source", "data.eval_source",
-    "data.tokenizer", "data.streaming", "plan.baseline", "plan.baseline_full", "train.resume", "train.save_minutes",
-    "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "train.eval_tokens", "train.trace_steps",
-    "train.export", "train.hang_minutes", "train.max_skipped", "train.max_minutes", "train.max_steps", "log.",
-)  # fmt: skip
-"""Options that may change between a run and its resumption: nothing that is trained depends on them, or it is told by
-the store's fingerprint, as what the sources and the tokenizer hold is."""
+ADOPTING = ".adopting"
+SUMMARY = "summary.json"
+PART = "part.json"
+OF_A_RUN = (RUN, SUMMARY, "profile.json", "profile.html", "report.html", "report.json", "lengths.npy")
+LOGS = ("steps.jsonl", "eval.jsonl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +71,8 @@ class Part:
     """Of the fullest packs of this part and those before, as measured before they were trained on."""
     piece: int = 0
     """Of the stream of plans that the user made; 0 where there is one plan an epoch."""
+    run_step: int = 0
+    """Steps of the run that were done before it."""
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -65,111 +80,232 @@ class Part:
         return self.epoch, self.piece
 
 
-def identity(config: Config, store_fingerprint: str) -> dict[str, Any]:
-    """Everything that decides what a run trains, by option name."""
-    flat: dict[str, Any] = {"data": store_fingerprint}
-    for section, values in config.model_dump(mode="json").items():
-        if isinstance(values, dict):
-            flat |= {f"{section}.{name}": value for name, value in values.items()}
-        else:
-            flat[section] = values
-    return {name: value for name, value in flat.items() if not name.startswith(FREE)}
+@dataclass(frozen=True)
+class Found:
+    """What a run begins with."""
+
+    kind: Literal["new", "finished", "go on", "adopt"]
+    record: Record
+    """Whose run it is from now on."""
+    aside: bool = False
+    """What the folder holds is another run's, which is set aside first."""
+    source: Path | None = None
+    """The checkpoint that `train.resume` names."""
+    checkpoint: Checkpoint | None = None
+    """To go on from."""
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Options that changed since it was saved: their values before and now."""
 
 
-def is_trained(config: Config, store_fingerprint: str) -> bool:
-    """Whether `run_dir` holds the run that is asked for with its strategy trained, and this may be made use of."""
-    there = _read(Path(config.run_dir) / RUN)
-    if config.train.resume != "auto" or there is None or not there["trained"]:
-        return False
-    return _changed(there["identity"], identity(config, store_fingerprint)) is None
+def decide(config: Config, folder: str, store_fingerprint: str) -> Found:
+    """What is to be done with what `run_dir` holds. Reads alone, in one process.
 
-
-def find(config: Config, strategy: str, store_fingerprint: str) -> Checkpoint | None:
-    """The checkpoint to go on from, None to start anew. A collective.
+    Args:
+        config: of the run.
+        folder: that the strategy would have in a new run.
+        store_fingerprint: of the data.
 
     Raises:
-        HbpError: an unfinished run of another configuration, plan or data; or no such checkpoint.
+        HbpError: it is another run's, or cannot be used.
     """
-    run, wanted = Path(config.run_dir), identity(config, store_fingerprint)
+    run = Path(config.run_dir)
+    wanted = identity(config, store_fingerprint, own_plans(config))
+    new = Found("new", Record(wanted, uuid.uuid4().hex, folder))
     if config.train.resume == "never":
-        return None
+        return new
+    try:
+        there = _record_of(run)
+    except OSError as error:
+        raise HbpError(f"cannot read {error.filename or run} ({error.strerror}); mend that and run again") from None
     if config.train.resume != "auto":
         given = Path(config.train.resume).resolve()
-        position = read_position(given)
-        _refuse_change(_read(given.parents[2] / RUN), wanted, given)
-        return Checkpoint(_adopt(given, run / strategy), position)
-    there = _read(run / RUN)
-    if there is None or there["trained"]:
-        return None
-    for folder in sorted(run.glob(f"*/{CHECKPOINTS}")):  # of whatever strategy: nothing unfinished is thrown away
-        for checkpoint in list_checkpoints(folder)[:1]:
-            _refuse_change(there, wanted, checkpoint)
-    return newest_checkpoint(run / strategy / CHECKPOINTS)
-
-
-def may_resume(config: Config) -> bool:
-    """Whether `run_dir` may hold something to go on from, before any process is started."""
-    there = _read(Path(config.run_dir) / RUN)
-    return config.train.resume != "never" and there is not None and not there["trained"]
-
-
-def write_run(config: Config, store_fingerprint: str, *, trained: bool) -> None:
-    """Note whose run the folder holds. Rank 0."""
-    path = Path(config.run_dir) / RUN
-    run = {
-        "identity": identity(config, store_fingerprint),
-        "trained": trained,
-        "id": run_id(config) or uuid.uuid4().hex,
-    }
-    text = json.dumps(run, indent=1)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    partial.rename(path)
-
-
-def run_id(config: Config) -> str | None:
-    """Names the run that the folder holds, to whoever it is logged to, however often it is resumed."""
-    there = _read(Path(config.run_dir) / RUN)
-    return None if there is None else there.get("id")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text())
-        return data if isinstance(data["identity"], dict) and isinstance(data["trained"], bool) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _refuse_change(there: Mapping[str, Any] | None, wanted: Mapping[str, Any], checkpoint: Path) -> None:
+        if there is None or there.adopted != str(given):  # else it has been gone on with already
+            read_position(given)
+            whose = read_record(given / POSITION) or read_record(given.parents[2] / RUN)
+            if whose is None:
+                raise HbpError(f"{given} does not say whose run it is of, nor does {given.parents[2] / RUN}")
+            compare(whose.identity, wanted, str(given))
+            name = whose.folder or given.parents[1].name
+            return Found("adopt", replace(new.record, folder=name, adopted=str(given)), holds_run(run), given)
     if there is None:
-        raise HbpError(f"{checkpoint.parents[2]} does not say whose run it holds ({RUN}); use train.resume=never")
-    name = _changed(there["identity"], wanted)
-    if name is not None:
-        what = f"{name} was {there['identity'][name]!r}, now {wanted[name]!r}"
-        what = "its data or tokenizer has changed" if name == "data" else what
+        return replace(new, aside=holds_run(run))
+    there = replace(there, folder=there.folder or folder)
+    checkpoints = list_checkpoints(run / there.folder / CHECKPOINTS)
+    if there.trained:
+        return _finished(run, there, wanted, bool(checkpoints))
+    if checkpoints:
+        newest = read_record(checkpoints[0] / POSITION) or there
+        compare(newest.identity, wanted, str(checkpoints[0]))
+        return Found("go on", replace(there, identity=wanted))
+    same = there.identity == wanted and there.folder == folder
+    return replace(new, record=replace(new.record, id=there.id)) if same else replace(new, aside=holds_run(run))
+
+
+def _finished(run: Path, there: Record, wanted: Mapping[str, Any], saved: bool) -> Found:
+    """What is to be done with a run that is trained to its end."""
+    changed = compare(there.identity, wanted, str(run))
+    before, now = changed.pop("train.epochs", (0, 0))
+    if changed and now <= before:
+        name, (was, value) = next(iter(changed.items()))
         raise HbpError(
-            f"{checkpoint} is of another run: {what}; restore that, give another run_dir, or train.resume=never"
+            f"{run} holds this run, finished: nothing is left that {name} (was {was!r}, now {value!r}) could change; "
+            "give another run_dir, or train.resume=never"
         )
+    if now < before:
+        raise HbpError(f"{run} holds this run, finished after {before} epochs, now {now}; give another run_dir")
+    if now == before and read_summary(run) is not None:
+        return Found("finished", there)
+    if not saved:
+        what = f"train.epochs was {before}, now {now}" if now else f"its {SUMMARY} is missing or damaged"
+        raise HbpError(
+            f"{run} holds this run, finished, but no checkpoint to go on from ({what}); give another run_dir, or "
+            "train.resume=never"
+        )
+    return Found("go on", replace(there, identity=wanted, trained=False))
 
 
-def _changed(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first option that differs; one that an earlier version did not have yet is no change."""
-    return next((name for name in wanted if name in before and before[name] != wanted[name]), None)
+def _record_of(run: Path) -> Record | None:
+    """Of ``run.json``; where that is missing or damaged, of the newest checkpoint that says it."""
+    record = read_record(run / RUN)
+    if record is not None:
+        return record
+    saved = [path for folder in run.glob(f"*/{CHECKPOINTS}") for path in list_checkpoints(folder)]
+    newest = sorted(saved, key=lambda path: path.name, reverse=True)
+    return next((found for path in newest if (found := read_record(path / POSITION))), None)
 
 
-def _adopt(checkpoint: Path, strategy_folder: Path) -> Path:
-    """Bring another run's parts over, and forget the checkpoints that are newer than the one given."""
-    source = checkpoint.parents[1]
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds a run, or says that it does."""
+    return (run / RUN).exists() or bool(strategy_folders(run))
+
+
+def strategy_folders(run: Path) -> list[Path]:
+    """The folders in which a run keeps what one of its strategies planned and trained."""
+    planned = sorted(path.parent.parent for path in run.glob(f"*/plan/{JSON_NAME}"))
+    return [folder for folder in planned if any((folder / name).exists() for name in (PART, CHECKPOINTS, *LOGS))]
+
+
+def find(config: Config, folder: str, store_fingerprint: str) -> Found:
+    """What the run begins with: what `run_dir` holds is used, set aside or refused. A collective.
+
+    Raises:
+        HbpError: what is there is another run's, or cannot be used.
+        RankFailed: a checkpoint cannot be read.
+    """
+    run, found = Path(config.run_dir), list[Any]([None])
     with rank_zero_first() as first:
-        if first and source.resolve() != strategy_folder.resolve():
-            shutil.rmtree(strategy_folder, ignore_errors=True)
-            shutil.copytree(source, strategy_folder, ignore=shutil.ignore_patterns(CHECKPOINTS, "model"))
         if first:
-            for newer in list_checkpoints(strategy_folder / CHECKPOINTS):
-                if newer.name > checkpoint.name:
-                    shutil.rmtree(newer)
-    return checkpoint
+            _end_adoption(run)
+            found = [decide(config, folder, store_fingerprint)]
+    dist.broadcast_object_list(found)
+    start: Found = found[0]
+    if start.kind == "adopt":
+        start = _adopted(config, start)
+    elif start.aside:
+        with rank_zero_first() as first:
+            if first:
+                set_aside_run(run, config)
+    if start.kind in ("new", "finished"):
+        return start
+    checkpoint = newest_checkpoint(run / start.record.folder / CHECKPOINTS)
+    if checkpoint is None:
+        raise HbpError(f"{run / start.record.folder / CHECKPOINTS} is empty by now; is another run at work in {run}?")
+    before = read_record(checkpoint.folder / POSITION) or start.record
+    changed = compare(before.identity, start.record.identity, str(checkpoint.folder))
+    _say_versions(before)
+    return replace(start, kind="go on", checkpoint=checkpoint, changed=changed)
+
+
+def _say_versions(before: Record) -> None:
+    now = versions()
+    other = [f"{name} {old} (now {now.get(name, 'none')})" for name, old in before.versions.items()]
+    other = [text for text, (name, old) in zip(other, before.versions.items(), strict=True) if now.get(name) != old]
+    if other:
+        say(f"the checkpoint was saved under {', '.join(other)}: what follows may differ in its last digits")
+
+
+def _adopted(config: Config, start: Found) -> Found:
+    """Bring another run's parts and the checkpoint over; what the folder held is set aside. A collective."""
+    run, given = Path(config.run_dir), start.source
+    assert given is not None
+    damage = find_damage(given)
+    if damage is not None:
+        raise HbpError(f"{given} is damaged ({damage}); give another checkpoint")
+    with rank_zero_first() as first:
+        if first:
+            adopting = run / ADOPTING
+            shutil.rmtree(adopting, ignore_errors=True)  # half of an earlier attempt, all of it copies
+            target = adopting / start.record.folder
+            target.mkdir(parents=True)
+            source = given.parents[1]
+            last = read_position(given).part
+            kept = [source / name for name in ("plan", "samples.npy", PART, *LOGS)]
+            kept += [part_folder(source, number) for number in range(1, last + 1)]
+            for path in kept:
+                if path.is_dir():
+                    shutil.copytree(path, target / path.name)
+                elif path.is_file():
+                    shutil.copy2(path, target / path.name)
+            shutil.copytree(given, target / CHECKPOINTS / given.name, copy_function=_link)
+            write_record(adopting, start.record)
+            _end_adoption(run, config)
+    return start
+
+
+def _link(source: str, target: str) -> None:
+    """A second name of a file that nobody changes, or a copy on another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _end_adoption(run: Path, config: Config | None = None) -> None:
+    """Put what was adopted in its place, also where a kill came between; until it is whole nothing has changed."""
+    adopting = run / ADOPTING
+    if not (adopting / RUN).is_file():
+        return
+    record = read_record(adopting / RUN)
+    if record is not None and (adopting / record.folder).is_dir():
+        if holds_run(run):
+            set_aside_run(run, config)
+        (adopting / record.folder).rename(run / record.folder)
+    (adopting / RUN).rename(run / RUN)
+    shutil.rmtree(adopting, ignore_errors=True)
+
+
+def set_aside_run(run: Path, config: Config | None = None) -> Path:
+    """Move the run that a folder holds into ``before-1``, or the next number, in it: a run folder like any other.
+
+    Data and token store stay, since whoever comes next may use them. Rank 0.
+
+    Raises:
+        HbpError: the plan that is to be run is in what would be moved.
+    """
+    folders = strategy_folders(run)
+    plan = None if config is None or config.plan.path is None else Path(config.plan.path).resolve()
+    if plan is not None and any(plan.is_relative_to(folder.resolve()) for folder in folders):
+        raise HbpError(f"plan.path {plan} lies in another run's folder; copy it out of {run}, or give another run_dir")
+    number = 1
+    while (aside := run / f"before-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in [*folders, *(run / name for name in OF_A_RUN)]:  # run.json stays longest: it says whose this is
+        if path.name != RUN and path.exists():
+            path.rename(aside / path.name)
+    if (run / RUN).exists():
+        (run / RUN).rename(aside / RUN)
+    say(f"what {run} held of another run is now in {aside}")
+    return aside
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """What came out of a run that is finished; None where the file is missing or damaged."""
+    try:
+        summary: dict[str, Any] = json.loads(patiently((run / SUMMARY).read_text))
+        return summary if summary["results"] else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
 
 
 def part_folder(strategy_folder: Path, number: int) -> Path:
@@ -179,9 +315,16 @@ def part_folder(strategy_folder: Path, number: int) -> Path:
 
 def write_part(part: Part) -> None:
     """Keep what a part needs beside its plan, which is there already. Rank 0."""
-    np.save(part.folder / "samples.npy", part.samples.ids)
+    write_array(part.folder / "samples.npy", part.samples.ids)
     more = {"epoch": part.epoch, "piece": part.piece, "peak_bytes": part.peak_bytes}
-    (part.folder / "part.json").write_text(json.dumps(more) + "\n")
+    write_whole(part.folder / PART, json.dumps(more) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """As ``.npy``, whole."""
+    data = io.BytesIO()
+    np.save(data, array)
+    write_whole(path, data.getvalue())
 
 
 def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Part:
@@ -193,7 +336,7 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
     folder = part_folder(strategy_folder, position.part)
     try:
         ids = np.load(folder / "samples.npy", allow_pickle=False)
-        more = json.loads((folder / "part.json").read_text())
+        more = json.loads(patiently((folder / PART).read_text))
         epoch, peak_bytes, piece = int(more["epoch"]), float(more.get("peak_bytes", 0.0)), int(more.get("piece", 0))
     except (OSError, ValueError, KeyError, TypeError):
         raise HbpError(f"{folder} lacks what its checkpoint needs; use train.resume=never to start anew") from None
@@ -203,7 +346,8 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
             f"the plan in {folder / 'plan'} has changed since the checkpoint of step {position.run_step}; "
             "restore it, or use train.resume=never to start anew"
         )
-    return Part(position.part, epoch, Samples(samples.store, ids), plan, folder, peak_bytes, piece)
+    before = position.run_step - position.step
+    return Part(position.part, epoch, Samples(samples.store, ids), plan, folder, peak_bytes, piece, before)
 
 
 def remaining(part: Part, step: int) -> Samples:
@@ -223,14 +367,16 @@ def fingerprint(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def say_where(checkpoint: Checkpoint, part: Part, left: int) -> None:
-    """One line on what is gone on with."""
-    at = checkpoint.position
-    where = f"resuming from {checkpoint.folder}: step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens done"
-    if at.world_size == dist.get_world_size():
-        say(where)
-    else:
-        say(
-            f"{where}; {at.world_size} ranks before, {dist.get_world_size()} now: the {left:,} samples of epoch "
-            f"{part.epoch + 1} that are not trained on yet are planned again, each once"
-        )
+def say_where(found: Found, part: Part, left: int) -> None:
+    """A line on what is gone on with, and one on what an option that changed does."""
+    assert found.checkpoint is not None
+    folder, at = found.checkpoint
+    where = f"resuming from {folder}: step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens done"
+    again = f"the {left:,} samples of epoch {part.epoch + 1} that are not trained on yet are planned again, each once"
+    if at.world_size != dist.get_world_size():
+        where += f"; {at.world_size} ranks before, {dist.get_world_size()} now: {again}"
+    elif replans(found.changed):
+        where += f"; {again}"
+    say(where)
+    for name, (was, now) in found.changed.items():
+        say(f"{name} was {was!r}, now {now!r}: {kinds()[name]['effect']}")

@@ -14,7 +14,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress, say
 from hbp.run.engine import Engine
-from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, run_id, write_part
+from hbp.run.identity import RUN, read_record
+from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
 from hbp.run.steps.odd import OddSteps, finite_or_none
 from hbp.run.steps.saving import Saving
 from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
@@ -137,7 +138,7 @@ def train_strategy(
         part: to begin with; where its plan is the checkpoint's, after the steps that are done.
         next_part: makes the part after the one given, None after the last; the model is there to try packs with.
         eval_plans: of the held-out samples, by source.
-        tokens_total: that the run is to see, for the learning rate; a checkpoint knows it itself.
+        tokens_total: that the run is to see, for the learning rate.
         checkpoint: to go on from.
         keeps_state: save checkpoints, end on signals, and log to the writers.
 
@@ -154,6 +155,7 @@ def train_strategy(
     records = _take_up_logs(folder, part, checkpoint)
     with ExitStack() as stack:
         at = checkpoint.position if checkpoint else Position(part.number, 0, 0, 0, tokens_total, "", 0)
+        at = dataclasses.replace(at, tokens_total=tokens_total)
         run = _open(stack, engine, folder, learner, at, eval_plans, keeps_state)
         if checkpoint:
             load_checkpoint(checkpoint.folder, learner.model, learner.optimizer, engine.config.seed)
@@ -200,16 +202,27 @@ def _open(
     received = stack.enter_context(stop_signals()) if keeps_state else Received()
     peak = [peak_flops_per_s(engine.device)]
     dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
-    held_out, odd = _HeldOut(eval_plans, at.run_step, at.tokens), OddSteps(folder, config.max_skipped)
+    held_out, odd = _held_out(folder, eval_plans), OddSteps(folder, config.max_skipped)
     run = _Run(engine, folder, learner, at, held_out, peak[0], received, odd)
     if not keeps_state:
         return run
-    run.saving = Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints), at.run_step)
+    whose = read_record(Path(engine.config.run_dir) / RUN)
+    kept = {} if whose is None else dataclasses.asdict(whose)
+    run.saving = Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints, kept), at.run_step)
     if dist.get_rank() == 0:
-        shown, name = engine.config.model_dump(mode="json"), run_id(engine.config)
+        shown, name = engine.config.model_dump(mode="json"), None if whose is None else whose.id
         run.writers = stack.enter_context(open_writers(engine.config.log, folder, shown, name, at.run_step))
     run.traced = stack.enter_context(trace(folder / "trace", *(config.trace_steps or (0, 0))))
     return run
+
+
+def _held_out(folder: Path, plans: EvalPlans) -> _HeldOut:
+    """With the last evaluation that the log holds, so that a resumed run keeps the cadence. A collective."""
+    last: list[Any] = [None]
+    if dist.get_rank() == 0 and (log := read_log(folder, EvalRecord)):
+        last = [(log[-1].run_step, log[-1].tokens, log[-1].eval_loss, log[-1].eval_loss_by_source)]
+    dist.broadcast_object_list(last)
+    return _HeldOut(plans, 0, 0) if last[0] is None else _HeldOut(plans, *last[0])
 
 
 def _begin_part(part: Part) -> None:
@@ -295,7 +308,7 @@ def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepR
             f"loss {_shown(record.loss)} {record.tokens_per_s:,.0f} tok/s",
             record.tokens,
         )
-        run.odd.check(part, record, run.at.run_step, _last_state(run))
+        run.odd.check(part, record, run.at.run_step, lambda: _last_state(run))
         part_s = record.started_s + record.seconds
         if run.saving and _why_it_ends(run, record.signal):  # saved at once, whatever else is due
             run.saving.save_now(run.learner, run.at, part_s)
@@ -357,7 +370,10 @@ def _stopped(run: _Run, why: str) -> Stopped:
 
 
 def _last_state(run: _Run) -> str:
-    """Where the last state is, for people."""
+    """Where the last state is, for people, after a save that is under way is whole."""
+    if run.saving:
+        with suppress(HbpError):
+            run.saving.checkpoints.wait()
     if run.saving is None or not list_checkpoints(run.saving.checkpoints.folder):
         return "no state was saved before"
     return f"the same command goes on from {list_checkpoints(run.saving.checkpoints.folder)[0]}"

@@ -55,6 +55,8 @@ HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """Signals that a launcher hands on to its ranks."""
 RANKS_PRINT = "HBP_RANKS_PRINT"
 """Environment variable: rank 0 prints the results, though a launcher of ours hears its errors."""
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""Where all ranks are on this machine, what they say to each other in collectives is said on no network."""
 SAVE_TIMEOUT_S = 600
 """How long ranks may take to end a step and save after a signal, before they are killed."""
 PREPARE_TIMEOUT = timedelta(days=1)
@@ -77,6 +79,9 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if sys.platform == "linux":
+        for name, value in LOOPBACK.items():
+            os.environ.setdefault(name, value)
     with _ranks_report() as scratch:
         config = LaunchConfig(
             min_nodes=1,

@@ -169,10 +169,10 @@ def test_a_spike_names_the_packs_whose_tokens_are_to_blame(capsys, tmp_path):
     odd = OddSteps(tmp_path, 3)
     for step in range(20):
         odd.look(StepLosses(step, [0, 1], [1.0, 1.0]))
-        odd.check(part, record(step, 2.0 + 0.01 * (step % 3)), step + 1, "")
+        odd.check(part, record(step, 2.0 + 0.01 * (step % 3)), step + 1, str)
     assert capsys.readouterr().err == ""
     odd.look(StepLosses(20, [0, 1], [1.6, 2.4]))  # of 10 tokens in all: 2 a token of pack 0, 12 a token of pack 1
-    odd.check(part, record(20, 4.0), 21, "")
+    odd.check(part, record(20, 4.0), 21, str)
     said = capsys.readouterr().err
     assert "loss 4.000 in step 21 of the run stands out from the 2.010 of those before: pack 1 (samples 42, 43" in said
     assert "12.000 a token" in said

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,14 @@ class OddSteps:
         """Keep the losses of a step's packs until its record comes."""
         self.latest = losses
 
-    def check(self, part: Part, record: StepRecord, run_step: int, saved: str) -> None:
+    def check(self, part: Part, record: StepRecord, run_step: int, saved: Callable[[], str]) -> None:
         """Say what is odd about a step.
 
         Args:
             part: of the step.
             record: of the step.
             run_step: steps of the run that are done, with it.
-            saved: where the last state is kept, for people.
+            saved: says where the last state is kept, once it is whole; asked where the run ends.
 
         Raises:
             RankFailed: too many steps in a row were skipped; on every rank.
@@ -86,7 +86,7 @@ class OddSteps:
             if self.in_a_row >= self.most_in_a_row:
                 raise RankFailed(
                     f"{self.in_a_row} steps in a row were not finite (train.max_skipped), the last: {said}; "
-                    f"see {evidence.parent}, lower train.lr or take the samples out; {saved}"
+                    f"see {evidence.parent}, lower train.lr or take the samples out; {saved()}"
                 )
         elif spread is not None:
             median = float(np.median(self.before))

@@ -8,6 +8,7 @@ failing end the run, with what was saved before. A state that is not finite is n
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hbp.config import TrainConfig
@@ -62,6 +63,8 @@ class Saving:
 
     def _try(self, learner: Learner, at: Position) -> None:
         if bad := not_finite(learner.model.named_parameters(), learner.device):
+            with suppress(HbpError):
+                self.checkpoints.wait()  # the state before may still be on its way
             raise RankFailed(
                 f"after step {at.run_step} of the run {bad[0]} holds values that are not finite, and is not saved; "
                 f"lower train.lr; the state before is in {self.checkpoints.folder}"

@@ -1,0 +1,75 @@
+"""Files are whole or as they were; a read is tried again; content alone decides a hash."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hbp import disk
+from hbp.disk import beside, content_hash, free_name, patiently, write_whole
+
+
+def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_whole(path, "one")
+    with pytest.raises(KeyError), beside(path) as partial:
+        partial.write_text("half of anoth")
+        assert path.read_text() == "one"
+        raise KeyError
+    assert path.read_text() == "one"
+    write_whole(path, b"two")
+    assert path.read_text() == "two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reading_is_tried_again_but_nothing_there_is_believed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "PAUSE_S", 0.0)
+    failures = [OSError(errno.EIO, "Input/output error")] * 2
+    tries = []
+
+    def read() -> str:
+        tries.append(1)
+        if failures:
+            raise failures.pop()
+        return "read"
+
+    assert patiently(read) == "read"
+    assert len(tries) == 3
+    for error, count in ((FileNotFoundError(), 1), (OSError(errno.EACCES, "no"), 1), (OSError(errno.EIO, "x"), 4)):
+        tries.clear()
+        failures[:] = [error] * 10
+        with pytest.raises(OSError):
+            patiently(read)
+        assert len(tries) == count
+
+
+def test_free_names(tmp_path: Path) -> None:
+    names = []
+    for _ in range(3):
+        names.append(free_name(tmp_path / "step-1.damaged"))
+        names[-1].mkdir()
+    assert [name.name for name in names] == ["step-1.damaged", "step-1.damaged-2", "step-1.damaged-3"]
+
+
+@pytest.mark.parametrize("whole", [1 << 20, 0])
+def test_content_alone_decides_the_hash(tmp_path: Path, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashed whole, and by blocks as a file of hundreds of GB is."""
+    monkeypatch.setattr(disk, "WHOLE_BYTES", whole)
+    monkeypatch.setattr(disk, "BLOCK_BYTES", 16)
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(bytes(range(256)) * 40)
+    before = content_hash(one)
+    shutil.copyfile(one, other)
+    os.utime(one, (1, 1))
+    assert content_hash(one) == content_hash(other) == before
+    for at in (0, -1):  # both ends are always read
+        data = bytearray(one.read_bytes())
+        data[at] ^= 1
+        other.write_bytes(bytes(data))
+        assert content_hash(other) != before
+    other.write_bytes(one.read_bytes() + b"x")
+    assert content_hash(other) != before
