@@ -27,12 +27,21 @@ STARTUP_S = 1.5
 Row = dict[str, Any]
 
 
-def packing(section: str) -> tuple[list[Row], str]:
-    """Rows of a section of `packing.json`, and where they came from."""
+def packing(section: str, wanted: Callable[[Row], bool] = lambda row: True) -> tuple[list[Row], str]:
+    """Rows of a section of `packing.json`, and where they came from; `mark` is on those of an earlier date."""
     data = json.loads((RESULTS / "packing.json").read_text())
-    rows = [row for row in data["rows"] if row["section"] == section]
-    took = f", {data['section_s'][section]:.0f} s" if section in data.get("section_s", {}) else ""
-    source = f"*`{data['command']} --section {section}`, {data['device']}, {data['date']}{took}; raw rows in "
+    rows = [{"date": data["date"], **row} for row in data["rows"] if row["section"] == section and wanted(row)]
+    dates = sorted({row["date"] for row in rows})
+    rows = [{**row, "mark": " †" if row["date"] < dates[-1] else ""} for row in rows]
+    timed = sorted({row["timed"] for row in rows if row.get("timed", row["date"]) != row["date"]})
+    when = dates[-1] if dates else data["date"]
+    if len(dates) > 1:
+        when += f", rows with † {' and '.join(dates[:-1])}"
+    if timed:
+        when += f", samples/s {' and '.join(timed)}"
+    elif len(dates) == 1 and section in data.get("section_s", {}):
+        when += f", {data['section_s'][section]:.0f} s"
+    source = f"*`{data['command']} --section {section}`, {data['device']}, {when}; raw rows in "
     return rows, source + "`benchmarks/results/packing.json`.*\n"
 
 
@@ -51,7 +60,7 @@ def packing_fitting() -> str:
     rows, source = packing("fitting")
     cells = [
         (
-            f"{r['set']}, {count(r['samples'])}",
+            f"{r['set']}, {count(r['samples'])}{r['mark']}",
             f"`{r['strategy']}`",
             f"{r['samples_per_s'] / 1e6:.2f}M",
             f"{r['times_best_fit']:.1f}×",
@@ -78,7 +87,7 @@ def packing_plans() -> str:
         best = max(here.values(), key=lambda row: float(row["efficiency"]))
         cells.append(
             (
-                f"{at[0]}, {count(at[1])}",
+                f"{at[0]}, {count(at[1])}{ours['mark']}",
                 f"{at[2]} × {at[3]}",
                 f"{best['efficiency']:.3f} `{best['strategy']}`",
                 f"{paper['efficiency']:.3f}",
@@ -100,13 +109,13 @@ def packing_strategies() -> str:
     rows, _ = packing("plans")
     fewest = min(row["samples"] for row in rows)
     rows = [row for row in rows if row["samples"] == fewest]
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    cells = []
+    marks = {row["set"]: row["mark"] for row in rows}
+    sets, cells = list(marks), []
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         here = {row["set"]: row["efficiency"] for row in rows if row["strategy"] == strategy}
         cells.append((f"`{strategy}`", *(f"{here[name]:.3f}" if name in here else "" for name in sets)))
     where = f"Efficiency at {fewest:,} samples on {rows[0]['gpus']} × {rows[0]['cluster']}:\n\n"
-    return where + table(("strategy", *sets), cells)
+    return where + table(("strategy", *(name + mark for name, mark in marks.items())), cells)
 
 
 def packing_goals() -> str:
@@ -120,7 +129,7 @@ def packing_goals() -> str:
                 f"{count(case['samples'])} on {case['gpus']} × {case['cluster']}",
                 f"{'≤' if goal.most else '≥'} {limit:g}",
                 exact(value, limit),
-                worst["set"],
+                worst["set"] + worst["mark"],
                 "met" if goal.met(value, limit) else "**missed**",
             )
         )
@@ -133,7 +142,7 @@ def packing_size() -> str:
     rows, source = packing("size")
     cells = [
         (
-            f"{r['set']}, {count(r['samples'])}",
+            f"{r['set']}, {count(r['samples'])}{r['mark']}",
             f"{r['samples_per_s'] / 1e6:.2f}M",
             f"{r['times_read_and_sort']:.0f}×" if "times_read_and_sort" in r else "",
             f"{r['times_read_and_argsort']:.1f}×" if "times_read_and_argsort" in r else "",
@@ -159,7 +168,7 @@ def packing_streaming() -> str:
     rows, source = packing("streaming")
     cells = [
         (
-            f"{r['set']}, {count(r['samples'])}",
+            f"{r['set']}, {count(r['samples'])}{r['mark']}",
             count(r["buffer"]),
             f"{r['padding']:.3%}",
             f"{r['abr']:.4f}",
@@ -175,7 +184,7 @@ def packing_order() -> str:
     rows, source = packing("order")
     cells = [
         (
-            f"{r['set']}, {count(r['samples'])}",
+            f"{r['set']}, {count(r['samples'])}{r['mark']}",
             f"{r['windows']}{' (default)' if r['default'] else ''}",
             f"{r['efficiency']:.4f}",
             f"{r['speed_given_up']:.2%}",
@@ -200,7 +209,7 @@ def packing_drift() -> str:
             here = {r["strategy"]: r for r in rows if r["set"] == name and r["global_batch_tokens"] == batch}
             cells.append(
                 (
-                    name,
+                    name + here["hbp-mixed"]["mark"],
                     f"{batch / 2**20:g}M tokens",
                     *(f"{here[peer]['drift']:.3f}" if peer in here else "" for peer in ("concat", "isf", "hbp-mixed")),
                     f"{here['hbp-mixed']['efficiency']:.3f}",
@@ -216,7 +225,7 @@ def packing_startup() -> str:
         return "Not measured yet.\n"
     cells = [
         (
-            f"{r['set']}, {count(r['samples'])}",
+            f"{r['set']}, {count(r['samples'])}{r['mark']}",
             exact(r["seconds"], STARTUP_S),
             f"{r['least_s']:.2f}–{r['most_s']:.2f}",
             "met" if r["seconds"] <= STARTUP_S else "**missed**",
@@ -227,10 +236,11 @@ def packing_startup() -> str:
 
 
 def packing_readme() -> str:
-    rows, source = packing("plans")
+    sets = ("tulu3-longcite", "mix-128k")
+    rows, source = packing("plans", lambda r: r["set"] in sets and (r["samples"], r["gpus"]) == (100_000, 32))
     cells = []
-    for name in ("tulu3-longcite", "mix-128k"):
-        here = [r for r in rows if (r["set"], r["samples"], r["gpus"]) == (name, 100_000, 32)]
+    for name in sets:
+        here = [r for r in rows if r["set"] == name]
         first = next(r for r in here if r["strategy"] == "concat")["predicted_s"]
         cells += [
             (
@@ -286,14 +296,22 @@ def quickstart() -> str:
         f"Measured by `make quickstart` on {results[0]['device']} (two processes, gloo, {budget:.2f} GiB a process, "
         f"{date}): **HBP is {first:.2f}× as fast** ({second:.2f}× in a second run), on "
         f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens. "
-        f"Its {results[0]['steps']} steps come nearer to the global batch asked for than the {results[1]['steps']} of "
-        "longer packs, so the losses are not those of the same steps.\n\n"
+        f"{_steps_of(*(r['steps'] for r in results[:2]))}\n\n"
     )
     sweep = [json.loads(file.read_text()) for file in sorted(folder.glob("memory-*.json"))]
     others = ", ".join(f"{run['speedup']:.2f}× at {run['memory_budget_bytes'] / 2**30:.2f} GiB" for run in sweep)
     follows = f"The gain follows the memory budget: {others}. " if others else ""
     tail = f"\n{follows}Raw output in `benchmarks/results/quickstart/`.\n"
     return lead + table(header, cells) + tail
+
+
+def _steps_of(ours: int, theirs: int) -> str:
+    if abs(ours - theirs) <= 0.02 * theirs:
+        return f"Both take the steps of the global batch asked for: {ours} and {theirs}."
+    return (
+        f"Its {ours} steps come nearer to the global batch asked for than the {theirs} of longer packs, so the losses "
+        "are not those of the same steps."
+    )
 
 
 def train() -> str:

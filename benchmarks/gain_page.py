@@ -65,8 +65,9 @@ def draw(gain: dict[str, Any], docs: Path) -> None:
         "paper": paper_table(json.loads((results / "paper.json").read_text())["rows"]),
         "rows": published_rows(json.loads((results / "paper.json").read_text())["rows"]),
         "simulator": simulator_table(json.loads((results / "simulator.json").read_text())),
-        "made": f"Planned {gain['date']} by `{gain['command']}` for {gain['model']}"
-        + (f", at commit {gain['commit']}." if "commit" in gain else "."),
+        "deepseek": deepseek_table(json.loads((results / "paper.json").read_text())["deepseek"]),
+        "claims": claims_table(rows),
+        "made": made(gain, json.loads((results / "paper.json").read_text())),
     }
     text = page.read_text()
     for name, table in tables.items():
@@ -190,13 +191,15 @@ def peers_table(rows: Sequence[Row]) -> str:
             top = max(r["speedup"] for r in mine if r["data"] == data)
             text = "–" if row is None else f"{row['speedup']:.2f}× ({row['efficiency']:.2f})"
             cells.append(f"**{text}**" if row and row["speedup"] > top - 0.005 else text)
-        lines.append([f"`{strategy}`: {NAMES.get(strategy, strategy)}", *cells])
+        here = [r for r in mine if r["strategy"] == strategy]
+        lines.append([f"`{strategy}`: {NAMES.get(strategy, strategy)}{_mark(here[0], mine)}", *cells])
     return _table(["strategy", *(SETS[name] for name in sets)], lines)
 
 
 def contexts_table(rows: Sequence[Row]) -> str:
     """GPU-days of a billion tokens by context, and the gain."""
     mine = [r for r in rows if r["section"] == "contexts" and r["network"] == "400 Gb/s a GPU"]
+    mine = [r for r in mine if r["strategy"] in ("bfd", *OURS)]
     lines = []
     for context in sorted({r["context"] for r in mine}):
         here = {r["strategy"]: r for r in mine if r["context"] == context}
@@ -208,7 +211,7 @@ def contexts_table(rows: Sequence[Row]) -> str:
         best = max(ours, key=lambda r: r["speedup"])
         lines.append(
             [
-                _named(context, "context"),
+                _named(context, "context") + _mark(best, mine),
                 f"{here['bfd']['gpu_days_per_billion']:.2f}",
                 f"{best['gpu_days_per_billion']:.2f} (`{best['strategy']}`)",
                 f"{best['speedup']:.2f}×",
@@ -218,6 +221,11 @@ def contexts_table(rows: Sequence[Row]) -> str:
     return _table(["longest sample", "best fit", "ours", "speed-up", "our groups"], lines)
 
 
+def _mark(row: Row, rows: Sequence[Row]) -> str:
+    """On rows of an earlier date than the newest."""
+    return " †" if row["date"] < max(r["date"] for r in rows) else ""
+
+
 def paper_table(rows: Sequence[Row]) -> str:
     """Speed-ups of the paper's Tables 5, 22 and 23 beside ours."""
     lines = []
@@ -225,8 +233,8 @@ def paper_table(rows: Sequence[Row]) -> str:
         if r["metric"] == "speedup" and not r["row"].endswith("static setting"):
             published = f"{r['published']:.2f}×" if r["published"] else "–"
             relative = f"{100 * r['relative']:+.0f} %" if "relative" in r else "–"
-            others = (f"{r[name]:.2f}×" for name in ("same_step", "built_in"))
-            lines.append([r["table"], r["row"], published, f"{r['ours']:.2f}×", relative, *others])
+            others = (f"{r[name]:.2f}×" if r.get(name) else "–" for name in ("same_step", "built_in"))
+            lines.append([r["table"], r["row"] + _mark(r, rows), published, f"{r['ours']:.2f}×", relative, *others])
     return _table(["table", "row", "published", "ours", "difference", "same step", "on `h100-nvlink`"], lines)
 
 
@@ -239,8 +247,88 @@ def published_rows(rows: Sequence[Row]) -> str:
             difference = f"**{difference}**" if abs(r.get("relative", 0)) > FAR else difference
             published = "–" if r["published"] is None else f"{r['published']:g}"
             row = f"{r['row']} ({r['groups']})" if r["row"] == "our Algorithm 1" else r["row"]
-            lines.append([r["table"], row, r["metric"], published, f"{r['ours']:.4g}", difference])
+            lines.append([r["table"], row + _mark(r, rows), r["metric"], published, f"{r['ours']:.4g}", difference])
     return _table(["table", "row", "figure", "published", "ours", "difference"], lines)
+
+
+SIDES = {True: "as FSDP moves them", False: "in place"}
+SOURCES = {"testbed": "the paper's testbed"}
+
+
+def deepseek_table(rows: Sequence[Row]) -> str:
+    """Each naive side of DeepSeek-V2 and ours, what their time goes into, and what ours gain over each."""
+    lines = []
+    for r in rows:
+        parts = r["parts"]
+        busy = sum(parts.get(name, 0.0) for name in ("linear", "attention", "overhead", "recompute"))
+        shares = [busy, *(parts.get(name, 0.0) for name in ("alltoall", "fsdp", "waiting", "optimizer"))]
+        gains = ["–", "–"]
+        if r["side"].startswith("naive"):
+            degree = r["side"].rpartition("SP")[2]
+            here = [x for x in rows if (x["cluster"], x["fsdp"]) == (r["cluster"], r["fsdp"])]
+            gains = [f"{x['speedup'][degree]:.2f}×" for s in OURS for x in here if x["side"] == s]
+        lines.append(
+            [
+                SOURCES.get(r["cluster"], f"`{r['cluster']}`"),
+                SIDES[r["fsdp"]],
+                r["side"],
+                f"{r['gpu_days_per_billion']:.1f}",
+                *(f"{100 * share:.0f} %" for share in shares),
+                *gains,
+            ]
+        )
+    header = ("constants", "parameters", "side", "GPU-days", "compute", "all-to-all", "FSDP", "waiting", "optimizer")
+    return _table([*header, *(f"`{name}` over it" for name in OURS)], lines)
+
+
+CLAIMS = {
+    "qwen3-30b-a3b": "1.61× (dynamic CP over CP 4, verl)",
+    "llama-3.1-8b": "2.4× (dynamic CP, Nemotron Ultra)",
+    "llama-3.1-70b": "2.4× (dynamic CP, Nemotron Ultra)",
+}
+"""What others publish of a workload like the one that we plan for the model."""
+CLAIM_AT = {"qwen3-30b-a3b": "isf-sp4"}
+"""The naive side that it is over, where they say."""
+
+
+def claims_table(rows: Sequence[Row]) -> str:
+    """Speed-ups over each static setting of the workloads that others publish figures of."""
+    mine = [r for r in rows if r["section"] == "claims"]
+    lines = []
+    for model, network in dict.fromkeys((r["model"], r["network"]) for r in mine):
+        here = {r["strategy"]: r for r in mine if (r["model"], r["network"]) == (model, network)}
+        for name, static in here.items():
+            if not name.startswith("isf-sp"):
+                continue
+            work = f"{model}, {SETS.get(static['data'], static['data'])}, up to {_named(static['context'], 'context')}"
+            over = "does not fit" if "error" in static else f"ISF, SP {name.removeprefix('isf-sp')}"
+            cells = [
+                f"{here[s]['tokens_per_s'] / static['tokens_per_s']:.2f}×"
+                if "tokens_per_s" in static and "tokens_per_s" in here.get(s, {})
+                else "–"
+                for s in ("bfd", "dcp", *OURS)
+            ]
+            published = CLAIMS[model] if CLAIM_AT.get(model, name) == name else "–"
+            lines.append([work, f"{static['gpus']}, {network}", over, *cells, published])
+    header = ("workload", "GPUs, network", "over", "best fit, fastest setting", "`dcp`", *(f"`{s}`" for s in OURS))
+    return _table([*header, "published"], lines)
+
+
+def made(gain: dict[str, Any], paper: dict[str, Any]) -> str:
+    """When each section was planned, and which strategies of it at an earlier date."""
+    words = []
+    for section in dict.fromkeys(r["section"] for r in gain["rows"]):
+        dates: dict[str, dict[str, None]] = {}
+        for r in gain["rows"]:
+            if r["section"] == section:
+                dates.setdefault(r.get("date", gain["date"]), {})[f"`{r['strategy']}`"] = None
+        newest, *older = sorted(dates, reverse=True)
+        words.append(f"{section} {newest}" + "".join(f" (of {', '.join(dates[d])} rows of {d})" for d in older))
+    return (
+        f"Planned by `{gain['command']}`, where nothing else is said for {gain['model']}: {', '.join(words)}. "
+        f"The paper's tables: `{paper['command']}`, {paper['date']}, rows with † "
+        f"{', '.join(sorted({r['date'] for r in paper['rows']} - {paper['date']})) or 'none'}."
+    )
 
 
 def simulator_table(result: dict[str, Any]) -> str:

@@ -14,7 +14,12 @@ Sections:
 - `order`: what staying near a random order costs, by number of windows, and drift by global batch.
 - `startup`: the whole command on a thousand lengths, a fresh process with a warm cache of compiled functions.
 
+Every kept row has its date. With `--sets` or `--most-samples` whole plans are made of some cases only and the other
+rows of the section stay as they are; the tables mark rows of an earlier date. `--keep-times` leaves `samples_per_s` as
+it was measured before (`timed`), where something else runs on the machine.
+
     python benchmarks/packing.py [--quick] [--json] [--section NAME] [--out benchmarks/results/packing.json]
+        [--sets tulu3-longcite,mix-128k] [--most-samples 100000] [--keep-times]
 """
 
 from __future__ import annotations
@@ -22,13 +27,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,11 +194,14 @@ def plan_row(plan: Plan, section: str, name: str, gpus: int, cluster: str, secon
     return row if seconds is None else {**row, "samples_per_s": plan.info.n_samples / seconds}
 
 
-def plans(quick: bool) -> Iterator[Row]:
+def plans(quick: bool, sets: Sequence[str] = (*PLAN_SETS, NO_LIMIT), most: float = math.inf) -> Iterator[Row]:
+    """Of all sets and cases, or of some sets and of cases of so many samples at most."""
     make_plan(generate("mix-128k", 2000, 0), cost_model(32))  # compile
-    for name in ("short-32k", "mix-128k") if quick else (*PLAN_SETS, NO_LIMIT):
+    for name in ("short-32k", "mix-128k") if quick else sets:
         source, limit = ("short-32k", None) if name == NO_LIMIT else (name, LENGTH_SETS[name][3])
         for samples, gpus, cluster, strategies in [(2_000, *CASES[0][1:])] if quick else CASES:
+            if samples > most:
+                continue
             lengths, cost = generate(source, samples, 0), cost_model(gpus, cluster)
             for strategy in strategies:
                 make = partial(make_plan, lengths, cost, strategy=strategy, max_length=limit)
@@ -322,6 +331,35 @@ def startup(quick: bool) -> Iterator[Row]:
     yield {**row, "samples_per_s": samples / median, "seconds": median, "least_s": min(times), "most_s": max(times)}
 
 
+IDENTITY = ("section", "strategy", "set", "samples", "gpus", "cluster", "buffer", "windows", "global_batch_tokens")
+"""What makes two rows the same measurement, where a row has it."""
+
+
+def merge(old: Row, rows: list[Row], chosen: Sequence[str], *, whole: bool, keep_times: bool) -> list[Row]:
+    """Rows of a kept file and new ones, each with its date.
+
+    Args:
+        old: what the file holds.
+        rows: just measured.
+        chosen: the sections that were.
+        whole: whether they replace their sections, rather than the same measurements alone.
+        keep_times: leave `samples_per_s` as it was, and say in `timed` of when it is.
+    """
+
+    def identity(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in IDENTITY)
+
+    before = {identity(row): {"date": old["date"], **row} for row in old["rows"]}
+    for row in rows:
+        known = before.get(identity(row)) if keep_times else None
+        if known is not None:
+            row |= {"samples_per_s": known["samples_per_s"], "timed": known.get("timed", known["date"])}
+    new = {identity(row): row for row in rows}
+    if whole:
+        return [row for row in before.values() if row["section"] not in chosen] + rows
+    return [new.pop(at, row) for at, row in before.items()] + list(new.values())
+
+
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "fitting": fitting,
     "plans": plans,
@@ -338,24 +376,31 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object on standard output")
     parser.add_argument("--section", choices=SECTIONS, help="one section alone")
     parser.add_argument("--out", type=Path, help="file for the raw rows; the rows of other sections in it stay")
+    parser.add_argument("--sets", help="whole plans of these sets alone, comma-separated")
+    parser.add_argument("--most-samples", type=int, help="whole plans of at most so many samples")
+    parser.add_argument("--keep-times", action="store_true", help="leave samples/s in the file as they are")
     parser.add_argument("--huge", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.huge:
         print(json.dumps(huge(args.huge)))
         return
-    chosen = [args.section] if args.section else list(SECTIONS)
+    some: Row = {"sets": args.sets.split(",")} if args.sets else {}
+    some |= {"most": args.most_samples} if args.most_samples else {}
+    if some and args.section != "plans":
+        parser.error("--sets and --most-samples are of --section plans")
+    chosen, today = [args.section] if args.section else list(SECTIONS), datetime.date.today().isoformat()
     rows: list[Row] = []
     section_s: dict[str, float] = {}
     with Progress("packing", len(chosen)) as progress:
         for section in chosen:
             start = time.perf_counter()
-            for row in SECTIONS[section](args.quick):
-                rows.append({**dict.fromkeys(EVERY_ROW), **row})
+            for row in plans(args.quick, **some) if some else SECTIONS[section](args.quick):
+                rows.append({**dict.fromkeys(EVERY_ROW), **row, "date": today})
                 progress.advance(f"{section}: {row['set']} {row['strategy']}", 0)
             section_s[section] = time.perf_counter() - start
             progress.advance(section)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
+        "date": today,
         "device": "one CPU core",
         "model": MODEL,
         "command": "python benchmarks/packing.py" + (" --quick" if args.quick else ""),
@@ -365,8 +410,9 @@ def main() -> None:
     if args.out:
         if args.out.exists():
             old = json.loads(args.out.read_text())
-            result["rows"] = [row for row in old["rows"] if row.get("section") not in chosen] + rows
-            result["section_s"] = {**old.get("section_s", {}), **section_s}
+            result["rows"] = merge(old, rows, chosen, whole=not some, keep_times=args.keep_times)
+            kept = some or args.keep_times
+            result["section_s"] = {**old.get("section_s", {}), **({} if kept else section_s)}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
         print(json.dumps(result))

@@ -4,9 +4,9 @@ Tables 4, 18 and 19 of the paper give seconds of one iteration of LLaMA-3.1-8B o
 degree and number of recomputed layers. Read as 512K tokens an iteration (a pack of 128K on each of 4 groups of 8) and,
 in Table 4, one document a pack, they differ from the built-in ``h100-nvlink`` by little more than a constant. So two
 numbers are fitted to these sixteen: a slow-down of everything that the cost model knows, and seconds of every optimizer
-step (taken to grow with the parameters). The recomputed layers that Table 4 needed fit two more, of memory: a scale of
-the activations, and a constant of which larger models leave no room and are spared (theirs are not published). The
-results of the paper (GPU-days, speed-ups, ratios) are not looked at.
+step (taken to grow with the parameters that a GPU holds: it updates no others). The recomputed layers that Table 4
+needed fit two more, of memory: a scale of the activations, and a constant of which larger models leave no room and are
+spared (theirs are not published). The results of the paper (GPU-days, speed-ups, ratios) are not looked at.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ SHORT = 8192
 """Packed iterations hold samples up to this length: Tulu3 without its tail."""
 
 
-def testbed(model: ModelSpec, step_grows: bool = True) -> ClusterSpec:
-    """The fitted cluster for a model; with `step_grows` false the seconds of a step are those of the 8B for all."""
+def testbed(model: ModelSpec, gpus: int = GPUS, step_grows: bool = True) -> ClusterSpec:
+    """The fitted cluster for a model on so many GPUs.
+
+    Every GPU updates its share of the parameters, so a step of 236B on 256 GPUs takes 3.7 times the seconds of one of
+    8B on 32. With `step_grows` false they are those of the 8B for all.
+    """
     known = load_model_spec("llama-3.1-8b")
     slow, per_step = _fit_seconds(known)
     cluster = _fit_memory(known)
+    held = model.parameters() / gpus / (known.parameters() / GPUS)
     fields: dict[str, Any] = {
         name: getattr(cluster, name) / slow
         for name in ("linear_flops_per_s", "attention_flops_per_s", "link_bytes_per_s", "node_bytes_per_s")
@@ -64,7 +69,7 @@ def testbed(model: ModelSpec, step_grows: bool = True) -> ClusterSpec:
         cluster,
         name="h100-paper",
         fixed_bytes=cluster.fixed_bytes if model.parameters() == known.parameters() else 0.0,
-        step_overhead_s=per_step * (model.parameters() / known.parameters() if step_grows else 1.0),
+        step_overhead_s=per_step * (held if step_grows else 1.0),
         origin="h100-nvlink, corrected by Tables 4, 18 and 19 of arXiv 2503.07680",
         **fields,
     )

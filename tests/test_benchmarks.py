@@ -65,7 +65,8 @@ def test_paper() -> None:
     assert stated["published"] == fewest["published"] == pytest.approx(5.22 / 3.73)
     assert stated["ours"] > fewest["ours"], "a naive side that recomputes more is slower"
     assert fewest["same_step"] == fewest["ours"], "the seconds of a step are those of 8B"
-    assert {row["table"] for row in rows} == {"2", "4", "5", "6", "11", "12", "13", "17", "18/19"}
+    assert {row["table"] for row in rows} == {"2", "4", "5", "6", "11", "12", "13", "14", "17", "18", "18/19", "20"}
+    assert [row["published"] for row in rows if row["table"] == "17"] == [0.001, 0.001, 0.002, 0.004, 0.003]
 
 
 def test_simulator() -> None:

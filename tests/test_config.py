@@ -79,7 +79,7 @@ def test_a_configuration_does_not_change(file: Path) -> None:
         ("model.lr=1", "no option model.lr (did you mean 'train.lr'?)"),
         ("training.lr=1", "no option training (did you mean 'train'?)"),
         ("lr=1", "no option lr (did you mean 'train.lr'?)"),
-        ("train.loss=token-mean", "train.loss: Input should be 'ave-token', 'sample-mean' or 'sum'"),
+        ("train.loss=mean", "train.loss: Input should be 'ave-token', 'run-token', 'sample-mean', 'sum' or 'token-"),
         ("train.lr=fast", "train.lr: Input should be a valid number, unable to parse string as a number (got 'fast')"),
         ("train.lr=0", "train.lr: Input should be greater than 0 (got 0)"),
         ("train.lr=.nan", "train.lr: Input should be greater than 0"),

@@ -17,7 +17,7 @@ from pydantic.config import JsonDict
 from hbp.errors import HbpError, did_you_mean
 
 Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
-Loss = Literal["ave-token", "sample-mean", "sum"]
+Loss = Literal["ave-token", "run-token", "sample-mean", "sum", "token-mean"]
 Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 """Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
@@ -228,7 +228,8 @@ class TrainConfig(_Section):
 
     loss: Loss = Field(
         "ave-token",
-        description="over the global batch of a step: every loss token alike, every sample alike, or the sum",
+        description="ave-token: every loss token of a step alike; run-token: every one of the plan; sample-mean: every "
+        "sample of a step; sum: not divided; token-mean: the mean of each rank's own, which depends on the packing",
     )
     lr: float = Field(1e-5, gt=0, description="peak learning rate", json_schema_extra=FROM_THERE)
     warmup: float = Field(

@@ -53,6 +53,11 @@ from hbp.plan_info import (
     read_json,
 )
 
+CLOSE = 0.01
+"""Share by which the number of steps may be off: two plans differ by at most twice that."""
+LARGER_STEP = 1.5
+"""Times the tokens that were asked for, from which a step's are pointed out."""
+
 __all__ = ["JSON_NAME", "PARQUET_NAME", "SCALAR_COLUMNS", "SCHEMA", "SCHEMA_VERSION", "Group", "Plan", "PlanInfo"]
 __all__ += ["completed", "hash_lengths", "imbalance", "ratios", "read_info", "read_plan", "validate", "write_plan"]
 
@@ -398,6 +403,31 @@ def imbalance(per_rank: FloatArray, degree: FloatArray, micro_step: IntArray, wo
     np.maximum.at(most, micro_step, per_rank)
     total = np.bincount(micro_step, weights=per_rank * degree, minlength=n)
     return float(np.mean(1 - total / (np.maximum(most, 1e-300) * world_size)))
+
+
+def wanted_steps(tokens: float, batch: float) -> int:
+    """The whole number of steps nearest to `tokens` in steps of `batch`."""
+    return max(1, round(tokens / batch))
+
+
+def close(n_steps: int, wanted: int) -> bool:
+    """Whether so many steps are as good as those wanted."""
+    return abs(n_steps - wanted) <= CLOSE * wanted
+
+
+def batch_not_kept(plan: Plan) -> str | None:
+    """Why the steps are not those of the global batch that was asked for; None where they are, or nothing was asked."""
+    asked = (plan.info.settings.get("asked") or {}).get("global_batch_tokens")
+    if not asked:
+        return None
+    tokens, wanted = plan.tokens(), wanted_steps(plan.info.n_tokens, asked)
+    largest = int(np.bincount(plan.step, tokens).max())
+    micro_step = int(np.bincount(plan.micro_step_index(), tokens).max())
+    why = f"one micro-step of {plan.info.world_size} GPUs holds {micro_step:,}"
+    if not close(plan.n_steps, wanted):
+        mean = plan.info.n_tokens / plan.n_steps
+        return f"{plan.n_steps:,} steps of {mean:,.0f} tokens, asked {asked:,} ({wanted:,} steps): {why}"
+    return f"steps hold up to {largest:,} tokens, asked {asked:,}: {why}" if largest > LARGER_STEP * asked else None
 
 
 def piece_folders(folder: Path) -> list[Path]:

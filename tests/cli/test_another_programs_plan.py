@@ -15,7 +15,8 @@ from workers import run_ranks
 
 from hbp.cli.main import main
 from hbp.cli.tables import run_table
-from hbp.run.engine import prepare, split_samples
+from hbp.data.samples import split_samples
+from hbp.run.data import prepare
 
 FIXED = {  # the contract's fixed keys, and no more
     "groups": [{"capacity": c, "sp_degree": d, "gc_layers": 0} for c, d in ((50, 1), (100, 2), (200, 4))],
@@ -61,7 +62,7 @@ def test_train_follows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     job = write_job(tmp_path / "job", samples=30)
     config = config_of(job)
     store = prepare(config)
-    ids, _ = split_samples(store.lengths, config)
+    ids, _ = split_samples(store, seed=config.seed, eval_samples=config.data.eval_samples, max_length=None)
     lengths = np.asarray(store.lengths[ids]).tolist()
     rows = [
         {"step": i // 8, "micro_step": i % 8 // 2, "rank_start": i % 2, "sp_degree": 1, "gc_layers": 0}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hbp.data.chat import Encoded
 from workers import random_samples
 
 from hbp.cli.main import main
+from hbp.data.record import Encoded
 from hbp.data.store import write_store
 from hbp.plan import Plan
 

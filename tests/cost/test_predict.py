@@ -200,8 +200,8 @@ def test_recomputation_saves_bytes(cost: CostModel, data: Any) -> None:
     degree = data.draw(st.sampled_from(cost.degrees()))
     tokens = data.draw(st.integers(1, 10**6))
     used = [cost.bytes(tokens, degree, k) for k in range(cost.model.n_layers)]
-    # One more recomputed layer keeps its input, and with few tokens may save nothing: from the next to last on, backward
-    # has one layer whole in any case, beside the gradients of the one before.
+    # One more recomputed layer keeps its input, and with few tokens may save nothing: from the next to last on,
+    # backward has one layer whole in any case, beside the gradients of the one before.
     kept = cost.model.checkpoint_bytes_per_token(cost.cluster.dtype_bytes) * cost.cluster.activation_scale
     assert all(b <= a + kept * tokens / degree + 1e-6 * a for a, b in pairwise(used))
     assert used[0] >= used[-1] >= cost.bytes(0, 1, 0)

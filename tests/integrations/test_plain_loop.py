@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hbp.data.chat import Encoded
 from integrations.following import LLAMA, SAMPLES, plan
 from workers import CPU, run_ranks, write_model
 
 from hbp.config import TrainConfig
+from hbp.data.record import Encoded
 from hbp.data.store import write_store
 from hbp.parallel.mesh import make_mesh
 from hbp.train.loop import Learner, train

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 from plans import plan_of
 from workers import CPU, Samples, random_samples
 
+from hbp.config import LOSSES
 from hbp.parallel.mesh import ParallelMesh, SequenceGroups
-from hbp.train.batch import IDLE, MicroBatch, make_micro_batch, micro_batch_of, micro_batches, rows_of_rank
+from hbp.train.batch import IDLE, MicroBatch, make_micro_batch, micro_batch_of, micro_batches, rows_of_rank, steps
 from hbp.train.loss import IGNORE, global_batches
 
 MESH = ParallelMesh(None, made={d: SequenceGroups(d) for d in (1, 2, 3, 4, 8)})  # these tests never communicate
@@ -89,6 +92,28 @@ def test_weights_follow_the_sample():
     assert weights.dtype == torch.float32
     assert {batch.token_share for batch in slices} == {0.1}
     assert make_micro_batch(plan, 0, samples, MESH, 0, CPU).weights is None
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_that_goes_on_weighs_its_tokens_as_before(loss):
+    samples = random_samples([4, 9, 5, 7, 30], VOCAB)
+    plan = plan_of([(0, 0, 0, 1, 0, [1, 0]), (1, 0, 0, 1, 0, [2, 3]), (2, 0, 0, 1, 0, [4])], samples.lengths, 1)
+    mesh = ParallelMesh(SimpleNamespace(get_rank=lambda: 0, size=lambda: 1))
+    whole, rest = (list(steps(plan, samples, mesh, loss=loss, start=start)) for start in (0, 1))
+    assert len(rest) == 2
+    for (before,), (after,) in zip(whole[1:], rest, strict=True):
+        assert torch.equal(before.weights, after.weights) and before.row == after.row
+
+
+def test_token_mean_weighs_by_the_pack():
+    """Packs of 6 loss tokens on two ranks and of 3 on one; one rank idles: 2/4 and 1/4 of the mean."""
+    ids = np.arange(5, dtype=np.int32)
+    samples = Samples([(ids, np.array(mask, np.uint8)) for mask in ([1] * 5, [0, 0, 0, 1, 1], [1, 0, 1, 1, 1])])
+    plan = plan_of([(0, 0, 0, 2, 0, [0, 1]), (0, 0, 2, 1, 0, [2])], samples.lengths, 4)
+    step = global_batches(plan, samples.loss_tokens, "token-mean")[0]
+    slices = [make_micro_batch(plan, row, samples, MESH, rank, CPU, step) for row, rank in ((0, 0), (0, 1), (1, 2))]
+    assert slices[0].weights.tolist() == slices[1].weights.tolist() == pytest.approx([2 / (4 * 6)] * 5)
+    assert slices[2].weights.tolist() == pytest.approx([1 / (4 * 3)] * 5)
 
 
 def test_idle_is_one_token_without_loss():

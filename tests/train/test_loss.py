@@ -136,21 +136,42 @@ PLAN = plan_of([(0, 0, 0, 1, 0, [2, 0]), (0, 0, 1, 1, 0, [1]), (1, 0, 0, 2, 0, [
 
 
 def test_global_batches_of_a_plan():
-    assert global_batches(PLAN, TARGETS, "sum") == [GlobalBatch("sum", 11, 5, 2), GlobalBatch("sum", 9, 5, 2)]
-    with pytest.raises(HbpError, match="no loss 'mean': give one of ave-token, sample-mean, sum"):
+    targets = np.array([3, 0, 2, 5, 1])
+    first, second = global_batches(PLAN, targets, "sum")
+    assert first == GlobalBatch("sum", 11, 5, 2, mean_tokens=10.0, mean_loss_tokens=5.5, turns=2)
+    assert second == GlobalBatch("sum", 9, 6, 2, mean_tokens=10.0, mean_loss_tokens=5.5, turns=2)
+    with pytest.raises(HbpError, match="no loss 'mean': give one of ave-token, run-token, sample-mean, sum, token"):
         global_batches(PLAN, TARGETS, "mean")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_are_over_the_global_batch(loss):
-    step = global_batches(PLAN, TARGETS, loss)[0]
+    step = global_batches(PLAN, np.array([3, 0, 2, 5, 1]), loss)[0]
     entropies = {0: [1.0, 2.0, 6.0], 1: [], 2: [5.0, 1.0]}  # by loss token, wherever it was packed
     want = {
         "ave-token": 15 / 5,
         "sample-mean": (9 / 3 + 6 / 2) / 2,  # the sample without loss tokens does not count
         "sum": 15,
+        "run-token": 15 / ((5 + 6) / 2),
+        "token-mean": (15 / 5 + 0) / 2,  # one rank has all the loss tokens, the other none
     }[loss]
-    assert sum(step.token_weight(len(e)) * sum(e) for e in entropies.values()) == pytest.approx(want)
+    weights = {i: step.token_weight(len(e), 5 if i in (0, 2) else 0) for i, e in entropies.items()}
+    assert sum(weights[i] * sum(e) for i, e in entropies.items()) == pytest.approx(want)
+
+
+def test_run_token_weighs_every_token_of_the_plan_alike():
+    """Steps of 5 and 50 loss tokens; `ave-token` weighs a token of the first ten times as much."""
+    targets = np.array([3, 0, 2, 45, 5])
+    weights = {loss: [s.token_weight(3, 5) for s in global_batches(PLAN, targets, loss)] for loss in LOSSES}
+    assert weights["run-token"] == [2 / 55, 2 / 55]
+    assert weights["ave-token"] == [1 / 5, 1 / 50]
+    assert np.mean([w * n for w, n in zip(weights["run-token"], (5, 50), strict=True)]) == pytest.approx(1)
+
+
+def test_router_losses_follow_the_loss():
+    shares = {loss: [step.token_share for step in global_batches(PLAN, TARGETS, loss)] for loss in LOSSES}
+    assert shares.pop("run-token") == [1 / 10, 1 / 10]
+    assert all(share == [1 / 11, 1 / 9] for share in shares.values())
 
 
 def test_ave_token_is_the_papers():

@@ -1,4 +1,7 @@
-"""One loss curve: the same samples a step give the same losses and gradient norms, however a plan lays them out."""
+"""One loss curve: the same samples a step give the same losses and gradient norms, however a plan lays them out.
+
+But for `token-mean`, which is there for comparison: it is the mean of each rank's own mean, by hand.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from plans import Row, plan_of
 from workers import CPU, LLAMA, random_samples, run_ranks, write_config
 
 from hbp.config import LOSSES, TrainConfig
-from hbp.parallel.mesh import make_mesh
+from hbp.parallel.mesh import ParallelMesh, SequenceGroups, make_mesh
 from hbp.plan import Plan
+from hbp.train.batch import micro_batch_of
 from hbp.train.loop import Learner, train
 from hbp.train.model import load_model, shard
 
@@ -18,6 +22,8 @@ TOLERANCE = 1e-4
 """Relative, of losses and gradient norms after up to four optimizer steps in float32."""
 SAMPLES = random_samples(np.random.default_rng(0).integers(2, 40, STEPS * PER_STEP), LLAMA["vocab_size"])
 ONE_RANK = "one rank"
+SAME = [loss for loss in LOSSES if loss != "token-mean"]
+"""Losses that do not depend on the packing."""
 
 Pack = tuple[int, int, int, int, list[int]]
 """micro-step, first rank, SP degree, recomputed layers, which of the step's samples"""
@@ -56,14 +62,22 @@ def curves(rank: int, world: int, names: list[str], folder: str) -> dict[tuple[s
     return found
 
 
+def summed_losses(folder: str) -> np.ndarray:
+    """Cross entropy of each sample of the first step, summed, before training."""
+    mesh, model = ParallelMesh(None, made={1: SequenceGroups()}), load_model(folder, seed=3)
+    alone = [micro_batch_of([document], 0, 1, 0, 0, mesh, CPU) for document in SAMPLES.documents[:PER_STEP]]
+    return np.array([float(model(*batch.inputs).detach()) for batch in alone])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = write_config(tmp_path_factory.mktemp("config"), LLAMA)
     many = [name for name in LAYOUTS if name != ONE_RANK]
-    return {**run_ranks(curves, WORLD, many, folder)[0], **run_ranks(curves, 1, [ONE_RANK], folder)[0]}
+    found = {**run_ranks(curves, WORLD, many, folder)[0], **run_ranks(curves, 1, [ONE_RANK], folder)[0]}
+    return found | {"alone": summed_losses(folder)}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SAME)
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])
 def test_same_curve_under_every_plan(runs, name, loss):
     want = np.array(runs["one micro-step", loss])
@@ -74,5 +88,23 @@ def test_same_curve_under_every_plan(runs, name, loss):
 def test_losses_are_different_losses(runs):
     """So that agreement between plans is not agreement between losses."""
     curve = {loss: np.array(runs[ONE_RANK, loss])[:, 0] for loss in LOSSES}
-    assert (np.abs(curve["sample-mean"] / curve["ave-token"] - 1) > 5 * TOLERANCE).all()
+    for loss in ("sample-mean", "run-token"):  # token-mean is near to it in an untrained model
+        assert (np.abs(curve[loss] / curve["ave-token"] - 1) > 5 * TOLERANCE).all(), loss
     assert (curve["sum"] > 10 * curve["ave-token"]).all()
+
+
+def test_run_token_divides_every_step_by_the_same(runs):
+    """The first step's sum, the same for all losses, ÷ the mean loss tokens of a step."""
+    want = runs["alone"].sum() / (SAMPLES.loss_tokens.sum() / STEPS)
+    assert runs["SP 4, recomputed", "run-token"][0][0] == pytest.approx(want, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_token_mean_is_the_mean_of_the_ranks_means(runs, name):
+    """Section 4.3 of the paper: each rank its own loss tokens, then the mean over ranks and micro-steps."""
+    world, micro_steps = 1 if name == ONE_RANK else WORLD, max(pack[0] for pack in LAYOUTS[name]) + 1
+    means = np.zeros((micro_steps, world))  # ranks of a pack have its mean; ranks without one, 0
+    for micro, start, degree, _, samples in LAYOUTS[name]:
+        mean = runs["alone"][samples].sum() / SAMPLES.loss_tokens[samples].sum()
+        means[micro, start : start + degree] = mean
+    assert runs[name, "token-mean"][0][0] == pytest.approx(means.mean(), rel=TOLERANCE)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 LEAST = {"max_length": 1, "global_batch_tokens": 1, "windows": 1, "seed": 0, "short_steps": 0}
 """The options that shape a plan, with their least values."""
-LARGER_STEP = 1.5
-"""Times the tokens that were asked for, from which a step's are pointed out."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -109,7 +107,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     else:
         from hbp.planning.one_setting import one_setting_plan
 
-        if pair is not None:
+        if pair is not None and pair.any():
             raise HbpError("--sp, --gc and --equal-micro-steps do not know preference pairs; leave them out")
         one = {"sp_degree": args.sp, "gc_layers": args.gc, "equal_micro_steps": args.equal_micro_steps}
         plan = one_setting_plan(lengths, cost, strategy=args.strategy, **one, **_shape(args))
@@ -130,7 +128,7 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
         result["explain"] = explain(plan, cost, lengths)
     if not args.json:
         _show_plan(plan, result)
-    for line in _worth_knowing(plan, args.global_batch_tokens):
+    for line in _worth_knowing(plan):
         say(line)
     return result
 
@@ -141,20 +139,21 @@ def _show_plan(plan: Plan, result: Mapping[str, Any]) -> None:
     groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
     table("groups", ("packing length", "SP degree", "GC layers"), groups)
     metrics_table([(plan.info.strategy, plan.info.metrics, result["simulation"])])
+    details = plan.info.details
     for why in result.get("explain", ()):
         print(f"- {why}")
-    print(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in plan.info.details.items()))
+    shown = {name: f"{value:,.0f}" if name.endswith("_tokens") else f"{value:.4f}" for name, value in details.items()}
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()))
     print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {result['plan']}")
 
 
-def _worth_knowing(plan: Plan, asked: int | None) -> Iterator[str]:
+def _worth_knowing(plan: Plan) -> Iterator[str]:
     """What may not be as the user meant it."""
-    mean = plan.info.metrics["ave_tokens"]
-    if mean > LARGER_STEP * (asked or math.inf):
-        yield (
-            f"a step holds {mean:,.0f} tokens, more than --global-batch-tokens {asked:,}: one micro-step of "
-            f"{plan.info.world_size} GPUs is larger; give more, or fewer --gpus"
-        )
+    from hbp.plan import batch_not_kept
+
+    batch = batch_not_kept(plan)
+    if batch is not None:
+        yield f"{batch}; give more --global-batch-tokens, or fewer --gpus"
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
         count = f"{len(plan.info.dropped):,} samples (listed in plan.json)"

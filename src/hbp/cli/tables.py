@@ -169,6 +169,7 @@ def run_table(summary: Mapping[str, Any], *, disturbed: bool = False) -> None:
                 r["strategy"],
                 settings,
                 f"{r['tokens_per_s']:,.0f}",
+                f"{r['steps']:,}",
                 f"{r['seconds']:.1f}",
                 "–" if r["final_train_loss"] is None else f"{r['final_train_loss']:.3f}",
                 "–" if r["eval_loss"] is None else f"{r['eval_loss']:.3f}",
@@ -177,7 +178,7 @@ def run_table(summary: Mapping[str, Any], *, disturbed: bool = False) -> None:
                 f"{r['metrics']['cr']:.2f}",
             )
         )
-    header = ("strategy", "groups", "tokens/s", "seconds", "train loss", "eval loss", "peak GiB", "ABR", "CR")
+    header = ("strategy", "groups", "tokens/s", "steps", "seconds", "train loss", "eval loss", "peak GiB", "ABR", "CR")
     table("measured", header, rows)
     if disturbed:
         print(

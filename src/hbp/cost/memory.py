@@ -112,8 +112,8 @@ def moments(
         alive = cluster.activation_scale * on_device + 2 * hidden
         constant = held.states + held.backward + reducing
         every.append(Moment(constant + held.gradients, alive + 2 * m.widest_mlp * b, 0.0, *stay))
-        if m.n_moe_layers:
-            every.append(Moment(constant, alive + m.combining_bytes(b), 0.0, *stay))
+        combining = m.combining_bytes(b) if m.n_moe_layers else 0.0  # as many moments for every model: fits stack them
+        every.append(Moment(constant, alive + combining, 0.0, *stay))
     return tuple(every)
 
 

@@ -24,10 +24,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from hbp.plan import Group
+from hbp.plan import Group, wanted_steps
 from hbp.planning.kernels import best_fit_decreasing, by_falling_length, first_fit, next_fit
 from hbp.planning.packs import Int, Lengths, PackCost, Packs, Schedule, join, packs_of
-from hbp.planning.paper.packing import balance_batches, micro_steps_per_step
+from hbp.planning.paper.packing import balance_batches
+from hbp.planning.paper.steps import cut_evenly
 from hbp.planning.settings import Choice, Wanted, every_degree, every_length, least_seconds
 from hbp.planning.strategy import Outcome, Problem, Strategy
 
@@ -46,6 +47,7 @@ def _in_given_order(problem: Problem, packs: Packs) -> Outcome:
         problem.global_batch_tokens,
         problem.rng,
         by_cost=False,
+        counted=not problem.batch_given,
     )
     return Outcome(schedule, groups)
 
@@ -126,8 +128,7 @@ def lb(problem: Problem) -> Outcome:
 
 def _random_batches(ids: Int, lengths: Lengths, tokens: int) -> list[Int]:
     """Cut samples, in order, into batches of about so many tokens."""
-    ends = np.cumsum(lengths[ids], dtype=np.int64)
-    batch = (ends - 1) // tokens
+    batch = cut_evenly(lengths[ids], wanted_steps(float(lengths[ids].sum(dtype=np.int64)), tokens))
     return np.split(ids, np.flatnonzero(np.diff(batch)) + 1)
 
 
@@ -160,10 +161,8 @@ def dcp(problem: Problem) -> Outcome:
     groups = tuple(Group(int(per_rank * d), d, static.gc_layers) for d in degrees)
     limits = np.array([group.capacity for group in groups])
     ids = problem.rng.permutation(problem.sample_ids)
-    tokens = micro_steps_per_step(static, problem.world_size, problem.global_batch_tokens)
-    tokens *= problem.world_size // static.sp_degree * static.capacity
     parts, steps = [], []
-    for step, batch in enumerate(_random_batches(ids, lengths, tokens)):
+    for step, batch in enumerate(_random_batches(ids, lengths, problem.global_batch_tokens)):
         home = np.searchsorted(limits, lengths[batch])
         for index in np.unique(home):
             own = batch[home == index]

@@ -15,7 +15,9 @@ Under ``details`` in plan.json (:func:`measure_order`):
 - time imbalance: the same ratio with predicted seconds;
 - drift: how far a step's composition is from the data set's: half the sum over octaves of sample length of the absolute
   difference between the step's share of tokens and the data set's, the mean over steps. 0: every step is the data set
-  in small; near 1: steps of one kind. Random samples of the same batch size do not reach 0 either.
+  in small; near 1: steps of one kind. Random samples of the same batch size do not reach 0 either;
+- largest step tokens; and steps off: how far the number of steps is from that of the global batch, as a share of it
+  (:mod:`hbp.planning.paper.steps`), 0 where the plan keeps it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 from numba import njit
 
 from hbp.cost.predict import CostModel
-from hbp.plan import IntArray, Plan, imbalance, ratios
+from hbp.plan import IntArray, Plan, imbalance, ratios, wanted_steps
 from hbp.planning.lower_bound import lower_bound
 from hbp.planning.packs import Float
 
@@ -50,8 +52,7 @@ class Metrics:
 def measure(plan: Plan, cost: CostModel, limit: int | None = None) -> Metrics:
     """Every metric of a plan that holds at least one pack; `limit` is the user's, of the tokens of a pack."""
     found = ratios(plan)
-    batch = int(plan.info.settings.get("global_batch_tokens", 0)) or 1
-    asked = min(plan.n_steps, -(-plan.info.n_tokens // batch))
+    asked = min(plan.n_steps, -(-plan.info.n_tokens // _batch(plan)))
     efficiency = lower_bound(plan.lengths, cost, steps=asked, max_length=limit) / found["predicted_s"]
     # More than 1 but for rounding would be a fault, and has to show.
     return Metrics(**found, efficiency=1.0 if 1 < efficiency < 1 + FLOAT32 else efficiency)
@@ -63,7 +64,14 @@ def measure_order(plan: Plan) -> dict[str, float]:
     return {
         "time_imbalance": imbalance(seconds, degree, plan.micro_step_index(), plan.info.world_size),
         "drift": drift(plan.step, plan.sample_offsets, plan.lengths, plan.n_steps),
+        "largest_step_tokens": float(np.bincount(plan.step, plan.tokens()).max()),
+        "steps_off": plan.n_steps / wanted_steps(plan.info.n_tokens, _batch(plan)) - 1,
     }
+
+
+def _batch(plan: Plan) -> int:
+    """Tokens of an optimizer step that the plan was made for."""
+    return int(plan.info.settings.get("global_batch_tokens", 0)) or 1
 
 
 def drift(step: IntArray, offsets: IntArray, lengths: IntArray, n_steps: int) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbp.errors import HbpError
-from hbp.plan import JSON_NAME, Plan, read_plan
+from hbp.plan import JSON_NAME, Plan, batch_not_kept, read_plan
 from hbp.report.lanes import shared_waiting
 from hbp.run_log import EvalRecord, StepRecord, read_log
 from hbp.simulator import Simulation, rank_use, simulate, step_seconds
@@ -159,6 +159,7 @@ def _strategy(part: Part) -> dict[str, Any]:
             for group, p, t in zip(groups, packs, tokens, strict=True)
         ],
         "metrics": dict(info.metrics),
+        "batch_not_kept": batch_not_kept(part.plan),
         "predicted": part.simulation.to_json(),
         "parts": dict(part.parts),
         "steps_done": len(part.steps),

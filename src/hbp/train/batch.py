@@ -59,7 +59,7 @@ class MicroBatch:
     gc_layers: int
     weights: Tensor | None = None  # [T] float32, what each token counts in the loss; none: 1
     token_share: float = 0.0
-    """One over the tokens of the global batch, which router losses are averaged over; 0: no router loss."""
+    """What a token counts in the mean of router losses (:attr:`GlobalBatch.token_share`); 0: no router loss."""
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, PackLayout, Tensor | None, float]:
@@ -168,8 +168,8 @@ def steps(
 
     A rank that the plan leaves idle in a micro-step gets one token without loss, so that all ranks' collectives match.
     Over all ranks and micro-batches of a step the sum of ``batch.weights`` × cross entropy is its loss, whatever the
-    packing; where gradients are averaged over the ranks (FSDP, DDP), multiply it by the world size. The collectives
-    that make the mesh's groups are in the call itself, so all ranks call alike.
+    packing (but for `token-mean`); where gradients are averaged over the ranks (FSDP, DDP), multiply it by the world
+    size. The collectives that make the mesh's groups are in the call itself, so all ranks call alike.
 
     Args:
         plan: made for this world size.
@@ -230,7 +230,10 @@ def micro_batch_of(
 ) -> MicroBatch:
     """The slice of rank `sp_rank` of a pack of documents, each given as token ids and loss mask."""
     groups, lengths = mesh.groups(degree), [len(ids) for ids, _ in documents]
-    weights = None if step is None else np.repeat([step.token_weight(int(m[1:].sum())) for _, m in documents], lengths)
+    weights = None
+    if step is not None:
+        targets = [int(mask[1:].sum()) for _, mask in documents]
+        weights = np.repeat([step.token_weight(count, sum(targets), degree) for count in targets], lengths)
     filler = -sum(lengths) % token_multiple(groups)
     if filler:  # a document of its own, so that no real token can see it
         documents = [*documents, (np.zeros(filler, np.int32), np.zeros(filler, np.uint8))]
@@ -262,7 +265,7 @@ def micro_batch_of(
         layout,
         gc_layers,
         None if weights is None else put(weights, np.float32),
-        0.0 if step is None else 1.0 / step.tokens,
+        0.0 if step is None else step.token_share,
     ).to(device)
 
 

@@ -1,14 +1,20 @@
 """The loss of an optimizer step, defined over its global batch: the same whatever the packing, degree or world size.
 
 With a mean per micro-batch (the paper's Token-Mean baseline, Section 4.3) a token in a pack of few loss tokens weighs
-more than one in a full pack, so the loss depends on the packing. Here every token's weight follows from its sample and
-from the whole step alone (:class:`GlobalBatch`), each rank sums weight × cross entropy, and FSDP's mean over ranks is
-undone by a factor of the world size:
+more than one in a full pack, so the loss depends on the packing. In the others every token's weight follows from its
+sample, the whole step and the whole plan (:class:`GlobalBatch`). Each rank sums weight × cross entropy, and FSDP's mean
+over ranks is undone by a factor of the world size:
 
-- ``ave-token``: 1 ÷ loss tokens of the global batch, every token alike. The paper's Ave-Token divides a rank's sum by
-  the mean loss tokens a rank, which is this, and so is a token mean over the global batch.
-- ``sample-mean``: 1 ÷ (loss tokens of the sample × samples with any), every sample alike.
+- ``ave-token``: 1 ÷ loss tokens of the global batch, every token of a step alike. The paper's Ave-Token divides a
+  rank's sum by the mean loss tokens a rank, which is this, and so is a token mean over the global batch.
+- ``run-token``: 1 ÷ the mean loss tokens of a step of the plan, every token of the plan alike.
+- ``sample-mean``: 1 ÷ (loss tokens of the sample × samples with any), every sample of a step alike.
 - ``sum``: 1.
+- ``token-mean``: 1 ÷ loss tokens of the token's own micro-batch, averaged over ranks and micro-steps. For comparison:
+  the one that depends on the packing. A rank is a data-parallel one: the ranks of an SP group share a pack, so a pack
+  counts once for each of its ranks; ranks that idle, or have no loss token, count with 0.
+
+What each choice does to training is in ``docs/losses.md``.
 
 The vocabulary projection runs in chunks, so that a 128K-token pack never holds 128K × vocabulary logits. Each chunk's
 gradients are taken at once, while its logits are there: nothing is recomputed, and what waits for backward is a
@@ -72,21 +78,46 @@ class GlobalBatch:
     loss_tokens: int
     samples: int
     """That have a loss token."""
+    mean_tokens: float = 0.0
+    """Of a step of the plan."""
+    mean_loss_tokens: float = 0.0
+    """Of a step of the plan."""
+    turns: int = 1
+    """Ranks × micro-steps."""
 
-    def token_weight(self, sample_loss_tokens: int) -> float:
-        """What each loss token of a sample counts."""
-        if self.loss == "sum":
-            return 1.0
-        if self.loss == "sample-mean":
-            return 1.0 / max(sample_loss_tokens * self.samples, 1)
+    def token_weight(self, sample_loss_tokens: int, pack_loss_tokens: int = 0, sp_degree: int = 1) -> float:
+        """What each loss token of a sample counts.
+
+        Args:
+            sample_loss_tokens: of the sample.
+            pack_loss_tokens: of the pack that it is in.
+            sp_degree: ranks of that pack.
+        """
+        match self.loss:
+            case "sum":
+                return 1.0
+            case "sample-mean":
+                return 1.0 / max(sample_loss_tokens * self.samples, 1)
+            case "run-token":
+                return 1.0 / (self.mean_loss_tokens or 1.0)
+            case "token-mean":
+                return sp_degree / (self.turns * max(pack_loss_tokens, 1))
         return 1.0 / max(self.loss_tokens, 1)
+
+    @property
+    def token_share(self) -> float:
+        """What a token counts in the mean of router losses: over the step, or over the plan with `run-token`."""
+        return 1.0 / (self.mean_tokens if self.loss == "run-token" else self.tokens)
 
 
 def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str = "ave-token") -> list[GlobalBatch]:
     """The global batch of each step of a plan.
 
+    `run-token` divides by the mean over the plan given. A run of several epochs, or of a stream's pieces, has a plan
+    for each, so each part has its own mean. A run that goes on reads the same plan and has the same weights.
+
     Args:
-        plan: to be run.
+        plan: to be run, the whole of it.
         loss_tokens: targets of each sample, int ``[N]``.
         loss: one of :data:`hbp.config.LOSSES`.
 
@@ -101,7 +132,14 @@ def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str =
         np.bincount(step, weights=weights, minlength=plan.n_steps).astype(np.int64)
         for weights in (plan.lengths, targets, targets > 0)
     ]
-    return [GlobalBatch(loss, *(int(count[i]) for count in counts)) for i in range(plan.n_steps)]
+    micro_steps = np.zeros(plan.n_steps, np.int64)
+    np.maximum.at(micro_steps, plan.step, plan.micro_step.astype(np.int64) + 1)
+    mean_tokens, mean_loss_tokens = (float(count.sum()) / max(plan.n_steps, 1) for count in counts[:2])
+    turns = micro_steps * plan.info.world_size
+    return [
+        GlobalBatch(loss, tokens, loss_tokens, samples, mean_tokens, mean_loss_tokens, ranks)
+        for tokens, loss_tokens, samples, ranks in zip(*(x.tolist() for x in (*counts, turns)), strict=True)
+    ]
 
 
 def summed_cross_entropy(

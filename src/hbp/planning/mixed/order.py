@@ -18,8 +18,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from hbp.plan import close, wanted_steps
 from hbp.planning.packs import Float, Int
 from hbp.planning.paper.curriculum import default_short_steps
+from hbp.planning.paper.steps import cut_evenly
 
 
 def interleave(kind: Int, window: Int, rng: np.random.Generator) -> Int:
@@ -43,10 +45,15 @@ def interleave(kind: Int, window: Int, rng: np.random.Generator) -> Int:
 
 
 def cut_steps(order: Int, tokens: Float, batch: float) -> Int:
-    """Optimizer step of each micro-step: `order` cut at every `batch` tokens, by the middle of the micro-step."""
+    """Optimizer step of each micro-step: `order` cut at every `batch` tokens, by the middle of the micro-step.
+
+    Where that makes another number of steps than a run of so many tokens has
+    (:mod:`hbp.planning.paper.steps`), cut into equal parts instead.
+    """
     ends = np.cumsum(tokens[order])
-    step = np.empty(len(order), np.int64)
-    step[order] = np.unique(np.floor((ends - tokens[order] / 2) / batch), return_inverse=True)[1]
+    step, wanted = np.empty(len(order), np.int64), wanted_steps(float(ends[-1]), batch)
+    cut = np.unique(np.floor((ends - tokens[order] / 2) / batch), return_inverse=True)[1]
+    step[order] = cut if close(int(cut[-1]) + 1, wanted) else cut_evenly(tokens[order], wanted)
     return step
 
 

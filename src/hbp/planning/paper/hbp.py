@@ -36,6 +36,7 @@ def hbp(problem: Problem) -> Outcome:
         problem.world_size,
         problem.global_batch_tokens,
         problem.rng,
+        counted=not problem.batch_given,
     )
     n_steps = int(schedule.step.max()) + 1
     kind = np.empty(n_steps, np.int64)

@@ -26,9 +26,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hbp.plan import Group
+from hbp.plan import Group, close, wanted_steps
 from hbp.planning.kernels import best_fit_decreasing, greedy_fill
-from hbp.planning.packs import Int, Lengths, PackCost, Packs, Schedule, join, packs_of
+from hbp.planning.packs import Float, Int, Lengths, PackCost, Packs, Schedule, join, packs_of
+from hbp.planning.paper.steps import cut_evenly, share_out
 
 
 def hierarchical_packs(lengths: Lengths, sample_ids: Int, groups: Sequence[Group], rng: np.random.Generator) -> Packs:
@@ -87,6 +88,7 @@ def balance_batches(
     rng: np.random.Generator,
     *,
     by_cost: bool = True,
+    counted: bool = False,
 ) -> Schedule:
     """Cut each group's packs into micro-steps of like cost, and deal these to steps of one group each.
 
@@ -99,12 +101,13 @@ def balance_batches(
         global_batch_tokens: tokens that a step should hold.
         rng: deals micro-steps to steps.
         by_cost: False keeps the packs in the order given, as trainers without balancing do.
+        counted: steps of as many micro-steps as full packs would take, however full they are.
 
     Returns:
         Steps numbered group by group; :mod:`hbp.planning.paper.curriculum` orders them.
     """
-    parts, steps, micros, starts = [], [], [], []
-    first_step = 0
+    parts, micros, starts, tokens = [], [], [], []
+    per_step = []
     for index in np.unique(packs.group):
         group = groups[index]
         slots = world_size // group.sp_degree
@@ -117,15 +120,37 @@ def balance_batches(
             own = join([own.take(np.arange(full)), tail])
         batch = np.arange(len(own)) // slots
         n_batches = int(batch[-1]) + 1
-        per_step = micro_steps_per_step(group, world_size, global_batch_tokens)
         place = rng.permutation(n_batches) if by_cost else np.arange(n_batches)
         parts.append(own)
-        steps.append(first_step + place[batch] // per_step)
-        micros.append(place[batch] % per_step)
+        micros.append(place[batch])
         starts.append(np.arange(len(own)) % slots * group.sp_degree)
-        first_step += (n_batches - 1) // per_step + 1
+        tokens.append(np.bincount(place[batch], own.sum(lengths.astype(np.int64)), n_batches).astype(np.float64))
+        per_step.append(micro_steps_per_step(group, world_size, global_batch_tokens))
+    steps, first_step = [], 0
+    for i, of_micro in enumerate(_steps_of_groups(tokens, per_step, global_batch_tokens, counted)):
+        steps.append(first_step + of_micro[micros[i]])
+        micros[i] = micros[i] - np.searchsorted(of_micro, of_micro)[micros[i]]
+        first_step += int(of_micro[-1]) + 1
     empty = [np.zeros(0, np.int64)]
     return Schedule(join(parts), *(np.concatenate(empty + x) for x in (steps, micros, starts)))
+
+
+def _steps_of_groups(tokens: Sequence[Float], per_step: Sequence[int], batch: int, counted: bool) -> list[Int]:
+    """Step of each micro-step of each group, from 0 in each: by count where that comes near the batch, else by tokens.
+
+    Args:
+        tokens: of each group's micro-steps in order.
+        per_step: micro-steps of a step of full packs, of each group.
+        batch: tokens of a step.
+        counted: by count in any case.
+    """
+    by_count = [np.arange(len(own)) // each for own, each in zip(tokens, per_step, strict=True)]
+    totals = [float(own.sum()) for own in tokens]
+    wanted = wanted_steps(sum(totals), batch)
+    if counted or close(sum(int(steps[-1]) + 1 for steps in by_count), wanted):
+        return by_count
+    shares = share_out(wanted, totals, [len(own) for own in tokens])
+    return [cut_evenly(own, share) for own, share in zip(tokens, shares, strict=True)]
 
 
 def _deal_tail(packs: Packs, cost: PackCost, capacity: int, lengths: Lengths, slots: int) -> Packs:
