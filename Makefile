@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install quickstart test test-more test-cuda-fake test-oldest test-newest lint format typecheck browser clean
+.PHONY: install quickstart test test-more test-cuda-fake test-oldest test-newest lint format typecheck check-package docs browser clean
 
 install: $(STAMP)
 
@@ -64,5 +64,16 @@ format: install
 typecheck: install
 	$(BIN)/mypy
 
+# Wheel and sdist, used from clean environments. More: make check-package CHECK='--train --everything'
+CHECK ?=
+check-package: install
+	$(BIN)/python .ci/check_package.py $(CHECK) $(PIP_FLAGS)
+
+# The site, every warning an error, in an environment of its own: into site/.
+docs:
+	test -d .venv-docs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet $(PIP_FLAGS) -e '.[docs]'
+	.venv-docs/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) .venv-docs runs build dist site src/*.egg-info

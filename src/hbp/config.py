@@ -18,6 +18,7 @@ from hbp.errors import HbpError, did_you_mean
 
 Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
 Loss = Literal["ave-token", "run-token", "sample-mean", "sum", "token-mean"]
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
 Kernel = Literal["auto", "varlen", "sdpa", "flex", "flash", "eager"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 """Names; what each does is said where it is made (:mod:`hbp.planning.planner`)."""
@@ -263,6 +264,13 @@ class TrainConfig(_Section):
         json_schema_extra=FREE,
     )
     export: bool = Field(True, description="write the trained model as a Hugging Face folder", json_schema_extra=FREE)
+    push_to_hub: str | None = Field(
+        None,
+        min_length=1,
+        description="also upload the exported model there, as NAME or OWNER/NAME, private if it is new; needs a token "
+        "(`hf auth login` or HF_TOKEN)",
+        json_schema_extra=FREE,
+    )
     epochs: int = Field(
         1,
         ge=1,
@@ -330,6 +338,14 @@ class LogConfig(_Section):
     wandb_name: str | None = Field(None, description="name of the run there", json_schema_extra=FREE)
     wandb_mode: Literal["online", "offline"] = Field(
         "online", description="offline: files to `wandb sync` later", json_schema_extra=FREE
+    )
+    trackers: tuple[Tracker, ...] = Field(
+        (),
+        description="others, through Accelerate: aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio",
+        json_schema_extra=FREE,
+    )
+    project: str = Field(
+        "hbp", min_length=1, description="project or experiment of the run in `trackers`", json_schema_extra=FREE
     )
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
 
 import pytest
+import torch
 
-from hbp.config import LogConfig
+from hbp.config import LogConfig, validated
 from hbp.errors import HbpError
 from hbp.run_log import StepRecord
 from hbp.train import logs as writers
@@ -145,3 +147,89 @@ def test_a_writer_that_cannot_write_is_refused_before_anything_is_run(tmp_path, 
         monkeypatch.setattr(writers, "find_spec", lambda name, missing=package: None if name == missing else name)
         with pytest.raises(HbpError, match=f"{option} needs {package}; install with"):
             check_writers(config)
+
+
+TRACKIO = """
+import json
+from pathlib import Path
+
+LOG = Path(__file__).with_name("calls.jsonl")
+
+
+def note(*call):
+    with LOG.open("a") as file:
+        file.write(json.dumps(call) + "\\n")
+
+
+class Run:
+    def log(self, values, step):
+        if step == 3:
+            raise ConnectionError("gone")
+        note("log", values, step)
+
+    def finish(self):
+        note("finish")
+
+
+class Config:
+    def update(self, values, allow_val_change):
+        note("config", values)
+
+
+config = Config()
+
+
+def init(**options):
+    if options["project"] == "closed":
+        raise ValueError("no such\\nproject")
+    note("init", options)
+    return Run()
+"""
+
+
+@pytest.fixture
+def trackio(tmp_path, monkeypatch):
+    """A package of that name which writes down how it is called."""
+    pytest.importorskip("accelerate")
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "trackio.py").write_text(TRACKIO)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    yield tmp_path / "packages" / "calls.jsonl"
+    sys.modules.pop("trackio", None)
+
+
+def test_trackers_of_accelerate(tmp_path, trackio, capsys):
+    config = LogConfig(trackers=("trackio",), project="packing")
+    check_writers(config)
+    threads = torch.get_num_threads()
+    with open_writers(config, tmp_path, {"seed": 1, "train": {"lr": 1e-3, "betas": [0.9, 0.95]}}, "own") as (write,):
+        for step in (1, 2, 3, 4):
+            write(scalars_of(RECORD), step)
+    calls = [json.loads(line) for line in trackio.read_text().splitlines()]
+    assert calls[:2] == [
+        ["init", {"project": "packing", "name": "own", "resume": "allow"}],
+        ["config", {"seed": 1, "train.lr": 1e-3, "train.betas": "[0.9, 0.95]"}],
+    ]
+    assert [(name, step) for name, _, step in calls[2:]] == [("log", 1), ("log", 2)]  # not after what failed
+    assert calls[2][1]["train/loss"] == 2.5
+    assert "group/4096-SP2-GC1_512-SP1-GC0/skew" in calls[2][1]
+    assert capsys.readouterr().err.count("log.trackers: trackio fails, and gets no more of this run: gone") == 1
+    assert torch.get_num_threads() == threads
+
+
+def test_a_tracker_that_does_not_open_ends_the_run(tmp_path, trackio):
+    config = LogConfig(trackers=("trackio",), project="closed")
+    with pytest.raises(HbpError, match=r"log\.trackers: trackio: no such project"):
+        open_writers(config, tmp_path, {}).__enter__()
+
+
+def test_trackers_that_are_not_installed_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(writers, "find_spec", lambda name: None if name == "comet_ml" else name)
+    with pytest.raises(HbpError, match=r"comet_ml is not installed; `pip install comet-ml`"):
+        check_writers(LogConfig(trackers=("mlflow", "comet_ml")))
+    monkeypatch.setattr(writers, "find_spec", lambda name: None if name == "accelerate" else name)
+    with pytest.raises(HbpError, match=r"mlflow needs accelerate; .*\[trackers\]"):
+        check_writers(LogConfig(trackers=("mlflow",)))
+    with pytest.raises(HbpError, match=r"log\.trackers\.0.*'trackio'.*got 'tensorbord'"):
+        validated({"model": {"path": "x"}, "log": {"trackers": ["tensorbord"]}}, (), "run.yaml")

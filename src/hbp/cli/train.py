@@ -68,7 +68,7 @@ def _options() -> str:
 def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     """`hbp train`; None on the ranks that the first one speaks for."""
     from hbp.config import load_config
-    from hbp.run.slurm import understand_srun
+    from hbp.run.start.slurm import understand_srun
     from hbp.train import launch
 
     config = load_config(args.config, args.overrides)
@@ -76,7 +76,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     understand_srun(os.environ)
     if not launch.under_torchrun():
         from hbp.run.job import check_before_launch
-        from hbp.run.lock import owning
+        from hbp.run.start.lock import owning
 
         with owning(run, launcher=True):
             check_before_launch(config)

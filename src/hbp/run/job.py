@@ -6,7 +6,7 @@ torch.
 
 A run is a row of parts, each following one plan (:mod:`hbp.run.resume`): an epoch is one, or as many as the pieces of a
 stream that the user planned. Where `run_dir` holds an unfinished run of the same configuration, its last whole
-checkpoint is gone on with. One run at a time owns the folder (:mod:`hbp.run.lock`).
+checkpoint is gone on with. One run at a time owns the folder (:mod:`hbp.run.start.lock`).
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ from hbp.run.fit_memory import (
     own_plans,
     plan_within_memory,
 )
+from hbp.run.hub import check_hub
 from hbp.run.identity import RUN, replans, write_record
-from hbp.run.lock import owning
 from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
+from hbp.run.start.lock import owning
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
 from hbp.train.check.compare import require_checked
@@ -290,6 +291,7 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
         raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
     if logs:
         check_writers(config.log)
+        check_hub(config)
 
 
 def check_before_launch(config: Config, *, logs: bool = True) -> None:

@@ -29,6 +29,7 @@ from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress, say
 from hbp.run.engine import Engine
+from hbp.run.hub import push
 from hbp.run.identity import RUN, read_record
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
 from hbp.run.steps.odd import OddSteps, finite_or_none
@@ -183,6 +184,8 @@ def train_strategy(
         evaluated = {"eval_loss": run.evaluate(), "eval_loss_by_source": run.held_out.by_source}
         if engine.config.train.export:
             export_model(learner.model, folder / "model", engine.samples.store.tokenizer, dtype=dtype)
+        if keeps_state and engine.config.train.push_to_hub is not None:  # a baseline's model stays here
+            push(folder / "model", engine.config.train.push_to_hub)
         del run, learner
         free_memory()
     return {**_result(engine, folder, part, records), **evaluated}

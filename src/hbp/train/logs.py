@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: ``steps.jsonl`` always, TensorBoard and Weights & Biases if asked, by their writers.
+"""Where the numbers of a run go: ``steps.jsonl`` always; if asked TensorBoard, Weights & Biases, Accelerate's trackers.
 
 Scalars are numbered by the step of the whole run and named ``train/loss``, ``eval/loss``, ``group/16384-SP1-GC0/mfu``:
 speed and memory are kept apart by packing group, since each group is a regime of its own. Only rank 0 writes.
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from hbp.config import LogConfig
 from hbp.errors import HbpError
+from hbp.progress import say
 from hbp.run_log import StepRecord
 
 Writer = Callable[[Mapping[str, float], int], None]
@@ -38,8 +39,8 @@ def open_writers(
 
     Args:
         config: section ``log``.
-        folder: TensorBoard's files go to ``tensorboard`` in it, W&B's to ``wandb``.
-        run_config: shown beside the run by W&B.
+        folder: TensorBoard's files go to ``tensorboard`` in it, W&B's to ``wandb``, a tracker's to its own name's.
+        run_config: shown beside the run by W&B and trackers.
         run_id: of W&B's run, which is gone on with if it is there; None: a new one.
         step: of the run, that is done; what TensorBoard has of later ones, from before a kill, is taken back.
 
@@ -52,6 +53,9 @@ def open_writers(
             writers.append(stack.enter_context(_tensorboard(folder / "tensorboard", step)))
         if config.wandb_project is not None:
             writers.append(stack.enter_context(_wandb(config, folder, run_config, run_id)))
+        writers += [
+            stack.enter_context(_tracker(name, config.project, folder, run_config, run_id)) for name in config.trackers
+        ]
         yield writers
 
 
@@ -89,11 +93,80 @@ def _wandb(config: LogConfig, folder: Path, run_config: Mapping[str, Any], run_i
             settings=wandb.Settings(silent=True, console="off"),
         )
     except wandb.Error as error:
-        raise HbpError(f"log.wandb_project: {' '.join(str(error).split())[:300]}") from None
+        raise HbpError(f"log.wandb_project: {_one_line(error)}") from None
     try:
         yield lambda scalars, step: run.log(dict(scalars), step=step)
     finally:
         run.finish()
+
+
+@contextmanager
+def _tracker(
+    name: str, project: str, folder: Path, run_config: Mapping[str, Any], run_id: str | None
+) -> Iterator[Writer]:
+    """One of Accelerate's trackers. What fails once the run has begun is told, and ends the tracker, not the training.
+
+    A resumed run begins a new run there, but with Trackio, which goes on with one of the same name.
+    """
+    try:
+        from accelerate.state import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    except ImportError:
+        raise _missing(f"log.trackers: {name}", "accelerate", "trackers") from None
+    threads = torch.get_num_threads()
+    PartialState(cpu=True)  # the trackers' own log lines want it; it joins the processes that there are
+    torch.set_num_threads(threads)  # which it may have set
+    try:
+        tracker = LOGGER_TYPE_TO_CLASS[name](project, **_tracker_options(name, folder, run_id))
+        tracker.start()
+        tracker.store_init_configuration(_flat(run_config))
+    except Exception as error:  # each has its own kinds
+        raise HbpError(f"log.trackers: {name}: {_one_line(error)}") from None
+    works = [True]
+
+    def attempt(what: Callable[[], None]) -> None:
+        try:
+            if works[0]:
+                what()
+        except Exception as error:
+            works[0] = False
+            say(f"log.trackers: {name} fails, and gets no more of this run: {_one_line(error)}")
+
+    # MLflow takes no + in a name, which mixed steps have in that of their group
+    yield lambda scalars, step: attempt(
+        lambda: tracker.log({key.replace("+", "_"): x for key, x in scalars.items()}, step=step)
+    )
+    attempt(tracker.finish)
+
+
+def _tracker_options(name: str, folder: Path, run_id: str | None) -> dict[str, Any]:
+    """What the tracker's class takes beside the project: where its files go, and the run's name."""
+    match name:
+        case "aim":
+            return {"logging_dir": str(folder / "aim")}
+        case "dvclive":
+            return {"dir": str(folder / "dvclive")}
+        case "mlflow":
+            return {"run_name": run_id}
+        case "trackio" if run_id is not None:
+            return {"name": run_id, "resume": "allow"}
+        case _:
+            return {}
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """``{"train.lr": 1e-5, …}``: trackers take no sections; lists become text."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _wandb_mode(config: LogConfig) -> Any:
@@ -119,6 +192,12 @@ def check_writers(config: LogConfig) -> None:
     Raises:
         HbpError: a package that is not installed, or no key for W&B.
     """
+    for name in config.trackers:
+        if find_spec(name) is None:
+            package = name.replace("_", "-")
+            raise HbpError(f"log.trackers: {name} is not installed; `pip install {package}`, or leave it out")
+        if find_spec("accelerate") is None:
+            raise _missing(f"log.trackers: {name}", "accelerate", "trackers")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise _missing("log.tensorboard", "tensorboard")
     if config.wandb_project is None:
@@ -132,8 +211,8 @@ def check_writers(config: LogConfig) -> None:
         )
 
 
-def _missing(option: str, package: str) -> HbpError:
-    return HbpError(f"{option} needs {package}; install with `pip install 'hierarchical-balance-packing[log]'`")
+def _missing(option: str, package: str, extra: str = "log") -> HbpError:
+    return HbpError(f"{option} needs {package}; install with `pip install 'hierarchical-balance-packing[{extra}]'`")
 
 
 def scalars_of(record: StepRecord) -> dict[str, float]:
