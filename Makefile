@@ -22,7 +22,7 @@ quickstart: install
 	$(BIN)/hbp train examples/quickstart.yaml
 
 test: install browser
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Property tests with fresh seeds and ten times the cases; MORE names what to run.
 MORE ?= tests/planning

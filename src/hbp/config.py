@@ -201,6 +201,11 @@ class PlanConfig(_Section):
         description="also train this strategy on the same samples and compare, such as `concat`",
         json_schema_extra=FREE,
     )
+    baseline_full: bool = Field(
+        False,
+        description="train every static setting of the baseline whole; no: a few steps of each, then the fastest",
+        json_schema_extra=FREE,
+    )
     global_batch_tokens: int | None = Field(
         None,
         ge=1,
@@ -234,10 +239,29 @@ class TrainConfig(_Section):
     final_lr: float = Field(
         0.1, ge=0, le=1, description="share of the peak that the cosine ends at", json_schema_extra=FROM_THERE
     )
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW, on matrices; norms and biases have none")
+    decay_all: bool = Field(False, description="weight decay on norms and biases too, as in earlier versions")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     max_grad_norm: float = Field(
         1.0, gt=0, description="gradients are clipped to this norm", json_schema_extra=FROM_THERE
+    )
+    max_skipped: int = Field(
+        3,
+        ge=1,
+        description="a step whose loss or gradient norm is not finite is skipped; so many in a row end the run",
+        json_schema_extra=FREE,
+    )
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="save and end this job (exit code 85) after so many minutes; none: no limit",
+        json_schema_extra=FREE,
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="save and end (exit code 85) after so many steps of the whole run; none: no limit",
+        json_schema_extra=FREE,
     )
     export: bool = Field(True, description="write the trained model as a Hugging Face folder", json_schema_extra=FREE)
     push_to_hub: str | None = Field(

@@ -25,11 +25,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class RankFailed(Exception):
-    """A rank ended by a signal or a fault of ours; the message names it. Exit code 1."""
+    """A rank ended by a signal or a fault, or training that went wrong; the message says what. Exit code 1."""
 
 
 class Stopped(Exception):
-    """A signal ended the run, its state is saved. Exit code 143, as of a process that SIGTERM ended."""
+    """A signal or a limit ended the run, its state is saved; the same command goes on. Exit code 85."""
 
 
 REPORTED = {"HbpError": HbpError, "RankFailed": RankFailed, "Stopped": Stopped}

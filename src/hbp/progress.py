@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 import time
@@ -19,9 +20,14 @@ def _speaks() -> bool:
 
 
 def say(line: str) -> None:
-    """One line for people."""
+    """One line for people; of a rank, whose lines make the log of a run, with the time before it."""
     if _speaks():
-        print(f"hbp: {line}", file=sys.stderr, flush=True)
+        print(f"{time_stamp()}hbp: {line}", file=sys.stderr, flush=True)
+
+
+def time_stamp() -> str:
+    """Local time to the second and a blank, in a rank; nothing elsewhere."""
+    return datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S ") if "RANK" in os.environ else ""
 
 
 class Progress:

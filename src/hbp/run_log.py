@@ -28,8 +28,9 @@ class StepRecord:
     step: int
     """Of the plan."""
     loss: float | None
-    """Of the global batch, as `train.loss` defines it; None of one in which nothing is learnt."""
-    grad_norm: float
+    """Of the global batch, as `train.loss` defines it; None of one in which nothing is learnt, or that was skipped."""
+    grad_norm: float | None
+    """Before it was clipped; None: not finite."""
     lr: float
     tokens: int
     loss_tokens: int
@@ -60,6 +61,8 @@ class StepRecord:
     """The same over the device's peak, 0 to 1."""
     signal: int = 0
     """Number of a signal that some rank had received when the step ended, 0 for none."""
+    skipped: str = ""
+    """What was not finite, so that no parameter was changed; empty: the step was taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def rewrite_log(folder: Path, kind: type[Record], records: Iterable[Record]) -> 
 
 
 def _line(record: StepRecord | EvalRecord) -> str:
-    return json.dumps(dataclasses.asdict(record)) + "\n"
+    return json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n"
 
 
 def by_group(records: Sequence[StepRecord]) -> dict[str, dict[str, float | None]]:

@@ -14,6 +14,7 @@ from workers import LLAMA, write_config
 
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.plan import read_plan
+from hbp.run.baseline import PROBE_STEPS
 from hbp.train.model import load_model
 
 RNG = np.random.default_rng(0)
@@ -71,6 +72,7 @@ def test_baseline_is_the_fastest_static_setting_that_fits(summary: dict[str, Any
     best = max((t for t in trials if t["fits"]), key=lambda t: t["tokens_per_s"])
     (group,) = summary["results"][1]["groups"]
     assert (group["sp_degree"], group["gc_layers"]) == (best["sp_degree"], best["gc_layers"])
+    assert all(t["probe_steps"] == PROBE_STEPS for t in trials if t["fits"])  # and only the fastest is trained whole
 
 
 def test_run_folder(job: Path, summary: dict[str, Any]) -> None:

@@ -32,6 +32,14 @@ if os.environ.get("RANK") and "hbp" in sys.orig_argv:
         return plain(model, batch, scale)
     loop.forward_backward = forward_backward
 
+    if os.environ.get("TEST_SLOW_SAVE"):
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        write = FileSystemWriter.write_data
+        def write_data(*arguments):
+            time.sleep(float(os.environ["TEST_SLOW_SAVE"]))
+            return write(*arguments)
+        FileSystemWriter.write_data = write_data
+
     stuck = os.environ.get("TEST_STUCK") if os.environ["RANK"] == "1" else None
     if stuck == "data":  # from the sixth micro-batch on; the heartbeat's thread lives
         batches = loop.micro_batches
@@ -134,6 +142,20 @@ def test_a_rank_is_killed_and_the_others_stop_within_a_minute(job, interfering, 
         assert "exitcode  : -9" in said  # torchrun names the rank that was killed
 
 
+def test_a_rank_that_is_killed_during_a_save_is_named_as_killed(job, interfering):
+    """And not as a save that failed, which is what the others see."""
+    interfering("TEST_SLOW_SAVE", "3")
+    run = job / "killed-in-save"
+    running = start(job, f"run_dir={run}", "train.save_steps=2")
+    ranks = ranks_of(running, 2)
+    wait_for(lambda: any((run / "hbp" / "checkpoints").glob("*.partial")))
+    os.kill(ranks[1], signal.SIGKILL)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 1, said
+    (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
+    assert error.startswith("hbp: error: rank 1 was ended by SIGKILL and the others were stopped")
+
+
 def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering):
     interfering("TEST_FAIL_AT", "3")
     running = start(job, f"run_dir={job / 'raised'}")
@@ -148,19 +170,80 @@ def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank")])
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, "launcher"),
+        (signal.SIGUSR1, "rank"),
+        (signal.SIGHUP, "launcher"),  # a terminal that is gone
+        (signal.SIGINT, "all"),  # Ctrl-C
+    ],
+)
 def test_a_signal_saves_and_exits(job, interfering, number, to):
+    """Case run-signals."""
     interfering("TEST_SLOW", "0.1")
     run = job / f"stopped-{number}"
     running = start(job, f"run_dir={run}")
+    ranks = ranks_of(running, 2)
     wait_for(lambda: len(steps_of(run / "hbp")) >= 2)
-    os.kill(running.pid if to == "launcher" else ranks_of(running, 2)[1], number)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 143, said
+    for process in {"launcher": [running.pid], "rank": ranks[1:], "all": [running.pid, *ranks]}[to]:
+        os.kill(process, number)
+    _, said = running.communicate(timeout=120)
+    stopped_and_saved(running.returncode, said, number, run)
+
+
+def stopped_and_saved(code: int, said: str, number: int, run: Path) -> None:
+    assert code == 85, said
     assert f"hbp: {signal.Signals(number).name}: stopped after step " in said.splitlines()[-1]
     assert "Traceback" not in said
     (checkpoint,) = list_checkpoints(run / "hbp" / "checkpoints")
     assert read_position(checkpoint).run_step == len(steps_of(run / "hbp"))
+
+
+OURS = (sys.executable, "-m", "hbp", "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "hbp")
+
+
+def test_a_signal_as_slurm_sends_it(job, interfering):
+    """Case run-slurm-usr1: SIGUSR1 to the launcher and its ranks at once, in the middle of a step."""
+    interfering("TEST_SLOW", "0.5")
+    run = job / "slurm"
+    running = start(job, f"run_dir={run}", arguments=OURS)
+    ranks = ranks_of(running, 2)
+    wait_for(lambda: len(steps_of(run / "hbp")) >= 2)
+    for process in (running.pid, *ranks):
+        os.kill(process, signal.SIGUSR1)
+    _, said = running.communicate(timeout=120)
+    stopped_and_saved(running.returncode, said, signal.SIGUSR1, run)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_under_our_torchrun_a_run_ends_with_the_codes_that_it_has_alone(job, interfering):
+    """Case run-torchrun-exit: to be continued, finished, wrong input."""
+    interfering("TEST_SLOW", "0.05")
+    run = f"run_dir={job / 'codes'}"
+    running = start(job, run, "train.max_steps=3", "--json", arguments=OURS)
+    out, said = running.communicate(timeout=120)
+    assert (running.returncode, out) == (85, ""), said
+    assert "hbp: train.max_steps=3: stopped after step 3, " in said.splitlines()[-1]
+    running = start(job, run, "--json", arguments=OURS)
+    out, said = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    assert json.loads(out)["results"][0]["steps"] == len(steps_of(job / "codes" / "hbp")) > 3
+    running = start(job, f"run_dir={job / 'wrong'}", "model.path=nowhere", arguments=OURS)
+    out, said = running.communicate(timeout=120)
+    assert running.returncode == 2, said
+    (error,) = [line for line in said.splitlines() if line.startswith("hbp: error: ")]
+    assert "nowhere" in error
+
+
+def test_plain_torchrun_tells_stopped_from_finished(job, interfering):
+    """It makes 1 of every code that is not 0, and names ours."""
+    interfering("TEST_SLOW", "0.05")
+    arguments = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "hbp")
+    running = start(job, f"run_dir={job / 'plain'}", "train.max_steps=3", arguments=arguments)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert "exitcode  : 85" in said
 
 
 def test_a_rank_that_hangs_while_its_heartbeat_lives_is_named(job, interfering):

@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from workers import CPU, run_ranks
 
 from hbp.config import Config
 from hbp.data.store import open_store
+from hbp.run import baseline, training
 from hbp.run.engine import Engine
 from hbp.run.job import run_job
 from hbp.run.training import _mean
@@ -88,6 +90,37 @@ def test_held_out_loss_by_source_adds_up_to_that_of_all(run):
     mean = sum(by_source[name] * n for name, n in tokens.items()) / sum(tokens.values())
     assert result["eval_loss"] == pytest.approx(mean)
     assert by_source["c"] != by_source["dee"]
+
+
+def probed(rank: int, world: int, config: Config) -> Any:
+    """The job, and what was trained with how many steps: those of the run, of each probe, of the baseline."""
+    trained: list[int] = []
+
+    def counted(plain: Any) -> Any:
+        def train(*arguments: Any, **options: Any) -> Any:
+            records = plain(*arguments, **options)
+            trained.append(len(records))
+            return records
+
+        return train
+
+    with (
+        mock.patch.object(training, "train", counted(training.train)),
+        mock.patch.object(baseline, "train", counted(baseline.train)),
+    ):
+        summary, said = run_here(rank, world, config)
+    return summary, said, trained
+
+
+def test_a_baseline_is_probed_and_only_the_fastest_trained(tmp_path):
+    """On a machine without GPU that is told of one, which is said."""
+    job = write_job(tmp_path, train={"export": False, "save_steps": None}, plan={"baseline": "concat"})
+    config = config_of(job, "cluster.name=h100-nvlink", "cluster.memory_gib=1", "data.eval_samples=0")
+    (summary, said, trained), _ = run_ranks(probed, 2, config)
+    ours, theirs = summary["results"]
+    assert trained == [ours["steps"], baseline.PROBE_STEPS + 1, baseline.PROBE_STEPS + 1, theirs["steps"]]
+    assert theirs["tokens"] == ours["tokens"]
+    assert "cluster.name=h100-nvlink describes NVIDIA H100 80GB, but there is no GPU here" in said
 
 
 def test_a_mean_loss_is_over_loss_tokens_alone():

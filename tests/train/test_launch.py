@@ -55,7 +55,7 @@ def error_of(done: subprocess.CompletedProcess[str]) -> list[str]:
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert lines[-1].startswith("hbp: error: ")
-    return [line for line in lines if not re.match(r"hbp: (?!error: )", line)]
+    return [line for line in lines if not re.match(r"(\S+ \S+ )?hbp: (?!error: )", line)]
 
 
 def refused(job: Path, *overrides: str) -> list[str]:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from plans import Row, plan_of
-from workers import CPU, LLAMA, Samples, run_ranks, write_config
+from workers import CPU, LLAMA, QWEN2, Samples, run_ranks, write_config
 
 from hbp.config import TrainConfig
 from hbp.cost.cluster import load_cluster
@@ -17,9 +19,11 @@ from hbp.cost.predict import CostModel
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, validate
 from hbp.planning.planner import make_plan
+from hbp.run_log import _line
+from hbp.train import loop
 from hbp.train.export import export_model
 from hbp.train.logs import scalars_of
-from hbp.train.loop import Learner, StepLimit, evaluate, learning_rate, train
+from hbp.train.loop import Learner, StepLimit, StepLosses, evaluate, learning_rate, make_optimizer, train
 from hbp.train.model import load_model, shard
 from hbp.train.records import groups_of_steps
 
@@ -142,12 +146,16 @@ def test_training_equals_a_plain_loop(runs):
     start = load_model(str(folder.parent / "config"), seed=3).lm
     model = AutoModelForCausalLM.from_config(start.config, attn_implementation="sdpa")
     model.load_state_dict(start.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), betas=CONFIG.betas, weight_decay=CONFIG.weight_decay)
+    vectors = [p for name, p in model.named_parameters() if name.endswith(("norm.weight", ".bias"))]
+    matrices = [p for name, p in model.named_parameters() if not name.endswith(("norm.weight", ".bias"))]
+    groups = [{"params": matrices, "weight_decay": CONFIG.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=CONFIG.betas)
     done, total = 0, int(SAMPLES.lengths.sum())
     for record in records["planned"]:
         ids = np.concatenate([plan.samples(row)[0] for row in np.flatnonzero(plan.step == record.step)])
         tokens = int(SAMPLES.lengths[ids].sum())
-        optimizer.param_groups[0]["lr"] = learning_rate(CONFIG, done, tokens, total)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(CONFIG, done, tokens, total)
         loss = sum(document_loss(model, i) for i in ids) / SAMPLES.loss_tokens[ids].sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
@@ -176,6 +184,75 @@ def test_a_loss_over_nothing_is_none(runs):
     assert result["nothing"] is None
     assert (result["step"].loss, result["step"].loss_tokens) == (None, 0)
     assert "train/loss" not in scalars_of(result["step"])
+
+
+def not_finite_here(rank: int, world: int, plan: Plan, config_folder: str, where: str):
+    """Rank 1 alone makes a loss or a gradient of step 2 infinite, in its second micro-step."""
+    mesh, model = make_mesh(world, [1, world], "cpu"), load_model(config_folder, seed=3)
+    shard(model, mesh.world)
+    micro_steps = [len(np.unique(plan.micro_step[plan.step == step])) for step in range(plan.n_steps)]
+    plain, calls, weights, seen = loop.forward_backward, 0, [], list[StepLosses]()
+
+    def forward_backward(model, batch, scale):
+        nonlocal calls
+        calls += 1
+        bad = rank == 1 and calls == sum(micro_steps[:2]) + 2
+        if bad and where == "loss":
+            batch.weights.fill_(math.inf)
+        loss = plain(model, batch, scale)
+        if bad and where == "gradient":
+            model.lm.model.norm.weight.grad.to_local()[0] = math.inf
+        return loss
+
+    def keep(record) -> bool:
+        weights.append([p.to_local().detach().clone() for p in model.parameters()])
+        return record.step == 4
+
+    learner = Learner.of(model, mesh, CONFIG, CPU)
+    with mock.patch.object(loop, "forward_backward", forward_backward):
+        records = train(learner, plan, SAMPLES, keep, look=seen.append)
+    same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(weights)]
+    return records, seen, same
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(runs, where):
+    _, _, _, folder = runs
+    plan = plan_of([(s, m, r, 1, m, [2 * (6 * s + 2 * m + r)]) for s in range(5) for m in range(3) for r in range(2)],
+                   SAMPLES.lengths, 2)  # fmt: skip
+    (records, seen, same), (there, _, same_there) = run_ranks(
+        not_finite_here, 2, plan, str(folder.parent / "config"), where
+    )
+    assert [r.skipped for r in records] == [r.skipped for r in there]
+    assert [bool(r.skipped) for r in records] == [False, False, True, False, False]
+    assert same == same_there == [False, True, False, False]  # step 2 changed no parameter
+    assert records[2].loss is None
+    assert records[2].grad_norm is None
+    assert records[2].tokens > 0
+    assert all(math.isfinite(r.loss) and math.isfinite(r.grad_norm) for r in records if not r.skipped)
+    bad = [row for row, loss in zip(seen[2].rows, seen[2].losses, strict=True) if not math.isfinite(loss)]
+    (of_rank_1,) = np.flatnonzero((plan.step == 2) & (plan.micro_step == 1) & (plan.rank_start == 1))
+    assert bad == ([of_rank_1] if where == "loss" else [])
+    assert "lm.model.norm.weight" in seen[2].gradients
+    assert where in seen[2].problem
+    for record, losses in zip(records, seen, strict=True):
+        if not record.skipped:
+            assert sum(losses.losses) == pytest.approx(record.loss, rel=1e-5)
+            assert not losses.problem
+    assert '"loss": null' in _line(records[2])
+
+
+def test_norms_and_biases_do_not_decay(tmp_path):
+    model = load_model(write_config(tmp_path, QWEN2), seed=3)
+    decay = {id(p): g["weight_decay"] for g in make_optimizer(model, CONFIG).param_groups for p in g["params"]}
+    found = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert {name for name, value in found.items() if not value} == {
+        name for name in found if name.endswith(("norm.weight", ".bias"))
+    }
+    assert any(name.endswith(".bias") for name in found)
+    assert set(found.values()) == {0.0, CONFIG.weight_decay}
+    (group,) = make_optimizer(model, CONFIG.model_copy(update={"decay_all": True})).param_groups
+    assert group["weight_decay"] == CONFIG.weight_decay
 
 
 def test_learning_rate_follows_tokens():

@@ -1,8 +1,8 @@
 """The command line: which commands there are, how their words are read, and what each kind of error exits with.
 
 Tables for people go to standard output, or with ``--json`` one JSON object does; progress and logs go to standard
-error. Exit codes: 0 done, 2 wrong input (one line says what and how to mend it), 1 a fault of ours, 143 a signal ended
-the run and its state is saved.
+error. Exit codes: 0 done, 85 saved and to be continued by the same command (a signal, ``train.max_minutes`` or
+``train.max_steps`` ended the run), 2 wrong input (one line says what and how to mend it), 1 a fault.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ TRAIN_MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors
 INSTALL_TRAIN = "install with `pip install 'hierarchical-balance-packing[train]'`"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 """What the file system may do to a run; a line tells it, no traceback."""
-STOPPED = 128 + 15
-"""Exit code of a run that a signal ended, as the shell has it for a process that SIGTERM ended."""
+STOPPED = 85
+"""Exit code of a run that has saved its state and is to be continued; free of the shell's and of signals' codes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +41,9 @@ def _run(words: list[str]) -> int:
     if not words:
         parser.print_help()
         return 0
+    if words[0] == "torchrun" and words[1:]:  # its words are torchrun's own
+        train.run_torchrun(words[1:])
+        return 0
     check_words(words, commands)
     args = parser.parse_args(words)
     if args.completion:
@@ -50,8 +53,14 @@ def _run(words: list[str]) -> int:
         parser.error("give a COMMAND")
     result: dict[str, Any] | None = args.run(args)
     if result is not None and args.json:
-        print(json.dumps(result, default=dataclasses.asdict))
+        print(_as_json(result))
     return 1 if args.command in ("check", "audit") and result and not result["holds"] else 0
+
+
+def _as_json(result: dict[str, Any]) -> str:
+    """One line that every JSON reader takes: what is not finite is null."""
+    text = json.dumps(result, default=dataclasses.asdict)
+    return json.dumps(json.loads(text, parse_constant=lambda name: None))
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -90,7 +99,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
             return 0
         if os.environ.get("RANK", "0") == "0":
             print(f"hbp: {stop}", file=sys.stderr)
-        return 0 if "RANK" in os.environ else STOPPED  # torchrun would call another code of a rank a failure
+        return STOPPED  # torchrun itself makes 1 of it, `hbp torchrun` does not
     except KeyboardInterrupt:
         print("hbp: interrupted", file=sys.stderr)
         return 130

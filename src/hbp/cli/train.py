@@ -25,6 +25,16 @@ def add_parser(commands: Commands) -> None:
     )
     train.set_defaults(run=run_train)
     _add_job(train)
+    torchrun = commands.add_parser(
+        "torchrun",
+        help="torchrun, with our exit codes and signals",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="PyTorch's torchrun with all its options. It ends with what its ranks end with (0 finished, 85\n"
+        "saved and to be continued, 2 wrong input, 1 a fault), where torchrun knows only 0 and 1, and it hands\n"
+        "SIGUSR1 on:  hbp torchrun --nproc-per-node 8 -m hbp train config.yaml",
+        usage="hbp torchrun [options of torchrun] -m hbp train CONFIG.yaml [section.key=value ...]",
+    )
+    torchrun.set_defaults(run=lambda args: torchrun.error("give torchrun's arguments"))
     profile = commands.add_parser(
         "profile",
         help="measure the cost model on this machine's devices",
@@ -58,7 +68,7 @@ def _options() -> str:
 def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     """`hbp train`; None on the ranks that the first one speaks for."""
     from hbp.config import load_config
-    from hbp.run.slurm import understand_srun
+    from hbp.run.start.slurm import understand_srun
     from hbp.train import launch
 
     config = load_config(args.config, args.overrides)
@@ -66,7 +76,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     understand_srun(os.environ)
     if not launch.under_torchrun():
         from hbp.run.job import check_before_launch
-        from hbp.run.lock import owning
+        from hbp.run.start.lock import owning
 
         with owning(run, launcher=True):
             check_before_launch(config)
@@ -88,6 +98,13 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
         run_table(summary, disturbed=any(s.get("disturbed", False) for s in report.numbers["strategies"]))
         print(f"report: {report.html}")
     return {**summary, "report": str(report.html)}
+
+
+def run_torchrun(arguments: list[str]) -> None:
+    """`hbp torchrun`, with torchrun's arguments."""
+    from hbp.train import launch
+
+    launch.launch_torchrun(arguments)
 
 
 def run_profile(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -33,6 +33,8 @@ from hbp.train.lora import adapter_parameters, add_adapters
 from hbp.train.measure.live import live_profile, load_stack, packs_to_measure, stack_heights
 from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, meta_model, read_config, shard
 
+GPUS = ("NVIDIA", "Instinct")
+"""What the names of GPUs hold, and those of CPUs do not."""
 PROFILE_LIMIT_S = 170.0
 """Micro-batches that would end later are left out of a profile."""
 
@@ -100,6 +102,11 @@ def make_engine(config: Config, device: torch.device) -> Engine:
     store = open_store(run / "store")
     samples, held_out = choose(config, store)
     cluster = load_cluster(config.cluster.name)
+    if device.type == "cpu" and any(name in cluster.device for name in GPUS):
+        say(
+            f"cluster.name={config.cluster.name} describes {cluster.device}, but there is no GPU here: this trains on "
+            "the CPU; give cluster.name=cpu-local, or see why torch finds no GPU"
+        )
     if config.cluster.memory_gib is not None:
         cluster = dataclasses.replace(cluster, memory_bytes=config.cluster.memory_gib * GIB)
     if is_configuration_alone(config.model.path) and config.lora.rank:

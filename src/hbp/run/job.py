@@ -6,7 +6,7 @@ torch.
 
 A run is a row of parts, each following one plan (:mod:`hbp.run.resume`): an epoch is one, or as many as the pieces of a
 stream that the user planned. Where `run_dir` holds an unfinished run of the same configuration, its last whole
-checkpoint is gone on with. One run at a time owns the folder (:mod:`hbp.run.lock`).
+checkpoint is gone on with. One run at a time owns the folder (:mod:`hbp.run.start.lock`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from hbp.run.fit_memory import (
     plan_within_memory,
 )
 from hbp.run.identity import RUN, replans, write_record
-from hbp.run.lock import owning
 from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
+from hbp.run.start.lock import owning
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
 from hbp.train.check.compare import require_checked

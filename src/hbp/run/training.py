@@ -8,34 +8,39 @@ is stands in one place, the :class:`~hbp.train.checkpoint.Position` that a check
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import signal
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from hbp.config import TrainConfig
 from hbp.data.samples import Samples
-from hbp.errors import RankFailed, Stopped, report_to_parent
+from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
-from hbp.progress import Progress
+from hbp.progress import Progress, say
 from hbp.run.engine import Engine
 from hbp.run.identity import RUN, read_record
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
+from hbp.run.steps.odd import OddSteps, finite_or_none
+from hbp.run.steps.saving import Saving
 from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
 from hbp.simulator import step_seconds
-from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, load_checkpoint
+from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, list_checkpoints, load_checkpoint
 from hbp.train.export import export_model, source_dtype
 from hbp.train.hub import push
-from hbp.train.launch import Received, device_name, free_memory, stop_signals
+from hbp.train.launch import STARTED, TIME_IS_UP, Received, device_name, free_memory, stop_signals
 from hbp.train.logs import Writer, open_writers, scalars_of, trace
-from hbp.train.loop import Learner, Start, StepFailed, evaluate, train
+from hbp.train.loop import Learner, Start, StepFailed, evaluate, not_finite, train
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.records import Efficiency, peak_flops_per_s, step_flops
 from hbp.train.watch import current
@@ -63,27 +68,6 @@ class _HeldOut:
 
 
 @dataclass
-class _Saving:
-    """The checkpoints of a run, and when the state was last saved."""
-
-    checkpoints: Checkpoints
-    run_step: int
-    part_s: float = 0.0
-    """Seconds of the part."""
-
-    def due(self, config: TrainConfig, at: Position, part_s: float) -> bool:
-        """By steps or by time."""
-        by_steps = config.save_steps is not None and at.run_step % config.save_steps == 0
-        return by_steps or (config.save_minutes is not None and part_s - self.part_s >= 60 * config.save_minutes)
-
-    def save(self, learner: Learner, at: Position, part_s: float) -> None:
-        """In the background, unless this state is saved already."""
-        if at.run_step != self.run_step:
-            self.checkpoints.save(learner.model, learner.optimizer, at)
-        self.run_step, self.part_s = at.run_step, part_s
-
-
-@dataclass
 class _Run:
     """One strategy's training on this rank: what its parts share, and how far it is."""
 
@@ -95,10 +79,18 @@ class _Run:
     held_out: _HeldOut
     peak_flops: float | None
     received: Received
-    saving: _Saving | None = None
+    odd: OddSteps
+    saving: Saving | None = None
     """None: no state is kept."""
     writers: Sequence[Writer] = ()
     traced: Callable[[], None] = lambda: None
+
+    def signal(self) -> int:
+        """What this rank has received; on rank 0 also :data:`TIME_IS_UP`."""
+        limit = self.engine.config.train.max_minutes
+        if dist.get_rank() == 0 and limit is not None and time.monotonic() - STARTED >= 60 * limit:
+            return TIME_IS_UP
+        return self.received()
 
     def write(self, scalars: Mapping[str, float]) -> None:
         """To every writer."""
@@ -114,6 +106,9 @@ class _Run:
         targets = {name: int(samples.loss_tokens.sum()) for name, (_, samples) in last.plans.items()}
         known = [(loss, targets[name]) for name, loss in last.by_source.items() if loss is not None]
         last.loss = _mean(known)
+        if last.loss is not None and not math.isfinite(last.loss):
+            say(f"the evaluation loss after step {at.run_step} of the run is {last.loss}; it is logged as null")
+            last.loss, last.by_source = None, finite_or_none(last.by_source)
         last.run_step, last.tokens = at.run_step, at.tokens
         losses = {"eval/loss": last.loss}
         if len(last.by_source) > 1:
@@ -121,6 +116,7 @@ class _Run:
         self.write({name: loss for name, loss in losses.items() if loss is not None})
         if dist.get_rank() == 0:
             append_record(self.folder, EvalRecord(at.run_step, at.tokens, last.loss, last.by_source))
+        say(f"evaluation after step {at.run_step} of the run: loss {_shown(last.loss)}{_by_source(last.by_source)}")
         return last.loss
 
 
@@ -164,12 +160,18 @@ def train_strategy(
         run = _open(stack, engine, folder, learner, at, eval_plans, keeps_state)
         if checkpoint:
             load_checkpoint(checkpoint.folder, learner.model, learner.optimizer, engine.config.seed)
+        else:
+            torch.manual_seed(engine.config.seed + dist.get_rank())  # dropout differs between ranks, not between runs
+            _refuse_not_finite(engine, learner)
+        run.odd = OddSteps.of(folder, engine.config.train.max_skipped, [record for own in records for record in own])
         first_step = at.step if part.number == at.part else 0
+        if run.saving and (why := _why_it_ends(run)):  # as many steps as are wanted were done before
+            raise _stopped(run, why)
         while True:
             new = _train_part(run, part, first_step, before_s=_seconds(records[-1]))
             records[-1] += new
-            if run.saving and new and new[-1].signal:
-                raise _stopped(run.saving.checkpoints, run.at, new[-1].signal)
+            if run.saving and new and (why := _why_it_ends(run, new[-1].signal)):
+                raise _stopped(run, why)
             following = next_part(part, learner.model)
             if following is None:
                 break
@@ -177,7 +179,7 @@ def train_strategy(
             _begin_part(part)
             records.append([])
         if run.saving:  # whatever becomes of the export
-            run.saving.save(learner, run.at, 0.0)
+            run.saving.save_now(learner, run.at, 0.0)
             run.saving.checkpoints.close()
         evaluated = {"eval_loss": run.evaluate(), "eval_loss_by_source": run.held_out.by_source}
         if engine.config.train.export:
@@ -203,12 +205,13 @@ def _open(
     received = stack.enter_context(stop_signals()) if keeps_state else Received()
     peak = [peak_flops_per_s(engine.device)]
     dist.broadcast_object_list(peak)  # a measured one differs between ranks, and records must not
-    run = _Run(engine, folder, learner, at, _held_out(folder, eval_plans), peak[0], received)
+    held_out, odd = _held_out(folder, eval_plans), OddSteps(folder, config.max_skipped)
+    run = _Run(engine, folder, learner, at, held_out, peak[0], received, odd)
     if not keeps_state:
         return run
     whose = read_record(Path(engine.config.run_dir) / RUN)
     kept = {} if whose is None else dataclasses.asdict(whose)
-    run.saving = _Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints, kept), at.run_step)
+    run.saving = Saving(Checkpoints(folder / CHECKPOINTS, config.keep_checkpoints, kept), at.run_step)
     if dist.get_rank() == 0:
         shown, name = engine.config.model_dump(mode="json"), None if whose is None else whose.id
         run.writers = stack.enter_context(open_writers(engine.config.log, folder, shown, name, at.run_step))
@@ -278,7 +281,14 @@ def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list
         on_step = _around_a_step(run, part, progress)
         try:
             return train(
-                run.learner, plan, part.samples, on_step, start=start, signal=run.received, efficiency=efficiency
+                run.learner,
+                plan,
+                part.samples,
+                on_step,
+                look=run.odd.look,
+                start=start,
+                signal=run.signal,
+                efficiency=efficiency,
             )
         except StepFailed as failed:
             raise _rank_failed(failed, part) from failed.__cause__
@@ -297,16 +307,20 @@ def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepR
         run.write(scalars_of(record))
         run.traced()
         progress.advance(
-            f"step {record.step + 1}/{part.plan.n_steps} {record.group} loss {_shown(record.loss)} "
-            f"{record.tokens_per_s:,.0f} tok/s",
+            f"epoch {part.epoch + 1}/{config.epochs} step {record.step + 1}/{part.plan.n_steps} {record.group} "
+            f"loss {_shown(record.loss)} {record.tokens_per_s:,.0f} tok/s",
             record.tokens,
         )
+        run.odd.check(part, record, run.at.run_step, lambda: _last_state(run))
+        part_s = record.started_s + record.seconds
+        if run.saving and _why_it_ends(run, record.signal):  # saved at once, whatever else is due
+            run.saving.save_now(run.learner, run.at, part_s)
+            return True
         if run.held_out.due(config, run.at):
             run.evaluate()
-        part_s = record.started_s + record.seconds
-        if run.saving and (record.signal or run.saving.due(config, run.at, part_s)):
+        if run.saving and run.saving.due(config, run.at, part_s):
             run.saving.save(run.learner, run.at, part_s)
-        return run.saving is not None and record.signal != 0
+        return False
 
     return on_step
 
@@ -335,13 +349,53 @@ def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
     return error
 
 
-def _stopped(checkpoints: Checkpoints, at: Position, number: int) -> Stopped:
-    checkpoints.close()
-    name = signal.Signals(number).name
+def _why_it_ends(run: _Run, number: int = 0) -> str:
+    """What ends this job here, a signal's `number` or enough steps, for people; empty: nothing. As on every rank."""
+    config = run.engine.config.train
+    if number == TIME_IS_UP:
+        return f"train.max_minutes={config.max_minutes:g}"
+    if number:
+        return signal.Signals(number).name
+    if config.max_steps is not None and run.at.run_step >= config.max_steps and run.at.tokens < run.at.tokens_total:
+        return f"train.max_steps={config.max_steps}"
+    return ""
+
+
+def _stopped(run: _Run, why: str) -> Stopped:
+    """After all is saved."""
+    assert run.saving
+    run.saving.checkpoints.close()
+    at = run.at
     return Stopped(
-        f"{name}: stopped after step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens, "
-        f"and saved in {checkpoints.folder}; the same command goes on from there"
+        f"{why}: stopped after step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens, "
+        f"and saved in {run.saving.checkpoints.folder}; the same command goes on from there"
     )
+
+
+def _last_state(run: _Run) -> str:
+    """Where the last state is, for people, after a save that is under way is whole."""
+    if run.saving:
+        with suppress(HbpError):
+            run.saving.checkpoints.wait()
+    if run.saving is None or not list_checkpoints(run.saving.checkpoints.folder):
+        return "no state was saved before"
+    return f"the same command goes on from {list_checkpoints(run.saving.checkpoints.folder)[0]}"
+
+
+def _refuse_not_finite(engine: Engine, learner: Learner) -> None:
+    """A model that holds NaN or infinity before anything is trained. A collective."""
+    bad = not_finite(learner.model.named_parameters(), engine.device)
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise HbpError(
+            f"{engine.config.model.path}: {bad[0].removeprefix('lm.')}{more} holds values that are not finite; "
+            "give model.path weights that are whole"
+        )
+
+
+def _by_source(losses: Mapping[str, float | None]) -> str:
+    shown = ", ".join(f"{name} {_shown(loss)}" for name, loss in losses.items())
+    return f" ({shown})" if len(losses) > 1 else ""
 
 
 def _seconds(records: Sequence[StepRecord]) -> float:

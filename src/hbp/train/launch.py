@@ -1,8 +1,12 @@
 """Processes and devices: under torchrun as it says, alone by local processes through torch's launcher.
 
-Signals ask a run to save and end: SIGTERM from a scheduler or a user, SIGUSR1 from SLURM before its limit. The handler
-only notes the signal (:func:`stop_signals`). Every rank reports what it has received with the numbers that are gathered
-at the end of each step anyway, so that all ranks learn of it at the same step, whichever of them got it, at no cost.
+Signals ask a run to save and end: SIGTERM from a scheduler or a user, SIGUSR1 from Slurm before its limit, SIGINT from
+a keyboard, SIGHUP from a terminal that is gone. The handler only notes the signal (:func:`stop_signals`). Every rank
+reports what it has received with the numbers that are gathered at the end of each step anyway, so that all ranks learn
+of it at the same step, whichever of them got it, at no cost.
+
+torchrun ends with 1 whatever its ranks end with. `hbp torchrun` (:func:`launch_torchrun`) is torchrun, all its options
+included, with our exit codes, and with SIGUSR1 among the signals that it hands on.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -46,6 +51,10 @@ CUDA_ENVIRONMENT = {
     # Packs of other sizes from micro-step to micro-step leave holes in segments of fixed size.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
+HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""Signals that a launcher hands on to its ranks."""
+RANKS_PRINT = "HBP_RANKS_PRINT"
+"""Environment variable: rank 0 prints the results, though a launcher of ours hears its errors."""
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Where all ranks are on this machine, what they say to each other in collectives is said on no network."""
 SAVE_TIMEOUT_S = 600
@@ -67,20 +76,13 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
         RankFailed: a rank failed otherwise; names the rank.
         Stopped: a signal ended the run.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name, value in (CUDA_ENVIRONMENT if torch.cuda.is_available() else CPU_ENVIRONMENT).items():
-        os.environ.setdefault(name, value)
     if sys.platform == "linux":
         for name, value in LOOPBACK.items():
             os.environ.setdefault(name, value)
-    # What the launcher logs of a failed rank, we say in one line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
-    with TemporaryDirectory() as scratch:
-        os.environ[ERROR_FILE] = str(Path(scratch) / "error")
+    with _ranks_report() as scratch:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -91,21 +93,50 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
             max_restarts=0,
             monitor_interval=0.2,
             logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=Std.NONE),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # handed on to the ranks
+            signals_to_handle=HANDED_ON,
         )
+        elastic_launch(config, sys.executable)("-m", "hbp", *arguments)
+
+
+def launch_torchrun(arguments: Sequence[str]) -> None:
+    """Run torchrun with these arguments in this process; what its ranks end with comes out as of :func:`launch_local`.
+
+    Raises:
+        HbpError, RankFailed, Stopped: as there.
+    """
+    from torch.distributed.run import parse_args, run
+
+    given = parse_args(list(arguments))
+    if hasattr(given, "signals_to_handle"):
+        given.signals_to_handle = ",".join(dict.fromkeys([*given.signals_to_handle.split(","), *HANDED_ON.split(",")]))
+    os.environ[RANKS_PRINT] = "1"
+    with _ranks_report():
+        run(given)
+
+
+@contextmanager
+def _ranks_report() -> Iterator[str]:
+    """A folder for the launcher that the body runs; what the ranks reported, or how they ended, is raised from here."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name, value in (CUDA_ENVIRONMENT if torch.cuda.is_available() else CPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    # What the launcher logs of a failed rank, we say in one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_TIMEOUT_S))
+    with TemporaryDirectory() as scratch:
+        os.environ[ERROR_FILE] = str(Path(scratch) / "error")
         try:
-            elastic_launch(config, sys.executable)("-m", "hbp", *arguments)
+            yield scratch
         except ChildFailedError as failed:
             raise _why(failed) from None
         except SignalException as received:
-            if received.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            stopped = reported_by_rank()
             name = signal.Signals(received.sigval).name
-            raise stopped or Stopped(f"{name}: stopped before there was anything to save") from None
+            raise reported_by_rank() or Stopped(f"{name}: stopped before there was anything to save") from None
         else:
-            if (stopped := reported_by_rank()) is not None:
-                raise stopped
+            if (reported := reported_by_rank()) is not None:
+                raise reported
         finally:
             del os.environ[ERROR_FILE]
 
@@ -113,8 +144,7 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
 def _why(failed: ChildFailedError) -> Exception:
     """What ended a job, from what its ranks reported and how they ended."""
     reported = reported_by_rank()
-    if isinstance(reported, HbpError):
-        return reported
+    # Before what others reported: a save or a collective that broke, since that rank was gone.
     # The launcher itself ends the ranks that are left, by SIGTERM.
     killed = {r: f for r, f in failed.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     if killed:
@@ -125,13 +155,16 @@ def _why(failed: ChildFailedError) -> Exception:
         return RankFailed(f"rank {rank} was ended by {name} and the others were stopped{hint}{seen}")
     if reported:
         return reported
+    # A rank that was ended by SIGTERM before it could note it.
+    if all(f.exitcode == -signal.SIGTERM for f in failed.failures.values()):
+        return Stopped("SIGTERM: stopped before there was anything to save")
     rank, failure = failed.get_first_failure()
     return RankFailed(f"rank {rank} failed first (exit code {failure.exitcode}); its own output is above")
 
 
 def reports_here() -> bool:
     """Whether this rank prints the results: rank 0, unless the `hbp` that started it will."""
-    return dist.get_rank() == 0 and ERROR_FILE not in os.environ
+    return dist.get_rank() == 0 and (ERROR_FILE not in os.environ or RANKS_PRINT in os.environ)
 
 
 def raise_open_files() -> None:
@@ -221,21 +254,37 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} thread a process"
 
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STARTED = time.monotonic()
+"""When this process began, as near as we know."""
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+TIME_IS_UP = int(signal.SIGALRM)
+"""Stands among the signals for ``train.max_minutes``; nobody sends it."""
+AGAIN_S = 3.0
+"""Ctrl-C reaches ranks twice, from the terminal and from their launcher; a third one later than this is meant."""
 
 
 class Received:
     """The last signal that this process got, 0 for none."""
 
     number = 0
+    interrupted: float | None = None
+    """When the first SIGINT came."""
 
     def __call__(self) -> int:
         """The signal's number."""
         return self.number
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """A signal handler."""
-        self.number = number
+        """A signal handler.
+
+        Raises:
+            KeyboardInterrupt: somebody at a terminal will not wait for the save.
+        """
+        self.number, now = number, time.monotonic()
+        if number == signal.SIGINT and self.interrupted is not None and now - self.interrupted > AGAIN_S:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.interrupted is None:
+            self.interrupted = now
 
 
 @contextmanager

@@ -218,13 +218,15 @@ def _missing(option: str, package: str, extra: str = "log") -> HbpError:
 def scalars_of(record: StepRecord) -> dict[str, float]:
     """The scalars of a step."""
     values = {} if record.loss is None else {"train/loss": record.loss}
+    values |= {} if record.grad_norm is None else {"train/grad_norm": record.grad_norm}
     values |= {
-        "train/grad_norm": record.grad_norm,
         "train/lr": record.lr,
         "train/tokens": float(record.tokens),
         "train/tokens_per_s": record.tokens_per_s,
         "train/seconds": record.seconds,
     }
+    if record.skipped:
+        values["train/skipped"] = 1.0
     group = f"group/{record.group.replace('/', '-').replace(' + ', '+')}"
     values[f"{group}/tokens_per_s"] = record.tokens_per_s
     values[f"{group}/seconds"] = record.seconds

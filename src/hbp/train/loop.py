@@ -5,16 +5,20 @@ everything about packs; the loop only keeps the collectives of all ranks in step
 counts guarantee. What goes on around a step (logs, checkpoints, evaluation, ending early) is done by the caller in
 ``on_step``, from a record that is the same on every rank, so that every rank decides alike.
 
+A step whose loss or gradient norm is not finite is skipped on all ranks before the optimizer sees it: every rank
+decides from the gathered losses and the norm of the whole gradient, so all decide alike. It costs one small message a
+step and, on CUDA, that the host waits for the gradients before it launches the optimizer.
+
 Learning rate follows tokens, not steps: plans that cut the same tokens into different steps see the same schedule.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from hbp.config import TrainConfig
 from hbp.errors import HbpError
@@ -79,6 +84,21 @@ class Start:
     """Seconds that the run has taken in this plan."""
 
 
+@dataclass(frozen=True)
+class StepLosses:
+    """What each pack of a step added to its loss, the same on every rank."""
+
+    step: int
+    rows: Sequence[int]
+    """Of the plan."""
+    losses: Sequence[float]
+    """Of each row, all ranks of its SP group together; as `train.loss` weighs tokens."""
+    problem: str = ""
+    """What was not finite, for people; empty: nothing, and the step was taken."""
+    gradients: Sequence[str] = ()
+    """Parameters with gradients that are not finite, where there was a problem."""
+
+
 class StepLimit:
     """How long a rank may stand in a step before it is held to hang: far longer than the steps before make likely."""
 
@@ -111,6 +131,7 @@ def train(
     samples: CountedSamples,
     on_step: Callable[[StepRecord], bool | None] = lambda record: None,
     *,
+    look: Callable[[StepLosses], None] = lambda losses: None,
     start: Start = Start(),
     signal: Callable[[], int] = lambda: 0,
     efficiency: Efficiency | None = None,
@@ -122,6 +143,7 @@ def train(
         plan: made for this world size.
         samples: token ids, loss masks and counts of targets by the plan's sample ids.
         on_step: called after each step, on every rank; True ends training there.
+        look: called on every rank before `on_step`, with the losses of the step's packs.
         start: where to begin.
         signal: number of a signal that this rank has received, or 0.
         efficiency: for MFU; None: not reported.
@@ -143,11 +165,13 @@ def train(
     for step in range(start.step, plan.n_steps):
         clock, limit_s = StepClock(device), may_take.seconds(step)
         lr = learning_rate(config, tokens_done, batches[step].tokens, tokens_total)
-        loss = _run_micro_steps(learner.model, plan, step, rows[step], packs, clock, limit_s)
+        own = _run_micro_steps(learner.model, plan, step, rows[step], packs, clock, limit_s)
         with _naming_the_pack(plan, step):
-            norm = _update(learner, lr)
-            record = recorder.record(step, clock, loss, norm, lr, signal())
+            losses = gather(own.tolist(), device)  # [ranks, 1 + micro-steps]: the sum, as this rank added it up, first
+            norm, problem, gradients = _update(learner, lr, float(losses[:, 0].sum()))
+            record = recorder.record(step, clock, losses[:, 0], norm, lr, signal(), problem)
         leave()
+        look(_losses_of_packs(plan, step, losses[:, 1:], problem, gradients))
         may_take.learn(step, record.seconds)
         tokens_done += record.tokens
         records.append(record)
@@ -165,28 +189,73 @@ def _run_micro_steps(
     clock: StepClock,
     limit_s: float,
 ) -> Tensor:
-    """Forward and backward of this rank's rows of a step; its part of the loss. The watch knows how far it is."""
-    loss = torch.zeros((), dtype=torch.float32, device=clock.device)
+    """Forward and backward of this rank's rows of a step; the watch knows how far it is.
+
+    Returns:
+        This rank's part of the loss and then that of each micro-step, float32 ``[1 + micro-steps]``.
+    """
+    loss, each = torch.zeros((), dtype=torch.float32, device=clock.device), list[Tensor]()
     enter(step, 0, limit_s)
     for micro_step, row in enumerate(rows):
         with clock.micro_step(), _naming_the_pack(plan, step, micro_step, row):
             batch = next(packs)
             enter(step, micro_step + 1, limit_s)
-            loss += forward_backward(model, batch, dist.get_world_size())
+            each.append(forward_backward(model, batch, dist.get_world_size()))
+            loss += each[-1]
     enter(step, len(rows) + 1, limit_s)
-    return loss
+    return torch.stack([loss, *each])
 
 
-def _update(learner: Learner, lr: float) -> Tensor:
-    """Clip the gradients, take the optimizer's step, clear them; their norm before it was clipped."""
+def _update(learner: Learner, lr: float, loss: float) -> tuple[float, str, list[str]]:
+    """Clip the gradients, take the optimizer's step unless something is not finite, clear them. A collective.
+
+    Returns:
+        The gradients' norm before it was clipped; what was not finite, empty if nothing; gradients that were not.
+    """
     optimizer = learner.optimizer
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(trained, learner.config.max_grad_norm)
-    optimizer.step()
+    total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=None)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    found = {"loss": loss, "gradient norm": norm}
+    problem = " and ".join(f"{name} {value}" for name, value in found.items() if not math.isfinite(value))
+    gradients = list[str]()
+    if problem:
+        named = [(name, p.grad) for name, p in learner.model.named_parameters() if p.requires_grad]
+        gradients = not_finite(named, learner.device)
+    else:
+        torch.nn.utils.clip_grads_with_norm_(trained, learner.config.max_grad_norm, total)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, problem, gradients
+
+
+def not_finite(named: Iterable[tuple[str, Tensor | None]], device: torch.device) -> list[str]:
+    """Names of the tensors of which some rank's shard holds NaN or infinity, the same on every rank. A collective.
+
+    Args:
+        named: the same names in the same order on every rank; None counts as finite.
+        device: of this rank.
+    """
+    names, flags = list[str](), [torch.zeros((), dtype=torch.bool, device=device)]  # so that there is one
+    for name, tensor in named:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        names.append(name)
+        flags.append(flags[0] if local is None else ~local.detach().isfinite().all())
+    found = gather(torch.stack(flags).double().tolist(), device).max(axis=0)[1:].tolist()
+    return [name for name, bad in zip(names, found, strict=True) if bad]
+
+
+def _losses_of_packs(
+    plan: Plan, step: int, losses: npt.NDArray[np.float64], problem: str, gradients: Sequence[str]
+) -> StepLosses:
+    """From each rank's loss of each micro-step, ``[ranks, micro-steps]``."""
+    rows = np.flatnonzero(plan.step == step)
+    _, micro = np.unique(plan.micro_step[rows], return_inverse=True)
+    first, degree = plan.rank_start[rows], plan.sp_degree[rows]
+    of_rows = [float(losses[a : a + n, m].sum()) for a, n, m in zip(first, degree, micro, strict=True)]
+    return StepLosses(step, rows.tolist(), of_rows, problem, gradients)
 
 
 def forward_backward(model: CausalLMWithLoss, batch: MicroBatch, scale: float = 1.0) -> Tensor:
@@ -227,9 +296,16 @@ def learning_rate(config: TrainConfig, tokens_done: int, tokens_of_step: int, to
 
 
 def make_optimizer(model: CausalLMWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that are trained; fused, as `foreach` would hold another copy of them all."""
+    """AdamW over the parameters that are trained; norms and biases, the vectors, without weight decay.
+
+    Fused, as `foreach` would hold another copy of them all.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+    decayed = [parameter for parameter in trained if config.decay_all or parameter.ndim > 1]
+    rest = [parameter for parameter in trained if not config.decay_all and parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 @contextmanager

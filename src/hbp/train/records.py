@@ -11,6 +11,7 @@ draws them: a record's size is that of no cluster.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -23,8 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hbp.cost.model_spec import ModelSpec
 from hbp.parallel.gather_kv import ALL_GATHER
@@ -128,29 +127,39 @@ class Recorder:
         began = time.perf_counter() - before_s
         return cls(batches, groups_of_steps(plan), timeline_micro_steps(plan), device, began, efficiency)
 
-    def record(self, step: int, clock: StepClock, loss: Tensor, norm: Tensor, lr: float, signal: int) -> StepRecord:
+    def record(
+        self,
+        step: int,
+        clock: StepClock,
+        losses: npt.NDArray[np.float64],
+        norm: float,
+        lr: float,
+        signal: int,
+        problem: str = "",
+    ) -> StepRecord:
         """Of a step that is done on this rank. A collective.
 
         Args:
             step: of the plan.
             clock: of this rank.
-            loss: this rank's part.
+            losses: each rank's part ``[ranks]``.
             norm: of the gradients, before they were clipped.
             lr: that the step was taken with.
             signal: that this rank has received, or 0.
+            problem: for which the step was skipped.
         """
         clock.read()
         now, batch = time.perf_counter(), self.batches[step]
-        mine = [float(loss), clock.began - self.began, now - clock.began, float(signal), memory_bytes(self.device)]
+        mine = [clock.began - self.began, now - clock.began, float(signal), memory_bytes(self.device)]
         every = gather([*mine, *clock.wall, *clock.busy], self.device)
-        losses, started, took, signals, memory = every[:, : len(mine)].T
+        started, took, signals, memory = every[:, : len(mine)].T
         walls, busy = np.split(every[:, len(mine) :], 2, axis=1)
         rank_busy, seconds = busy.sum(axis=1), float(took.max())
         tflops, mfu = _rates(self.efficiency, step, seconds * len(every))
         return StepRecord(
             step=step,
-            loss=float(losses.sum()) if batch.loss_tokens else None,
-            grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            loss=float(losses.sum()) if batch.loss_tokens and not problem else None,
+            grad_norm=norm if math.isfinite(norm) else None,
             lr=lr,
             tokens=batch.tokens,
             loss_tokens=batch.loss_tokens,
@@ -168,6 +177,7 @@ class Recorder:
             tflops=tflops,
             mfu=mfu,
             signal=int(signals.max()),
+            skipped=problem,
         )
 
 

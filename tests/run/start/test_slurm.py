@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hbp.errors import HbpError
-from hbp.run.slurm import FIRST_PORT, first_node, understand_srun
+from hbp.run.start.slurm import FIRST_PORT, first_node, understand_srun
 
 STEP = {
     "SLURM_JOB_ID": "123456",

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from hbp.errors import ERROR_FILE, HbpError
-from hbp.run import lock
-from hbp.run.lock import LAUNCHER, RANKS, SILENT_S, owning
+from hbp.run.start import lock
+from hbp.run.start.lock import LAUNCHER, RANKS, SILENT_S, owning
 
 HOLD = """
 import pathlib, sys, time
-from hbp.run.lock import owning
+from hbp.run.start.lock import owning
 with owning(pathlib.Path(sys.argv[1]), launcher=True):
     print("held", flush=True)
     time.sleep(100)

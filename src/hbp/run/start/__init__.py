@@ -1,0 +1,1 @@
+"""Before a run starts: whose its folder is, and what the launcher says."""
