@@ -1,11 +1,10 @@
-# The whole of hbp. CPU, as it stands:
-#   docker build -t hbp .        docker run --rm -v "$PWD:/work" hbp plan --help
-# GPUs: a CUDA build of torch in place of the CPU one (the base image needs no CUDA: torch's wheels bring it, the driver
-# comes from the host):
-#   docker build -t hbp:cuda --build-arg TORCH='torch==2.13.0' --build-arg TORCH_INDEX= .
-#   docker run --rm --gpus all --ipc host -v "$PWD:/work" --entrypoint torchrun hbp:cuda \
+# The whole of hbp, with the torch that the package index serves (the CUDA build on most):
+#   docker build -t hbp .        docker run --rm -v "$PWD:/runs" hbp plan --help
+#   docker run --rm --gpus all --ipc host -v "$PWD:/runs" --entrypoint torchrun hbp \
 #       --nproc-per-node 8 -m hbp train mine.yaml
-# --ipc host: NCCL and the data workers need more shared memory than a container has by itself.
+# The base image needs no CUDA: torch's wheels bring it, the driver comes from the host. --ipc host: NCCL and the data
+# workers need more shared memory than a container has by itself. A CPU build, where an index has one, is far smaller:
+#   docker build -t hbp:cpu --build-arg TORCH_INDEX=URL .
 # model.compile needs a C compiler at run time, and so does Triton: `--build-arg BUILD=gcc` adds one.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS wheel
@@ -16,7 +15,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM python:${PYTHON}-slim
 ARG TORCH=torch==2.13.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 ARG BUILD=
 RUN if [ -n "$BUILD" ]; then apt-get update && apt-get install -y --no-install-recommends $BUILD libc6-dev \
     && rm -rf /var/lib/apt/lists/*; fi
@@ -24,7 +23,7 @@ RUN if [ -n "$BUILD" ]; then apt-get update && apt-get install -y --no-install-r
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url $TORCH_INDEX} "$TORCH"
 COPY --from=wheel /dist /dist
 RUN wheel=$(echo /dist/*.whl) && pip install --no-cache-dir "$wheel[all]" "$TORCH" && hbp --version
-WORKDIR /work
-ENV HBP_CACHE=/work/.cache/hbp
+WORKDIR /runs
+ENV HBP_CACHE=/runs/.cache/hbp
 ENTRYPOINT ["hbp"]
 CMD ["--help"]

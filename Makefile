@@ -9,8 +9,8 @@ STAMP := $(VENV)/installed
 
 install: $(STAMP)
 
-# torch first and pinned (constraints-cpu.txt). Where the package index does not serve CPU builds by itself:
-#   make install PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+# torch first and pinned (constraints-cpu.txt). Where the package index does not serve CPU builds by itself, name one that
+# does: make install PIP_FLAGS='--extra-index-url URL'
 $(STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
