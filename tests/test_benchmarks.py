@@ -125,3 +125,12 @@ def test_models() -> None:
     for row in result["rows"]:
         assert row["holds"]
         assert {"alone", "packed", "SP 2", "SP 4", "mixed"} < {each["property"] for each in row["properties"]}
+
+
+def test_rehearse() -> None:
+    rows = run("rehearse.py")["rows"]
+    assert [row["strategy"] for row in rows] == ["concat", "bfd", "hbp", "hbp-mixed"]
+    assert rows[0]["speedup"] == rows[0]["predicted_speedup"] == 1
+    for row in rows:
+        assert is_number(row["run_s"]) and is_number(row["ratio_error"])
+        assert row["micro_steps"].startswith("1 of ")

@@ -104,6 +104,7 @@ def test_command_prints_the_numbers_and_keeps_them(tmp_path: Path, capsys: pytes
     assert {"step_s", "predicted_step_s"} <= printed.keys()
     assert all(wanted <= row.keys() for row in printed["rows"])
     assert [row["rank"] for row in printed["rows"]] == [0, 1, 2, 3]
+    assert "Infinity" not in (tmp_path / "kept.json").read_text()
 
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:

@@ -97,8 +97,9 @@ class Rehearsal:
     """Median of the ranks'."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; a pack that did not fit has null for its bytes and seconds."""
+        """Plain data; what is infinite (a pack that did not fit, the interval of one micro-step) is null."""
         data = dataclasses.asdict(self)
+        data["step_s_interval"] = [bound if math.isfinite(bound) else None for bound in self.step_s_interval]
         for row in data["rows"]:
             del row["noise"]
             for name in ("peak_bytes", "measured_s"):
