@@ -26,7 +26,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_loop.py"
 def by_our_engine(rank: int, world: int, folder: str) -> tuple[list[float], list[float]]:
     mesh = make_mesh(world, [], "cpu", LLAMA["num_attention_heads"])
     model = load_sharded(folder, mesh.world, CPU)
-    config = TrainConfig(lr=1e-3, warmup=0, final_lr=1.0)
+    config = TrainConfig(lr=1e-3, warmup=0, final_lr=1.0, decay_all=True)
     records = train(Learner.of(model, mesh, config, CPU), plan(world), SAMPLES)
     return [record.loss for record in records], [record.grad_norm for record in records]
 

@@ -99,9 +99,9 @@ def test_a_plan_of_the_users_own(job: Path, summary: dict[str, Any]) -> None:
     (result,) = json.loads(done.stdout)["results"]
     assert result["strategy"] == "dcp"
     assert result["metrics"] == json.loads(made.stdout)["metrics"]
-    three = hbp_here("train", str(job / "cfg.yaml"), *own, "cluster.processes=3")
+    three = hbp_here("train", str(job / "cfg.yaml"), *own, f"run_dir={job / 'three'}", "cluster.processes=3")
     assert three.returncode == 2
     assert "made for 2 ranks but 3 are running" in three.stderr
-    other = hbp_here("train", str(job / "cfg.yaml"), *own, "data.eval_samples=11")
+    other = hbp_here("train", str(job / "cfg.yaml"), *own, f"run_dir={job / 'other'}", "data.eval_samples=11")
     assert other.returncode == 2
     assert "made for other data" in other.stderr

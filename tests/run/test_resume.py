@@ -226,11 +226,13 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(job, never_stopped)
 def test_a_changed_run_is_refused_in_one_line(job, never_stopped):
     run = f"run_dir={job / 'changed'}"
     run_ranks(run_here, 2, config_of(job, run), 2)
+    other_data = job / "other.jsonl"
+    other_data.write_text("".join((job / "data.jsonl").read_text().splitlines(keepends=True)[:-1]))
     for change, said in [
         ("train.loss=sum", "train.loss was 'ave-token', now 'sum'"),
         ("seed=4", "seed was 0, now 4"),
         ("plan.global_batch_tokens=400", "plan.global_batch_tokens was 150, now 400"),
-        (f"data.tokenizer={job / 'whole' / 'hbp' / 'model'}", "its data or tokenizer has changed"),
+        (f"data.source={other_data}", "its data or tokenizer has changed"),
     ]:
         ((refusal, _), _) = run_ranks(run_here, 2, config_of(job, run, change))
         assert said in refusal

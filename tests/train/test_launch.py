@@ -135,9 +135,9 @@ def test_what_can_be_known_before_is_refused_before_data_are_prepared(job, monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(job / "none"))
     run = f"run_dir={job / 'refused'}"
-    gemma = write_config(job / "gemma", {"model_type": "gemma2"})
-    (line,) = refused(job, run, f"model.path={gemma}")
-    assert line.startswith("hbp: error: gemma2 models are not known here; this trains llama")
+    mamba = write_config(job / "mamba", {"model_type": "mamba"})
+    (line,) = refused(job, run, f"model.path={mamba}")
+    assert line.startswith("hbp: error: mamba models have linear_attention layers, whose state would run from one doc")
     (line,) = refused(job, run, "log.wandb_project=packing")
     assert line.startswith("hbp: error: log.wandb_project needs ")
     assert not (job / "refused").exists()

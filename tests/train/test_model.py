@@ -154,7 +154,7 @@ def test_parameters_and_small_tensors_stay():
 
     def pack(tensor: torch.Tensor) -> model_module.Kept:
         kept = hooks.pack_hook(tensor)
-        moved.append(kept[1].data_ptr() != tensor.data_ptr())
+        moved.append(kept.tensor.data_ptr() != tensor.data_ptr())
         assert moved[-1] == (not is_parameter(tensor) and tensor.nbytes >= 1024)
         return kept
 

@@ -60,7 +60,9 @@ def test_steps_hold_the_batch_to_within_one_micro_step(tokens: list[int], batch:
     run = step[order]
     assert run[0] == 0
     assert set(np.diff(run).tolist()) <= {0, 1}
-    assert np.bincount(step, weights=amounts).max() <= batch + amounts.max()
+    # Few steps are cut evenly, so that there are as many as the batch asks for: then they hold their share of all.
+    share = max(batch, amounts.sum() / (run[-1] + 1))
+    assert np.bincount(step, weights=amounts).max() <= share + amounts.max()
 
 
 def test_short_micro_steps_come_first() -> None:
