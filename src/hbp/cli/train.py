@@ -75,9 +75,11 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     run = Path(config.run_dir)
     understand_srun(os.environ)
     if not launch.under_torchrun():
-        from hbp.run.job import check_before_launch
+        from hbp.run.job import check_before_launch, check_ready, check_strategies
         from hbp.run.start.lock import owning
 
+        check_strategies(config)  # what needs no run_dir is refused before there is one
+        check_ready(config)
         with owning(run, launcher=True):
             check_before_launch(config)
             launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
