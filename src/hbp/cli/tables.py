@@ -186,7 +186,13 @@ def run_table(summary: Mapping[str, Any], *, disturbed: bool = False) -> None:
         )
     elif "speedup" in summary:
         ours, theirs = (r["strategy"] for r in summary["results"][:2])
-        print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens")
+        print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens{_at_best(summary['results'][1])}")
+
+
+def _at_best(baseline: Mapping[str, Any]) -> str:
+    """What there was to be gained over a run, from its plan's efficiency (docs/lower-bound.md); empty where unknown."""
+    efficiency = baseline["metrics"].get("efficiency")
+    return f" (by the cost model, no plan could be more than {1 / efficiency:.2f}×)" if efficiency else ""
 
 
 def duration(seconds: float) -> str:
