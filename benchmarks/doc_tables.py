@@ -295,7 +295,7 @@ def quickstart() -> str:
     lead = (
         f"Measured by `make quickstart` on {results[0]['device']} (two processes, gloo, {budget:.2f} GiB a process, "
         f"{date}): **HBP is {first:.2f}× as fast** ({second:.2f}× in a second run), on "
-        f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens; by the cost model fitted to this machine "
+        f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens; by the cost model that it fitted, "
         f"no plan could be more than {1 / results[1]['metrics']['efficiency']:.2f}×. "
         f"{_steps_of(*(r['steps'] for r in results[:2]))}\n\n"
     )

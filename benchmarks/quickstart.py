@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from hbp.report.numbers import numbers_of, read_run
+
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = (0.35, 0.5)
 
@@ -27,6 +29,8 @@ def run(out: Path, name: str, overrides: list[str], *, whole: bool) -> float:
         folder = Path(scratch) / "run"
         command = ["-m", "hbp", "train", "examples/quickstart.yaml", *overrides]
         subprocess.run([sys.executable, *command, f"run_dir={folder}"], cwd=ROOT, check=True, stdout=sys.stderr)
+        if any(s.get("disturbed", False) for s in numbers_of(read_run(folder))["strategies"]):
+            sys.exit(f"{name}: another program used the machine meanwhile, nothing is kept; measure on a quiet machine")
         summary = json.loads((folder / "summary.json").read_text())
         kept = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *command]), **summary}
         (out / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")

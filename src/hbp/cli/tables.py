@@ -186,7 +186,8 @@ def run_table(summary: Mapping[str, Any], *, disturbed: bool = False) -> None:
         )
     elif "speedup" in summary:
         ours, theirs = (r["strategy"] for r in summary["results"][:2])
-        print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens{_at_best(summary['results'][1])}")
+        at_best = _at_best(summary["results"][1])
+        print(f"{ours} is {summary['speedup']:.2f}× as fast as {theirs} on the same tokens{at_best}")
 
 
 def _at_best(baseline: Mapping[str, Any]) -> str:
