@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hbp.errors import HbpError
 
@@ -29,6 +29,9 @@ TOLD_BY_SAMPLES = frozenset(("n_samples", "n_tokens", "lengths_sha256"))
 RATIOS = frozenset(("pr", "dbr", "abr", "cr", "ave_tokens", "predicted_s"))
 CLUSTER_NUMBERS = ("step_overhead_s", "memory_bytes")
 """Of a cluster, that are read without its cost model."""
+ORDERS = ("fastest", "balanced", "random")
+"""How optimizer steps are made up (:mod:`hbp.planning.ordered.orders`)."""
+DEFAULT_ORDER: Final = "fastest"
 SETTING_COUNTS = ("global_batch_tokens", "short_steps", "max_length", "windows")
 
 

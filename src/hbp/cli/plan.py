@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbp.cli.usage import Commands, Parser, check_numbers, check_out, parse_counts
 from hbp.errors import HbpError, did_you_mean
+from hbp.plan_info import DEFAULT_ORDER, ORDERS
 from hbp.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     Lengths = npt.NDArray[np.int32]
     Pairs = npt.NDArray[np.bool_] | None
 
-LEAST = {"max_length": 1, "global_batch_tokens": 1, "windows": 1, "seed": 0, "short_steps": 0}
+LEAST = {"max_length": 1, "global_batch_tokens": 1, "seed": 0, "short_steps": 0}
 """The options that shape a plan, with their least values."""
 
 
@@ -83,11 +84,10 @@ def _add_planning(parser: Parser) -> None:
     parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
     parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")
     parser.add_argument(
-        "--windows",
-        type=int,
-        metavar="N",
-        help="hbp-mixed: plan the shuffled samples in N pieces; more stay closer to a random order, fewer are faster "
-        "(default: as many as cost at most 1 %% of the speed)",
+        "--order",
+        choices=ORDERS,
+        help="hbp-mixed, what an optimizer step holds. fastest: packs of one kind; balanced: the data's mix, as near "
+        f"as 5 %% of the speed buys; random: what a shuffle puts there, at any price (default {DEFAULT_ORDER})",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed is another epoch")
 
@@ -289,4 +289,4 @@ def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
 
 
 def _shape(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in LEAST}
+    return {name: getattr(args, name) for name in (*LEAST, "order")}

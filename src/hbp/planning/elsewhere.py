@@ -47,6 +47,7 @@ def plan_elsewhere(
     try:
         static = Group(**asked["static"]) if same and asked.get("static") else None
         options = {name: asked.get(name) for name in ("max_length", "short_steps", "windows")}
+        options["order"] = info.settings.get("order", "fastest")
     except (AttributeError, TypeError) as error:
         raise HbpError(f"the plan's settings are damaged ({error}); make the plan again with `hbp plan`") from None
     return make_plan(

@@ -63,6 +63,8 @@ def one_setting_plan(
     options |= {"seed": seed, "global_batch_tokens": global_batch_tokens}
     how = STRATEGIES.get(strategy)
     if how is not None and how.finds_groups:  # it has this one instead
+        if options.get("order") not in (None, "fastest"):
+            raise HbpError(f"order {options['order']} needs packs of several settings; leave --order out")
         mixed = _mixed(lengths, cost, group, seed, global_batch_tokens, windows)
         found = [mixed, *(make_plan(lengths, cost, strategy=name, static=group, **options) for name in BASELINES)]
     else:

@@ -7,14 +7,16 @@ predicting, measuring, writing the rows) is common to all, so that strategies di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 
 from hbp.cost.predict import CostModel
-from hbp.errors import HbpError
+from hbp.errors import HbpError, did_you_mean
 from hbp.plan import Group, Plan, PlanInfo, hash_lengths
+from hbp.plan_info import DEFAULT_ORDER, ORDERS
 from hbp.planning.baselines import BASELINES
 from hbp.planning.metrics import measure, measure_order
 from hbp.planning.mixed.hbp_mixed import HBP_MIXED
@@ -23,6 +25,8 @@ from hbp.planning.paper.hbp import HBP
 from hbp.planning.settings import Choice, SamplesByLength, Wanted, best_setting, fitting_capacity
 from hbp.planning.strategy import Outcome, Problem, Strategy
 
+STEPS_OFF = 0.02
+"""Share by which the number of steps may be off before another setting that keeps it is preferred to a faster one."""
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
 """Of one step, as the plan file counts them in int16."""
 
@@ -39,6 +43,7 @@ def make_plan(
     max_length: int | None = None,
     global_batch_tokens: int | None = None,
     short_steps: int | None = None,
+    order: str | None = None,
     windows: int | None = None,
     static: Group | None = None,
 ) -> Plan:
@@ -55,8 +60,11 @@ def make_plan(
         global_batch_tokens: tokens of an optimizer step. None: the world filled once with packs of the packing length,
             and for `hbp-mixed` at least one micro-step of the packs it finds best.
         short_steps: steps of the curriculum's first phase. None: 500 or a tenth of the run. Only ours have one.
-        windows: of `hbp-mixed`: pieces that the shuffled samples are planned in. More stay closer to a random order,
-            fewer are faster. None: as many as cost at most a hundredth of the speed.
+        order: of `hbp-mixed`: `fastest`; `balanced`, steps as near to the data's mix as a stated price in speed allows
+            (:data:`hbp.planning.ordered.orders.PRICE`); or `random`, steps of what a shuffle puts there. None:
+            :data:`hbp.plan_info.DEFAULT_ORDER`.
+        windows: of `hbp-mixed` in order `fastest`: pieces that the shuffled samples are planned in. More stay closer
+            to the shuffle, fewer are faster. None: as many as cost at most a hundredth of the speed.
         static: setting of the strategies that have only one. None: the fastest of all that fit
             (:mod:`hbp.planning.settings`).
 
@@ -66,9 +74,7 @@ def make_plan(
     Raises:
         HbpError: no samples, an unknown strategy, or a longest sample that no setting fits into memory.
     """
-    if strategy not in STRATEGIES:
-        raise HbpError(f"no strategy {strategy!r}: give one of {', '.join(STRATEGIES)}")
-    how = STRATEGIES[strategy]
+    how = _checked(strategy, order)
     dropped = _too_long(lengths, static.capacity if static else max_length)
     own = np.delete(lengths, dropped) if len(dropped) else lengths
     if static:
@@ -76,10 +82,8 @@ def make_plan(
     else:
         longest = fitting_capacity(cost, own, max_length)
         choices = how.settings(Wanted(cost, own, longest, max_length is None, global_batch_tokens))
-    best: Plan | None = None
-    for choice in sorted(choices, key=lambda choice: choice.seconds):
-        if best is not None and choice.seconds >= best.info.metrics["predicted_s"]:
-            break  # and so are all after it
+
+    def planned(choice: Choice) -> Plan:
         problem = Problem(
             lengths=lengths,
             dropped=dropped,
@@ -90,20 +94,52 @@ def make_plan(
             batch_given=global_batch_tokens is not None,
             short_steps=short_steps,
             windows=windows,
+            order=order or DEFAULT_ORDER,
             rng=np.random.default_rng(seed),
         )
-        plan = to_plan(how.plan(problem), problem, strategy, seed)
-        if best is None or plan.info.metrics["predicted_s"] < best.info.metrics["predicted_s"]:
-            best = plan
-    assert best is not None
-    asked = {
+        return to_plan(how.plan(problem), problem, strategy, seed)
+
+    best = _fastest(choices, planned, batch_given=global_batch_tokens is not None)
+    asked: dict[str, Any] = {
         "max_length": max_length,
         "global_batch_tokens": global_batch_tokens,
         "short_steps": short_steps,
         "windows": windows,
         "static": asdict(static) if static else None,
     }
+    if order is not None:
+        asked["order"] = order
     return replace(best, info=replace(best.info, settings={**best.info.settings, "asked": asked}))
+
+
+def _checked(strategy: str, order: str | None) -> Strategy:
+    """The strategy of that name; refuses names that there are not."""
+    if strategy not in STRATEGIES:
+        raise HbpError(f"no strategy {strategy!r}: give one of {', '.join(STRATEGIES)}")
+    if order is not None and order not in ORDERS:
+        raise HbpError(f"no order {order!r}{did_you_mean(order, ORDERS)}: give one of {', '.join(ORDERS)}")
+    return STRATEGIES[strategy]
+
+
+def _fastest(choices: Sequence[Choice], planned: Callable[[Choice], Plan], *, batch_given: bool) -> Plan:
+    """The fastest plan of those whose steps are as many as the global batch asks for, or of all if it is none's.
+
+    Args:
+        choices: settings, at least one.
+        planned: plans with one of them.
+        batch_given: whether there is a global batch that was asked for.
+    """
+    best: Plan | None = None
+    least = (True, np.inf)
+    for choice in sorted(choices, key=lambda choice: choice.seconds):
+        if not least[0] and choice.seconds >= least[1]:
+            break  # and so are all after it
+        plan = planned(choice)
+        not_kept = batch_given and abs(plan.info.details["steps_off"]) > STEPS_OFF
+        if best is None or (not_kept, plan.info.metrics["predicted_s"]) < least:
+            best, least = plan, (not_kept, plan.info.metrics["predicted_s"])
+    assert best is not None
+    return best
 
 
 def _too_long(lengths: Lengths, limit: int | None) -> Int:
@@ -167,6 +203,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Pla
             "max_length": problem.static.capacity,
             "windows": outcome.windows,
             "extra_groups": [asdict(group) for group in outcome.extra],
+            **({"order": problem.order} if STRATEGIES[strategy].orders and problem.order != "fastest" else {}),
         },
     )
     plan = Plan(

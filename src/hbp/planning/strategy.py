@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hbp.cost.predict import CostModel
 from hbp.plan import Group
+from hbp.plan_info import DEFAULT_ORDER
 from hbp.planning.packs import Int, Lengths, PackCost, Schedule, numbered, predicted_seconds
 from hbp.planning.settings import Choice, Wanted, every_length
 
@@ -40,6 +41,8 @@ class Problem:
     windows: int | None
     """Pieces of the shuffle that are planned apart; None for the default."""
     rng: np.random.Generator
+    order: str = DEFAULT_ORDER
+    """Of :data:`hbp.plan_info.ORDERS`."""
 
     @property
     def world_size(self) -> int:
@@ -101,6 +104,8 @@ class Strategy:
     curriculum: bool = False
     """Whether ``short_steps`` means anything to it."""
     windows: bool = False
-    """Whether ``windows`` does."""
+    """Whether ``windows`` does,"""
+    orders: bool = False
+    """and ``order``."""
     slow_above: int | None = None
     """Samples from which on it takes minutes; None where it never does."""

@@ -195,7 +195,7 @@ def write_and_read(
                 max_length=config.data.max_length,
                 global_batch_tokens=global_batch_tokens or config.plan.global_batch_tokens,
                 short_steps=config.plan.short_steps if short_steps is None else short_steps,
-                windows=config.plan.windows,
+                order=config.plan.order,
                 static=static,
             )
             write_plan(plan, folder / "plan")

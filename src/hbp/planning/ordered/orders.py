@@ -1,0 +1,225 @@
+"""`plan.order`: how much of the speed is given up for optimizer steps that hold the data's own mix.
+
+``fastest``: micro-steps of packs that are alike, dealt to steps as they come (:mod:`hbp.planning.mixed.windows`). With
+a global batch of one or two micro-steps, a step is of one kind.
+
+``random``: a step holds what a shuffle puts there, as with naive packing; only inside the step are samples free to be
+packed, at the degrees and in the micro-steps that finish soonest.
+
+``balanced``: the plan whose steps are nearest to the data's own mix among a few that are at most :data:`PRICE` slower
+than the fastest, which is one of them. The others are made from two things that a step may hold:
+
+- micro-steps of long packs as ``fastest`` makes them, so they cost nothing, dealt evenly over the steps. What they are
+  is searched for micro-steps of a global batch at most, of a half and of a quarter: smaller ones, at higher degrees,
+  are dealt more evenly, and communicate more;
+- everything else, dealt by length and packed step by step (:mod:`hbp.planning.ordered.draw`,
+  :mod:`hbp.planning.ordered.step_packing`); in one of the plans that is all there is.
+
+The curriculum comes on top of any: its steps hold samples that are at home in groups of the lowest degree.
+
+Complexity: as many plans as are compared, each a pass over the samples for each target time of a micro-step.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hbp.plan import Group, close, wanted_steps
+from hbp.planning.kernels import counting_sort, shuffled
+from hbp.planning.mixed.groups import search_groups
+from hbp.planning.mixed.packing import pack_histogram
+from hbp.planning.mixed.windows import windowed_schedule
+from hbp.planning.ordered.draw import cut_shuffle, deal_evenly
+from hbp.planning.ordered.lay_out import Laid, joined, outcome_of, pack_steps, travel, worth
+from hbp.planning.ordered.step_packing import StepCosts
+from hbp.planning.packs import Int, PackCosts
+from hbp.planning.paper.curriculum import default_short_steps
+from hbp.planning.strategy import Outcome, Problem
+
+PRICE = 0.05
+"""Share of the fastest plan's predicted time that `balanced` may take longer."""
+PARTS_OF_A_STEP = (1, 2, 4)
+"""Micro-steps of long packs are searched for so small a part of the global batch."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples to plan, in random order, and how many steps there are. Samples are numbered among those to plan."""
+
+    shuffle: Int  # [N]
+    early: Int
+    """Those of the curriculum's steps, in the shuffle's order."""
+    rest: Int
+    early_steps: int
+    rest_steps: int
+    short_steps: int
+    """Of the curriculum as asked for."""
+
+
+def draw(problem: Problem, groups: Sequence[Group]) -> Drawn:
+    """Shuffle, and set aside what the curriculum begins with."""
+    own, batch = problem.own_lengths, problem.global_batch_tokens
+    shuffle = shuffled(len(own), problem.rng)
+    total = int(own.sum(dtype=np.int64))
+    n_steps = wanted_steps(total, batch)
+    asked = default_short_steps(n_steps) if problem.short_steps is None else problem.short_steps
+    lowest = min(group.sp_degree for group in groups)
+    short = own[shuffle] <= max(group.capacity for group in groups if group.sp_degree == lowest)
+    early = np.zeros(len(shuffle), bool)
+    if asked and not short.all():
+        ends = np.cumsum(own[shuffle][short], dtype=np.int64)
+        early[np.flatnonzero(short)[ends <= asked * batch]] = True
+    tokens = int(own[shuffle][early].sum(dtype=np.int64))
+    early_steps = min(n_steps - 1, round(tokens / batch))
+    if early_steps < 1:
+        early[:] = False
+    early_steps = max(0, early_steps)
+    return Drawn(shuffle, shuffle[early], shuffle[~early], early_steps, n_steps - early_steps, asked)
+
+
+def random(problem: Problem, groups: Sequence[Group]) -> Outcome:
+    """The shuffle cut into steps, each packed apart."""
+    fastest = _fastest(problem, groups)
+    drawn, own = draw(problem, groups), problem.own_lengths
+    step = np.empty(len(own), np.int64)
+    step[drawn.early] = cut_shuffle(own[drawn.early], drawn.early_steps)
+    step[drawn.rest] = cut_shuffle(own[drawn.rest], drawn.rest_steps) + drawn.early_steps
+    laid = pack_steps(own, step, StepCosts(problem.cost, int(own.max()), problem.longest))
+    outcome = outcome_of(problem, laid, groups, drawn.short_steps)
+    return _priced(problem, outcome, worth(problem, fastest).seconds, drawn.shuffle)
+
+
+def balanced(problem: Problem, groups: Sequence[Group]) -> Outcome:
+    """The least drift at a price of :data:`PRICE` at most (module docstring)."""
+    fastest = _fastest(problem, groups)
+    known = worth(problem, fastest)
+    drawn, wanted = draw(problem, groups), known.n_steps
+    best, least = fastest, known.drift
+    for outcome in _candidates(problem, groups, drawn):
+        found = worth(problem, outcome)
+        keeps = close(found.n_steps, wanted_steps(_tokens(problem), problem.global_batch_tokens))
+        if found.seconds <= known.seconds * (1 + PRICE) and found.drift < least and (keeps or found.n_steps == wanted):
+            best, least = outcome, found.drift
+    return fastest if best is fastest else _priced(problem, best, known.seconds, drawn.shuffle)
+
+
+def _tokens(problem: Problem) -> int:
+    return int(problem.own_lengths.sum(dtype=np.int64))
+
+
+def _fastest(problem: Problem, groups: Sequence[Group]) -> Outcome:
+    """The plan of order `fastest`, as it would be made of the same problem."""
+    return windowed_schedule(replace(problem, rng=copy.deepcopy(problem.rng)), groups)
+
+
+def _priced(problem: Problem, outcome: Outcome, fastest_s: float, shuffle: Int) -> Outcome:
+    own = worth(problem, outcome).seconds
+    details = {**travel(problem, outcome, shuffle), "price": own / fastest_s - 1}
+    details["speed_given_up"] = max(0.0, 1 - fastest_s / own)
+    return replace(outcome, details={**outcome.details, **details})
+
+
+def _candidates(problem: Problem, groups: Sequence[Group], drawn: Drawn) -> Iterator[Outcome]:
+    """Plans whose steps are dealt evenly, the fastest first or nearly."""
+    costs = StepCosts(problem.cost, int(problem.own_lengths.max()), problem.longest)
+    seen: set[tuple[Group, ...]] = set()
+    own, longest = problem.own_lengths, int(problem.own_lengths.max())
+    for parts in PARTS_OF_A_STEP:
+        batch = problem.global_batch_tokens // parts
+        smaller = tuple(groups) if parts == 1 else search_groups(problem.cost, own, longest, problem.longest, batch)
+        if smaller not in seen:
+            seen.add(smaller)
+            yield outcome_of(problem, _dealt(problem, smaller, drawn, costs), groups, drawn.short_steps)
+    yield outcome_of(problem, _dealt(problem, (), drawn, costs), groups, drawn.short_steps)
+
+
+def _dealt(problem: Problem, groups: Sequence[Group], drawn: Drawn, costs: StepCosts) -> Laid:
+    """Micro-steps of long packs of these groups dealt to steps, and the other samples as the steps have room for them.
+
+    With no groups there are none of these micro-steps.
+    """
+    own, rng = problem.own_lengths, copy.deepcopy(problem.rng)
+    parts: list[tuple[Int, Laid]] = []
+    batch, others = float(problem.global_batch_tokens), drawn.rest
+    if drawn.early_steps:
+        step = deal_evenly(own[drawn.early], np.full(drawn.early_steps, batch), rng)
+        parts.append((drawn.early, pack_steps(own[drawn.early], step, costs)))
+    room = np.full(drawn.rest_steps, own[drawn.rest].sum(dtype=np.int64) / drawn.rest_steps)
+    if groups:
+        samples, laid = _long_micro_steps(problem, groups, drawn, rng)
+        if len(samples):
+            parts.append((samples, laid))
+            others = np.setdiff1d(drawn.rest, samples, assume_unique=True)
+            room -= np.bincount(laid.step[laid.pack_of] - drawn.early_steps, own[samples], len(room))
+    if len(others):
+        step = deal_evenly(own[others], np.maximum(room, 0.0), rng) + drawn.early_steps
+        parts.append((others, pack_steps(own[others], step, costs)))
+    return joined(parts, len(own))
+
+
+def _long_micro_steps(
+    problem: Problem, groups: Sequence[Group], drawn: Drawn, rng: np.random.Generator
+) -> tuple[Int, Laid]:
+    """Of a plan of all samples but the curriculum's: the micro-steps that hold more than its shortest packs.
+
+    Returns:
+        Their samples, and their packs with the steps that they are dealt to.
+    """
+    own, none = problem.own_lengths, np.zeros(0, np.int64)
+    rest = drawn.rest.astype(np.int64)
+    lengths = own[rest]
+    counts = np.bincount(lengths)
+    costs = PackCosts(problem.cost, len(counts) - 1)
+    packed = pack_histogram(counts.copy(), groups, costs, problem.world_size, rng, last=True)
+    bottom = next(group for group in groups if group.capacity >= int(lengths.min()))
+    shortest = [g.sp_degree == bottom.sp_degree and g.capacity <= bottom.capacity for g in packed.groups]
+    long = np.zeros(int(packed.micro_step.max()) + 1, bool)
+    long[packed.micro_step[~np.array(shortest)[packed.group]]] = True
+    if not long.any():
+        return none, Laid(none, none, none, none, none, none)
+    # Samples of a length are alike: the random order that they come in decides which of them is where.
+    by_length = counting_sort(rest, lengths, len(counts) - 1)
+    placed = np.argsort(packed.taken, kind="stable")
+    sample = np.empty(len(placed), np.int64)
+    sample[placed] = by_length
+    mine = long[packed.micro_step[packed.pack_of]]
+    keep = long[packed.micro_step]
+    number = np.cumsum(keep) - 1
+    micro = (np.cumsum(long) - 1)[packed.micro_step[keep]]
+    pack_of = number[packed.pack_of[mine]]
+    step, place = _deal_micro_steps(micro[pack_of], packed.taken[mine], drawn.rest_steps, rng)
+    settings = np.array([(g.sp_degree, g.gc_layers, g.capacity) for g in packed.groups])[packed.group[keep]]
+    return sample[mine], Laid(pack_of, step[micro] + drawn.early_steps, place[micro], *settings.T)
+
+
+def _deal_micro_steps(micro: Int, lengths: Int, n_steps: int, rng: np.random.Generator) -> tuple[Int, Int]:
+    """Step of each micro-step and its place there: those of the longest samples first, to the step of fewest tokens.
+
+    Args:
+        micro: micro-step of each sample ``[N]``.
+        lengths: of each ``[N]``.
+        n_steps: to deal to.
+        rng: which of two equal steps is first.
+    """
+    tokens, documents = np.bincount(micro, lengths), np.bincount(micro)
+    step, place = np.empty((2, len(tokens)), np.int64)
+    heap = [(0.0, int(tie), s, 0) for s, tie in enumerate(rng.permutation(n_steps))]
+    heapq.heapify(heap)
+    for m in np.argsort(-(tokens / documents), kind="stable").tolist():
+        filled, tie, s, held = heapq.heappop(heap)
+        step[m], place[m] = s, held
+        heapq.heappush(heap, (filled + float(tokens[m]), tie, s, held + 1))
+    return step, place
+
+
+ORDERED: Mapping[str, Callable[[Problem, Sequence[Group]], Outcome]] = {
+    "fastest": windowed_schedule,
+    "balanced": balanced,
+    "random": random,
+}
+"""By the name of the setting (:data:`hbp.plan_info.ORDERS`)."""
