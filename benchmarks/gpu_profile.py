@@ -42,6 +42,7 @@ from hbp.parallel.mesh import make_mesh
 from hbp.parallel.varlen import document_attention, make_documents
 from hbp.progress import say
 from hbp.train.launch import device_name, process_group
+from hbp.train.measure.links import seconds_of
 from hbp.train.measure.live import Pack, live_profile, load_stack, that_fit
 from hbp.train.model import CausalLMWithLoss, shard
 
@@ -135,16 +136,7 @@ def summary(errors: list[float]) -> dict[str, float]:
 
 def timed(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """Median seconds."""
-    seconds = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds_of(run, device, repeats))
 
 
 def measure_products(spec: ModelSpec, device: torch.device, rows: list[int]) -> dict[str, Any]:

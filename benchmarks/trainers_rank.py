@@ -41,19 +41,21 @@ OURS = "bench_documents"
 
 
 class Clock(TrainerCallback):
-    """Wall and processor seconds of this rank in every optimizer step."""
+    """Wall and processor seconds of this rank from one optimizer step's end to the next's: data and logs are in it."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
         self.busy: list[float] = []
         self.began = (0.0, 0.0)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.wall.append(time.perf_counter() - self.began[0])
-        self.busy.append(time.process_time() - self.began[1])
+        now = (time.perf_counter(), time.process_time())
+        self.wall.append(now[0] - self.began[0])
+        self.busy.append(now[1] - self.began[1])
+        self.began = now
 
 
 def document_attention_for_stock(

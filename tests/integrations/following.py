@@ -36,7 +36,7 @@ SAMPLES = random_samples(np.random.default_rng(0).integers(3, 40, 24), LLAMA["vo
 class Case:
     """How a plan is followed."""
 
-    trainer: str = "hf"  # or sft
+    trainer: str = "hf"  # or sft, dpo
     wrapping: str = "ddp"  # or plugin (Accelerate's FSDP2), config (transformers' DistributedConfig)
     loss: str = "ave-token"
     lora: bool = False
@@ -104,6 +104,31 @@ def by_our_engine(rank: int, world: int, folder: str, case: Case) -> dict[str, A
     }
 
 
+def unpacked(world: int, folder: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Losses, norms and weights of the plain model, each document alone; computed in `dtype`, states in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.95), weight_decay=0.0)
+    the_plan, found = plan(world), {"losses": [], "norms": []}
+    for step in range(the_plan.n_steps):
+        in_step = np.repeat(the_plan.step, np.diff(the_plan.sample_offsets)) == step
+        ids = the_plan.sample_ids[in_step].tolist()
+        targets, total = int(SAMPLES.loss_tokens[ids].sum()), 0.0
+        optimizer.zero_grad()
+        for tokens, mask in (SAMPLES.sample(i) for i in ids):
+            labels = torch.tensor(np.where(mask != 0, tokens, -100)[1:]).long()
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                logits = model(input_ids=torch.tensor(tokens[None]).long()).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / targets
+            loss.backward()
+            total += float(loss.detach())
+        found["losses"].append(total)
+        found["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+    return {**found, "weights": full_state(model)}
+
+
 def full_state(model: Any) -> dict[str, torch.Tensor]:
     """Whole parameters by their names in the transformers model, copied."""
     named = {}
@@ -138,7 +163,7 @@ def trainer_of(
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", world)):
         os.environ[name] = str(value)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # never used: the group is there
-    _forget_accelerate()
+    forget_accelerate()
     sharded: dict[str, Any] = {}
     if case.wrapping == "config":
         from transformers.distributed import DistributedConfig
@@ -146,22 +171,29 @@ def trainer_of(
         sharded = {"distributed_config": DistributedConfig(fsdp_size=world)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **sharded)
     if case.lora:
-        model = _with_adapters(model, first or {})
-    args, kind = arguments(case, out), integration.HBPTrainer if case.trainer == "hf" else integration.HBPSFTTrainer
-    if case.trainer == "sft":
+        model = with_adapters(model, first or {})
+    kind: Any = integration.HBPTrainer if case.trainer == "hf" else integration.HBPSFTTrainer
+    if case.trainer == "dpo":
+        from hbp.integrations.trl import HBPDPOTrainer as kind
+    else:
+        kwargs = {"loss": case.loss, **kwargs}
+    if case.trainer != "hf":
         kwargs = {"processing_class": tokenizer(), **kwargs}
     dataset: Any = kwargs.pop("train_dataset", None) or SAMPLES
     plans = kwargs.pop("plan", None) or plans_of(case, world)
     with _sharded_on_cpu() if case.wrapping == "plugin" else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield kind(model, args, plan=plans, train_dataset=dataset, loss=case.loss, lr_by=case.lr_by, **kwargs)
-    _forget_accelerate()
+        args = arguments(case, out)
+        yield kind(model=model, args=args, plan=plans, train_dataset=dataset, lr_by=case.lr_by, **kwargs)
+    forget_accelerate()
 
 
 def arguments(case: Case, out: str) -> Any:
     """TrainingArguments, or TRL's."""
     if case.trainer == "sft":
         from trl import SFTConfig as Arguments
+    elif case.trainer == "dpo":
+        from trl import DPOConfig as Arguments
     else:
         from transformers import TrainingArguments as Arguments
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant"}
@@ -193,7 +225,7 @@ def arguments(case: Case, out: str) -> Any:
 WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
 
 
-def _with_adapters(model: Any, first: dict[str, torch.Tensor]) -> Any:
+def with_adapters(model: Any, first: dict[str, torch.Tensor]) -> Any:
     import peft
 
     wrapped = peft.get_peft_model(
@@ -218,7 +250,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
 
 
-def _forget_accelerate() -> None:
+def forget_accelerate() -> None:
     """What one trainer told accelerate would stay for the next."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -258,5 +290,7 @@ def run_cases(rank: int, world: int, folder: str, out: str, cases: dict[str, Cas
             references[key] = by_our_engine(rank, world, folder, case)
         got = by_trainer(rank, world, folder, str(Path(out) / name), case, references[key]["first"])
         found[name] = {"got": got, "want": references[key]}
+        if case.bf16:
+            found[name]["unpacked"] = unpacked(world, folder, torch.bfloat16)
         dist.barrier()
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from integrations.following import LR, _forget_accelerate, tokenizer
+from integrations.following import LR, forget_accelerate, tokenizer
 from plans import plan_of
 from workers import CPU, LLAMA, random_samples, run_ranks, write_model
 
@@ -182,7 +182,7 @@ def by_trl(rank: int, world: int, folder: str, exported: str, out: str) -> dict[
 
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", world)):
         os.environ[name] = str(value)
-    _forget_accelerate()
+    forget_accelerate()
     settings = json.loads((Path(exported) / "layout.json").read_text())["settings"]
     args = SFTConfig(
         out,

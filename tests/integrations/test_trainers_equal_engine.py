@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from integrations.following import LLAMA, Case, run_cases
 from workers import run_ranks, write_model
@@ -12,9 +13,9 @@ pytest.importorskip("accelerate")
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-LOSS, NORM, WEIGHTS, BFLOAT16 = 1e-6, 2e-5, 2e-5, 2e-2
+LOSS, NORM, WEIGHTS, ROUNDING = 1e-6, 2e-5, 2e-5, 1.5
 """Largest difference of an epoch's losses and of norms (relative) and of weights, which training moves by 1e-2. In
-bfloat16 the engine that it is held against stays in float32, and the drawn weights are large: norms to a quarter."""
+bfloat16: how much farther from the engine in float32 than the plain model in bfloat16 is, each document alone."""
 
 TWO = {
     "ddp": Case(),
@@ -55,13 +56,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]
     return found
 
 
+def of_losses(a: Any, b: Any) -> float:
+    return float(np.linalg.norm(np.subtract(a["losses"], b["losses"])))
+
+
+def of_first_norm(a: Any, b: Any) -> float:
+    """Later ones are those of other weights."""
+    return abs(a["norms"][0] - b["norms"][0])
+
+
+def of_weights(a: Any, b: Any) -> float:
+    return sum(float((a["weights"][n] - x).square().sum()) for n, x in b["weights"].items()) ** 0.5
+
+
 @pytest.mark.parametrize(("world", "name"), [(2, name) for name in TWO] + [(4, name) for name in FOUR])
 def test_a_trainer_trains_as_the_engine(runs: Any, world: int, name: str) -> None:
     case = (TWO if world == 2 else FOUR)[name]
     for rank in runs[world, name]:
         got, want = rank["got"], rank["want"]
-        assert got["losses"] == pytest.approx(want["losses"], rel=BFLOAT16 if case.bf16 else LOSS * case.epochs)
-        assert got["norms"] == pytest.approx(want["norms"], rel=0.25 if case.bf16 else NORM)
+        if case.bf16:
+            for distance in (of_losses, of_first_norm, of_weights):
+                assert 0 < distance(got, want) <= ROUNDING * distance(rank["unpacked"], want), distance.__name__
+        else:
+            assert got["losses"] == pytest.approx(want["losses"], rel=LOSS * case.epochs)
+            assert got["norms"] == pytest.approx(want["norms"], rel=NORM)
         assert got["rates"] == pytest.approx(want["rates"], rel=1e-6)
         trained = [n for n in want["weights"] if not case.lora or "lora_" in n]
         assert len(trained) == len([n for n in got["weights"] if not case.lora or "lora_" in n])

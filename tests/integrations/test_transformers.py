@@ -33,15 +33,16 @@ class Refuse:
         if name.split(".")[0] in ("transformers", "trl", "datasets", "accelerate", "peft"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
-import hbp.integrations.transformers as t
-t.FollowsPlan
-try:
-    t.HBPTrainer
-except ModuleNotFoundError as error:
-    print("asked for", error)
+import hbp.integrations.transformers as t, hbp.integrations.trl as p
+t.FollowsPlan, p.FollowsPairs
+for module, name in ((t, "HBPTrainer"), (p, "HBPDPOTrainer")):
+    try:
+        getattr(module, name)
+    except ModuleNotFoundError as error:
+        print("asked for", error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "asked for transformers", done.stderr
+    assert done.stdout.strip() == "asked for transformers\nasked for trl", done.stderr
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -177,7 +178,7 @@ def make(model: Any, tmp_path: Path, plan: Any = None, kind: str = "HBPTrainer",
 
     from hbp.integrations import transformers as integration
 
-    own = {name: options.pop(name) for name in ("loss", "lr_by", "model_init") if name in options}
+    own = {name: options.pop(name) for name in ("loss", "lr_by", "model_init", "kernel") if name in options}
     args = TrainingArguments(
         str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no", **options
     )
@@ -259,3 +260,42 @@ def test_a_model_that_would_not_train_as_its_documents_alone_do_is_refused(tmp_p
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64))
     with pytest.raises(HbpError, match=r"attn_pdrop is 0\.1; set it to 0"):
         make(gpt2, tmp_path)
+
+
+GEMMA2 = {
+    **LLAMA,
+    "model_type": "gemma2",
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 8,
+    "final_logit_softcapping": 2.0,
+    "attn_logit_softcapping": 5.0,
+}
+
+
+def test_what_a_family_does_to_its_logits_is_in_the_loss(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = write_model(tmp_path / "model", GEMMA2)
+    gemma = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    total, targets = 0.0, 0
+    for ids, mask in SAMPLES.documents[:8]:
+        labels = torch.tensor(np.where(mask != 0, ids, -100)[None]).long()
+        with torch.no_grad():
+            mean = gemma(input_ids=torch.tensor(ids[None]).long(), labels=labels).loss
+        count = int(mask[1:].sum())
+        total, targets = total + (float(mean) * count if count else 0.0), targets + count
+    trainer = make(gemma, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / targets, rel=1e-5)
+    with pytest.raises(HbpError, match="softcap"):
+        make(gemma, tmp_path, kernel="sdpa")
+
+
+def test_a_family_that_is_not_proven_is_named(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("starcoder2", **config))
+    with pytest.warns(UserWarning, match="starcoder2 is not among the families .* `hbp check`"):
+        make(model, tmp_path)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -55,6 +56,7 @@ class PlanSteps(Dataset[Item]):
         if plan is not self._current:
             self._current, self.rows = plan, rows_of_rank(plan, self.rank)
             self.batches = global_batches(plan, self.source.loss_tokens, self.loss)
+            self.samples = np.bincount(plan.step, np.diff(plan.sample_offsets), plan.n_steps).astype(np.int64)
             self._ahead = {}
 
     def __len__(self) -> int:
@@ -63,7 +65,11 @@ class PlanSteps(Dataset[Item]):
     def __getitem__(self, step: int) -> Item:
         ready = self._ahead.pop(step, None) or self._thread.submit(self._make, step)
         self._ahead = {step + 1: self._thread.submit(self._make, step + 1)} if step + 1 < len(self) else {}
-        return {"micro_batches": ready.result(), "tokens": self.batches[step].tokens}
+        return {
+            "micro_batches": ready.result(),
+            "tokens": self.batches[step].tokens,
+            "samples": int(self.samples[step]),
+        }
 
     def _make(self, step: int) -> list[MicroBatch]:
         assert self._current is not None

@@ -79,7 +79,7 @@ def as_rows(dataset: Any) -> Rows:
     if not hasattr(dataset, "__len__") and not hasattr(dataset, "lengths"):
         raise HbpError("a plan names its samples by number, so the data set must have a length: it cannot be a stream")
     if hasattr(dataset, "sample"):
-        return _of_source(dataset)
+        return rows_of_source(dataset)
     names: list[str] = getattr(dataset, "column_names", None) or (list(dataset[0]) if len(dataset) else [])
     if "input_ids" not in names:
         raise HbpError(
@@ -90,10 +90,11 @@ def as_rows(dataset: Any) -> Rows:
     if hasattr(dataset, "with_format"):
         counted = _count_arrow(dataset, columns)
         return Rows(_Columns(dataset.with_format("numpy", columns=columns)), *counted)
-    return _of_source(_Columns(dataset), len(dataset))
+    return rows_of_source(_Columns(dataset), len(dataset))
 
 
-def _of_source(source: Any, count: int | None = None) -> Rows:
+def rows_of_source(source: Any, count: int | None = None) -> Rows:
+    """Of anything with ``sample(i)``: counts as it says them, or else counted."""
     lengths, loss_tokens = getattr(source, "lengths", None), getattr(source, "loss_tokens", None)
     if lengths is None or loss_tokens is None:
         read = (source.sample(i) for i in range(len(source) if count is None else count))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,13 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hbp.config import LOSSES, TrainConfig
 from hbp.errors import HbpError
-from hbp.integrations.pack_loss import ARGUMENT, Sealed, attention_of, give_pack_loss
+from hbp.integrations.pack_loss import ARGUMENT, BatchArgument, attention_of, give_pack_loss
 from hbp.integrations.plan_steps import Item, PlanSteps, loader_of
 from hbp.integrations.rows import Rows, as_rows, check_made_for
 from hbp.parallel.ulysses import ATTENTION_NAMES, register_attention
+from hbp.parallel.varlen import check_features
 from hbp.plan import Plan
 from hbp.train.batch import MicroBatch
-from hbp.train.model import check_trainable, set_gc_layers
+from hbp.train.model import PROVEN_FAMILIES, attention_features, check_trainable, set_gc_layers
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -96,7 +98,7 @@ class FollowsPlan(_Trainer):
         given: Any = kwargs.get("args") or next(iter(args[1:2]), None)
         if getattr(given, "ddp_find_unused_parameters", False) is None:
             given.ddp_find_unused_parameters = False  # every parameter is used in every micro-batch
-        self._rows = as_rows(train_dataset)
+        self._rows = self._rows_of(train_dataset)
         super().__init__(*args, train_dataset=self._shown(self._rows), **kwargs)
         self.train_dataset = self._rows
         refuse(self)
@@ -104,10 +106,21 @@ class FollowsPlan(_Trainer):
             check_made_for(each, self._rows.lengths, self.args.world_size)
         self._lm = _without_wrappers(self.model)
         check_trainable(self._lm.config)
+        check_features(kernel, attention_features(self._lm))
+        if self._lm.config.model_type not in PROVEN_FAMILIES:
+            warnings.warn(
+                f"{self._lm.config.model_type} is not among the families that are shown to train packed as they do "
+                "unpacked; hold it against plain transformers with `hbp check`",
+                stacklevel=2,
+            )
         give_pack_loss(self._lm)
         if self._lm.config._attn_implementation in ATTENTION_NAMES.values():
             self._lm.config._attn_implementation = FALLBACK
         self.add_callback(_callback(self))
+
+    def _rows_of(self, dataset: Any) -> Rows:
+        """The training data as the plan's samples."""
+        return as_rows(dataset)
 
     def _shown(self, rows: Rows) -> Any:
         """What the trainer's own constructor sees of the training data."""
@@ -213,7 +226,7 @@ class FollowsPlan(_Trainer):
                 # not fit, and the plan's memory model counts them sharded.
                 alone = model.no_sync() if left and isinstance(model, DistributedDataParallel) else nullcontext()
                 with alone:
-                    total += super().training_step(model, {ARGUMENT: Sealed(batch.to(self.args.device))}, None)
+                    total += super().training_step(model, {ARGUMENT: BatchArgument(batch.to(self.args.device))}, None)
         self._count_tokens(inputs["tokens"])
         return total
 
@@ -281,7 +294,8 @@ def refuse(trainer: Any) -> None:
             getattr(args, "padding_free", False)
         ),
         f"loss_type={getattr(args, 'loss_type', '')!r} is not among the losses of a plan; give loss= one of "
-        f"{', '.join(LOSSES)}": getattr(args, "loss_type", "nll") not in ("nll", None),
+        f"{', '.join(LOSSES)}": isinstance(getattr(args, "loss_type", None), str)
+        and args.loss_type != "nll",  # of pairs, a list
         "label smoothing is not among the losses of a plan; set label_smoothing_factor to 0": bool(
             args.label_smoothing_factor
         ),

@@ -180,6 +180,28 @@ def summed_cross_entropy(
     return total
 
 
+def token_log_probs(
+    hidden_TE: Tensor,
+    projection: Tensor | Callable[[Tensor], Tensor],
+    labels_T: Tensor,
+    chunk: int = CHUNK,
+    finish: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Log-probability of each label, float32 ``[T]``; 0 where there is none. Logits are made again in backward.
+
+    Args:
+        hidden_TE: as for :func:`summed_cross_entropy`, and so `projection`, `labels_T`, `chunk` and `finish`.
+    """
+
+    def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
+        return -F.cross_entropy(_logits(projection, finish, hidden), labels, ignore_index=IGNORE, reduction="none")
+
+    parts = zip(hidden_TE.split(chunk), labels_T.split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(of_chunk, *each, use_reentrant=False) for each in parts])
+    return torch.cat([of_chunk(*each) for each in parts])
+
+
 def _chunk_loss(
     projection: Tensor | Callable[[Tensor], Tensor],
     finish: Callable[[Tensor], Tensor] | None,
@@ -188,9 +210,14 @@ def _chunk_loss(
     weights: Tensor,
 ) -> Tensor:
     """Of a projection that is more than one product, whose gradients autograd finds."""
+    return F.cross_entropy(_logits(projection, finish, hidden), labels, reduction="none") @ weights
+
+
+def _logits(
+    projection: Tensor | Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor] | None, hidden: Tensor
+) -> Tensor:
     product = hidden @ projection.T if isinstance(projection, Tensor) else projection(hidden)
-    logits = product.float() if finish is None else finish(product.float())
-    return F.cross_entropy(logits, labels, reduction="none") @ weights
+    return product.float() if finish is None else finish(product.float())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -60,10 +60,24 @@ def _bound(collective: Callable[..., object], output: Tensor, given: Tensor, gro
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    return highest(float(np.median(seconds_of(run, device, REPEATS, dist.barrier))), device)
+
+
+def seconds_of(
+    run: Callable[[], object], device: torch.device, repeats: int, before: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Wall seconds of something on a device, after once to warm up.
+
+    Args:
+        run: what is timed, until the device has done it.
+        device: where it runs.
+        repeats: how often it is timed.
+        before: done before each time, and not counted.
+    """
     run()
     seconds = []
-    for _ in range(REPEATS):
-        dist.barrier()
+    for _ in range(repeats):
+        before()
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -71,4 +85,4 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return highest(float(np.median(seconds)), device)
+    return seconds
