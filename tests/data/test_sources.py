@@ -46,6 +46,17 @@ def test_sharded_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     assert read(Source(str(tmp_path))) == RECORDS
 
 
+def test_files_that_are_left_out_of_a_folder_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "README.md").write_text("not data")
+    assert read(Source(str(tmp_path))) == RECORDS
+    assert "left out" not in capsys.readouterr().err
+    for name in ("more.JSONL", "b.csv", "deep/c.jsonl.zip"):
+        write(tmp_path / name, RECORDS)
+    assert read(Source(str(tmp_path))) == RECORDS
+    assert "left out: 3 files that hold no records by their names, the first: b.csv" in capsys.readouterr().err
+
+
 def test_a_folder_with_files_of_several_splits_gives_the_one_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

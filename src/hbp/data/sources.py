@@ -23,6 +23,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_PIECE = 4 << 20
 SPLIT_IN_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.\d])", re.IGNORECASE)
 
+PROSE = re.compile(r"^(README|LICENSE|NOTICE|CITATION)|\.(md|html|py|sh|ya?ml|lock|png|svg|jpe?g|pdf)$", re.IGNORECASE)
+"""Files beside data that nobody takes for records."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -89,13 +92,16 @@ def _split_of_saved(path: Path, split: str) -> Path:
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    files = sorted(
+    shown = sorted(
         path
         for path in folder.rglob("*")
-        if has_records(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    files = [path for path in shown if has_records(path)]
     if not files:
         raise HbpError(f"{folder} has no {', '.join(SUFFIXES)} files; give a folder of them")
+    if others := [path for path in shown if not has_records(path) and not PROSE.search(path.name)]:
+        say(f"{folder}: left out: {len(others)} files that hold no records by their names, the first: {others[0].name}")
     splits = [_split_named(path.relative_to(folder)) for path in files]
     if not all(splits) or len(set(splits)) == 1:
         return files
