@@ -127,7 +127,7 @@ class DataConfig(_Section):
         description="tokenize on a Ray cluster: its address, `auto` or `local`; needs `pip install '.[ray]'`",
         json_schema_extra=FREE,
     )
-    cache: str | None = Field(
+    cache: str | Literal[False] | None = Field(  # YAML reads `off` as false
         None,
         description="folder of tokenized pieces that runs share; none: $HBP_CACHE or ~/.cache/hbp; `off`: none",
         json_schema_extra=FREE,

@@ -109,6 +109,9 @@ def test_what_cannot_be_used_is_refused_or_listed(
     assert main(["data", *arguments]) == 2
     assert f"{bad} line 6 is not JSON" in capsys.readouterr().err
     assert f"cannot be used: {bad} line 6" in show(capsys, *arguments, "--set", "bad_records=skip", "--limit", "0")
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 99999]}\n')
+    assert main(["data", str(tmp_path / "ids.jsonl"), *arguments[1:], "--json"]) == 0
+    assert "token ids go up to 99999, the tokenizer's to 2" in capsys.readouterr().err
     for wrong, said in (
         ([str(folder / "none.jsonl"), "--tokenizer", arguments[2]], "no file or folder"),
         ([str(bad)], "needs --tokenizer"),

@@ -66,6 +66,11 @@ def test_a_folder_with_files_of_several_splits_gives_the_one_asked_for(
     assert "2 files of the split 'train'; left out: those of test" in capsys.readouterr().err
     assert read(Source(str(tmp_path), split="test")) == RECORDS
     assert "no files of the split 'dev'; it has test, train" in refusal(tmp_path, split="dev")
+    write(tmp_path / "mixed" / "train.jsonl", RECORDS[:1])
+    write(tmp_path / "mixed" / "test.jsonl", RECORDS[1:2])
+    write(tmp_path / "mixed" / "own.jsonl", RECORDS[2:3])
+    assert len(read(Source(str(tmp_path / "mixed")))) == 3
+    assert "all 3 files are read, test and train alike, since some name no split" in capsys.readouterr().err
     for folder, own in (("train", RECORDS[:1]), ("validation", RECORDS[1:])):
         write(tmp_path / "folders" / folder / "0.jsonl", own)
     assert read(Source(str(tmp_path / "folders"), split="validation")) == RECORDS[1:]

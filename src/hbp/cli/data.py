@@ -53,6 +53,9 @@ def run_data(args: argparse.Namespace) -> dict[str, Any]:
     store, config = _store(args)
     by_source = count(store, config.max_length, config.too_long)
     every, shown = total(by_source), spread(store, args.limit)
+    highest = max(source.highest_id for source in store.sources)
+    if highest >= store.vocab_size:
+        print(f"hbp: token ids go up to {highest}, the tokenizer's to {store.vocab_size - 1}", file=sys.stderr)
     tokenizer = load(store.tokenizer, config.chat_template) if shown else None
     if args.json:
         return {
@@ -131,9 +134,6 @@ def _tables(by_source: dict[str, Counts], every: Counts, store: TokenStore) -> N
             print(f"{source.name}: cannot be used: {place}")
         for note, times in source.notes:
             print(f"{source.name}: {note} ({times:,} records)")
-    highest = max(source.highest_id for source in store.sources)
-    if highest >= store.vocab_size:
-        print(f"hbp: token ids go up to {highest}, the tokenizer's to {store.vocab_size - 1}", file=sys.stderr)
     if not every.loss_tokens:
         print("hbp: no token is learnt: look at the roles and at the chat template", file=sys.stderr)
 
