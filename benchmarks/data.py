@@ -9,9 +9,11 @@ two alike. Sides run in turn, each in processes of its own, from the file on dis
 - `datasets map, one by one`: the same without batches over `apply_chat_template(return_assistant_tokens_mask=True)`, as
   TRL's trainer tokenizes.
 
-Memory is the greatest sum over a side's processes of their resident memory, five times a second; pages that they share
-count in each. Masks are compared with those of TRL's `SFTTrainer` where TRL is installed, else with
-`apply_chat_template`'s; template with generation marks, on chats and on prompts with completions.
+Each side is timed by the clock and in processor time, its own and its processes'; the second is less troubled by what
+else runs. Memory is the greatest sum over a side's processes of their resident memory, five times a second; pages that
+they share count in each. Masks are compared with those of TRL's `SFTTrainer` where TRL is installed, else with
+`apply_chat_template`'s and the tokenizer's: chats (template with generation marks), prompts with completions as
+messages, and as texts.
 
     python benchmarks/data.py [--quick] [--json] [--gib SIZE] [--processes N] [--out benchmarks/results/data.json]
 """
@@ -81,11 +83,12 @@ def work(side: str, data: str, tokenizer: str, out: str, processes: int, piece: 
 
     loaded = load_tokenizer(tokenizer)
     recipe = recipe_of(tokenizer)
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), processor_s()
     if side == "hbp":
         store = build_store(Path(out), [Source(data)], recipe, processes=processes, piece_bytes=piece)
         return {
             "seconds": time.perf_counter() - began,
+            "processor_s": processor_s() - busy,
             "samples": len(store),
             "tokens": int(store.lengths.sum(dtype="int64")),
         }
@@ -106,12 +109,19 @@ def work(side: str, data: str, tokenizer: str, out: str, processes: int, piece: 
     rows = datasets.load_dataset("json", data_files=data, split="train", cache_dir=out, num_proc=1)
     how: dict[str, Any] = {"batched": True, "batch_size": 256} if side == SIDES[1] else {}
     made = rows.map(batch if how else one, num_proc=processes, remove_columns=rows.column_names, **how)
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, processor_s() - busy
     return {
         "seconds": seconds,
+        "processor_s": busy,
         "samples": len(made),
         "tokens": sum(map(len, made["input_ids"])) if len(made) < 1e5 else 0,
     }
+
+
+def processor_s() -> float:
+    """Of this process and of those that it has seen end."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def run_side(side: str, data: Path, tokenizer: Path, processes: int, piece: int | None) -> dict[str, Any]:
@@ -156,30 +166,63 @@ def masks(data: Path, folder: Path) -> dict[str, Any]:
     with data.open() as lines:
         chats = [json.loads(line) for _, line in zip(range(COMPARED), lines, strict=False)]
     halves = [{"prompt": c["messages"][:-1], "completion": c["messages"][-1:]} for c in chats]
+    texts = [{"prompt": c["messages"][-2]["content"], "completion": c["messages"][-1]["content"]} for c in chats]
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     ours = [
         [
             (o.samples[0].input_ids.tolist(), o.samples[0].loss_mask.astype(bool).tolist())
             for o in encode_records(rows, tokenizer)
         ]
-        for rows in (chats, halves)
+        for rows in (chats, halves, texts)
     ]
     if find_spec("trl") is None:
-        return {"masks_equal": ours[0] == _by_template(chats, tokenizer), "reference": "apply_chat_template"}
-    import trl
+        reference, theirs = "apply_chat_template", _by_template(chats, halves, texts, tokenizer)
+    else:
+        import trl
 
-    theirs = [_by_trl(chats, tokenizer, folder, assistant_only_loss=True), _by_trl(halves, tokenizer, folder)]
-    return {"masks_equal": ours == theirs, "reference": f"TRL {trl.__version__}"}
+        reference = f"TRL {trl.__version__}"
+        theirs = [_by_trl(chats, tokenizer, folder, assistant_only_loss=True)]
+        theirs += [_by_trl(rows, tokenizer, folder) for rows in (halves, texts)]
+    equal = [a == b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "masks_equal": all(equal),
+        "masks_equal_on": dict(zip(("messages", "prompt and completion, messages", "and texts"), equal, strict=True)),
+        "reference": reference,
+    }
 
 
-def _by_template(chats: list[Any], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+Tokens = list[tuple[list[int], list[bool]]]
+
+
+def _by_template(chats: list[Any], halves: list[Any], texts: list[Any], tokenizer: Any) -> list[Tokens]:
     made = [
         tokenizer.apply_chat_template(c["messages"], return_dict=True, return_assistant_tokens_mask=True) for c in chats
     ]
-    return [(m["input_ids"], [bool(x) for x in m["assistant_masks"]]) for m in made]
+    learnt = [(m["input_ids"], [bool(x) for x in m["assistant_masks"]]) for m in made]
+
+    def behind(prompt: list[int], whole: list[int]) -> tuple[list[int], list[bool]]:
+        """What a prompt is followed by is learnt, from the first token on that differs."""
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        return whole, [i >= same for i in range(len(whole))]
+
+    def laid_out(messages: list[Any], **options: Any) -> list[int]:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+
+    answers = [
+        behind(laid_out(h["prompt"], add_generation_prompt=True), laid_out(h["prompt"] + h["completion"]))
+        for h in halves
+    ]
+    raw = [
+        behind(
+            tokenizer(t["prompt"])["input_ids"],
+            tokenizer(t["prompt"] + t["completion"] + tokenizer.eos_token)["input_ids"],
+        )
+        for t in texts
+    ]
+    return [learnt, answers, raw]
 
 
-def _by_trl(rows: list[Any], tokenizer: Any, folder: Path, **options: Any) -> list[tuple[list[int], list[bool]]]:
+def _by_trl(rows: list[Any], tokenizer: Any, folder: Path, **options: Any) -> Tokens:
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -212,14 +255,16 @@ def measure(
             runs.append(run_side(side, data, tokenizer, processes, piece))
             print(json.dumps(runs[-1]), file=sys.stderr)
 
-    def median(side: str) -> float:
-        return statistics.median([run["samples"] / run["seconds"] for run in runs if run["side"] == side])
+    def median(side: str, clock: str = "seconds") -> float:
+        return statistics.median([run["samples"] / run[clock] for run in runs if run["side"] == side])
 
     ours = median("hbp")
     ratios = {side: ours / median(side) for side in sides[1:]}
+    busy = {side: median("hbp", "processor_s") / median(side, "processor_s") for side in sides[1:]}
     return {
         "samples_per_s": ours,
         "ratio_to_datasets_map": ratios.get(SIDES[1]),
+        "ratio_in_processor_time": busy.get(SIDES[1]),
         "ratio_to_datasets_map_one_by_one": ratios.get(SIDES[2]),
         **masks(data, scratch),
         "peak_rss_gib": max(run["peak_rss_gib"] for run in runs if run["side"] == "hbp"),

@@ -98,7 +98,8 @@ class DataConfig(_Section):
     chat_template: str | None = Field(
         None,
         description="a Jinja file; `training`: TRL's training version of the tokenizer's own template; or a template "
-        "that TRL ships, such as `qwen3_training`; none: the tokenizer's own",
+        "that TRL ships, such as `qwen3_training`; `own`: the tokenizer's; none: the tokenizer's, but of a stock one "
+        "that TRL (where installed) trains conversations with a version of, that version",
         json_schema_extra=CONTENT,
     )
     columns: dict[str, str] = Field(
@@ -128,7 +129,7 @@ class DataConfig(_Section):
         description="tokenize on a Ray cluster: its address, `auto` or `local`; needs `pip install '.[ray]'`",
         json_schema_extra=FREE,
     )
-    cache: str | None = Field(
+    cache: str | Literal[False] | None = Field(  # YAML reads `off` as false
         None,
         description="folder of tokenized pieces that runs share; none: $HBP_CACHE or ~/.cache/hbp; `off`: none",
         json_schema_extra=FREE,

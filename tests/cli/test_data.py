@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -108,6 +109,9 @@ def test_what_cannot_be_used_is_refused_or_listed(
     assert main(["data", *arguments]) == 2
     assert f"{bad} line 6 is not JSON" in capsys.readouterr().err
     assert f"cannot be used: {bad} line 6" in show(capsys, *arguments, "--set", "bad_records=skip", "--limit", "0")
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 99999]}\n')
+    assert main(["data", str(tmp_path / "ids.jsonl"), *arguments[1:], "--json"]) == 0
+    assert "token ids go up to 99999, the tokenizer's to 2" in capsys.readouterr().err
     for wrong, said in (
         ([str(folder / "none.jsonl"), "--tokenizer", arguments[2]], "no file or folder"),
         ([str(bad)], "needs --tokenizer"),
@@ -131,3 +135,59 @@ def test_preference_pairs_are_planned_side_by_side(
     assert json.loads(capsys.readouterr().out)["samples"] == 80
     ids = read_plan(plan).sample_ids.reshape(-1, 2)
     assert (ids[:, 1] == ids[:, 0] + 1).all() and (ids[:, 0] % 2 == 0).all()
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "split"])
+def test_hbp_plan_cuts_long_samples_as_hbp_train_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, too_long: str
+) -> None:
+    from workers import LLAMA, write_config
+
+    from hbp.config import Config
+    from hbp.data.samples import cut_to
+    from hbp.data.store import open_store
+    from hbp.plan import read_plan
+    from hbp.run.data import choose, prepare
+
+    data = {"source": str(folder / "data.jsonl"), "tokenizer": str(folder / "tokenizer"), "eval_samples": 0}
+    model = write_config(tmp_path / "model", {**LLAMA, "vocab_size": 300})
+    run = {"run_dir": str(tmp_path / "run"), "model": {"path": model}}
+    config = Config.model_validate({**run, "data": {**data, "max_length": 40, "too_long": too_long}})
+    trained, _ = choose(config, prepare(config))
+    arguments = ["--model", model, "--gpus", "1", "--cluster", "cpu-local", "--max-length", "40"]
+    source = ["--data", data["source"], "--tokenizer", data["tokenizer"]]
+    for given in (source, ["--data", str(tmp_path / "run" / "store")]):
+        out = tmp_path / f"plan{len(given)}"
+        assert main(["plan", *given, *arguments, "--too-long", too_long, "--out", str(out), "--json"]) == 0
+        plan = read_plan(out)
+        of_id = dict(zip(plan.sample_ids.tolist(), plan.lengths.tolist(), strict=True))
+        assert of_id == {i: n for i, n in enumerate(trained.lengths.tolist()) if n <= 40}
+        assert len(plan.info.dropped) == (too_long == "drop")
+    longest = int(open_store(trained.store.folder).lengths.max())
+    assert longest > 40 and len(trained.lengths) == (3 - -longest // 40 if too_long == "split" else 4)
+    if too_long == "drop":
+        assert "too_long" not in plan.info.settings
+        return
+    assert (plan.info.settings["too_long"], plan.info.settings["cut_to"]) == (too_long, 40)
+    cut = cut_to(open_store(tmp_path / "run" / "store"), 40, too_long)
+    assert cut.lengths.tolist() == trained.lengths.tolist()
+    one = [*arguments, "--too-long", too_long, "--sp", "1", "--gc", "0", "--equal-micro-steps"]
+    assert main(["plan", *given, *one, "--out", str(tmp_path / "one")]) == 0
+    exported = ["export", str(tmp_path / "one"), "--to", "datasets", "--data", str(tmp_path / "run" / "store")]
+    assert main([*exported, "--out", str(tmp_path / "exported"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["longest_row"] <= 40
+
+
+def test_what_cannot_be_cut_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pair = {"prompt": "Say.", "chosen": "pack " * 30, "rejected": "rank"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    np.save(tmp_path / "lengths.npy", np.array([3, 4]))
+    arguments = ["--model", "llama-3.1-8b", "--gpus", "1", "--out", str(tmp_path / "plan"), "--too-long", "split"]
+    data = ["--data", str(tmp_path / "pairs.jsonl"), "--tokenizer", str(folder / "tokenizer")]
+    for given, why in (
+        ([*data, "--max-length", "8"], "would part preference pairs"),
+        (data, "give both"),
+        (["--lengths", str(tmp_path / "lengths.npy"), "--max-length", "8"], "give both"),
+    ):
+        assert main(["plan", *given, *arguments]) == 2
+        assert why in capsys.readouterr().err

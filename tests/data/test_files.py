@@ -154,6 +154,8 @@ def test_what_is_not_json_or_not_text_says_so() -> None:
         (b"{", "is not JSON"),
         (b'"\xff"', "is not UTF-8 text"),
         (b"[" * 100_000, "is nested too deeply"),
+        (b'{"a": 1, "b": {"c": 2, "c": 3}}', "has the field `c` twice; keep one of them"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read (Exceeds the limit"),
         ('{"a": "x"}'.encode("utf-16-le"), "is not JSON"),  # never guessed to be another encoding
     ):
         with pytest.raises(HbpError) as caught:
@@ -174,6 +176,8 @@ def test_what_is_not_json_or_not_text_says_so() -> None:
         ("a.json", array(RECORDS)[:-30], "is not JSON"),
         ("a.json", b'[{"a": 1}\n,\n{"b": x}]', "line 3 is not JSON"),
         ("a.json", b'["\xff"]', "is not UTF-8 text"),
+        ("a.json", b"[1,\n" + b"9" * 5000 + b"]", "line 2 cannot be read (Exceeds the limit"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.parquet", b"", "as Parquet"),
         ("a.parquet", b"PAR1" * 9, "as Parquet"),
         ("a.arrow", b"ARROW" * 9, "cannot be read"),

@@ -46,6 +46,17 @@ def test_sharded_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     assert read(Source(str(tmp_path))) == RECORDS
 
 
+def test_files_that_are_left_out_of_a_folder_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "README.md").write_text("not data")
+    assert read(Source(str(tmp_path))) == RECORDS
+    assert "left out" not in capsys.readouterr().err
+    for name in ("more.JSONL", "b.csv", "deep/c.jsonl.zip"):
+        write(tmp_path / name, RECORDS)
+    assert read(Source(str(tmp_path))) == RECORDS
+    assert "left out: 3 files that hold no records by their names, the first: b.csv" in capsys.readouterr().err
+
+
 def test_a_folder_with_files_of_several_splits_gives_the_one_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +66,11 @@ def test_a_folder_with_files_of_several_splits_gives_the_one_asked_for(
     assert "2 files of the split 'train'; left out: those of test" in capsys.readouterr().err
     assert read(Source(str(tmp_path), split="test")) == RECORDS
     assert "no files of the split 'dev'; it has test, train" in refusal(tmp_path, split="dev")
+    write(tmp_path / "mixed" / "train.jsonl", RECORDS[:1])
+    write(tmp_path / "mixed" / "test.jsonl", RECORDS[1:2])
+    write(tmp_path / "mixed" / "own.jsonl", RECORDS[2:3])
+    assert len(read(Source(str(tmp_path / "mixed")))) == 3
+    assert "all 3 files are read, test and train alike, since some name no split" in capsys.readouterr().err
     for folder, own in (("train", RECORDS[:1]), ("validation", RECORDS[1:])):
         write(tmp_path / "folders" / folder / "0.jsonl", own)
     assert read(Source(str(tmp_path / "folders"), split="validation")) == RECORDS[1:]

@@ -174,3 +174,13 @@ def test_every_option_that_decides_what_is_read_goes_to_the_source() -> None:
     data = DataConfig(source="hub:a", split="dev", subset="x", streaming=True)
     (own,) = sources_of(data)
     assert (own.split, own.subset, own.streaming) == ("dev", "x", True)
+
+
+def test_no_cache_as_yaml_reads_it(tmp_path: Path) -> None:
+    """``off`` is false in YAML; it used to be refused."""
+    from hbp.run.data import _cache
+
+    (tmp_path / "run.yaml").write_text("data: {cache: off}\nmodel: {path: x}\n")
+    assert _cache(load_config(tmp_path / "run.yaml", []).data) is None
+    assert _cache(load_config(tmp_path / "run.yaml", ["data.cache=here"]).data) == Path("here")
+    assert _cache(DataConfig(cache="off")) is None

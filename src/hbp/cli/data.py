@@ -46,13 +46,16 @@ def add_parser(commands: Commands) -> None:
 def run_data(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp data`: tokenize, through the cache, and show."""
     from hbp.data.build import load
-    from hbp.data.look import count, runs_of, sample_json, spread, total
+    from hbp.data.look import count, layout_of, runs_of, sample_json, spread, total
 
     if args.limit < 0:
         raise HbpError(f"--limit {args.limit}: give at least 0")
     store, config = _store(args)
     by_source = count(store, config.max_length, config.too_long)
     every, shown = total(by_source), spread(store, args.limit)
+    highest = max(source.highest_id for source in store.sources)
+    if highest >= store.vocab_size:
+        print(f"hbp: token ids go up to {highest}, the tokenizer's to {store.vocab_size - 1}", file=sys.stderr)
     tokenizer = load(store.tokenizer, config.chat_template) if shown else None
     if args.json:
         return {
@@ -60,6 +63,7 @@ def run_data(args: argparse.Namespace) -> dict[str, Any]:
             "counts": dataclasses.asdict(every),
             "by_source": {name: dataclasses.asdict(counts) for name, counts in by_source.items()},
             "bad_records": [place for source in store.sources for place in source.bad_first],
+            "chat_template": layout_of(store),
             "notes": {note: times for source in store.sources for note, times in source.notes},
         }
     for index in shown:
@@ -114,12 +118,15 @@ def _short(text: str) -> str:
 
 def _tables(by_source: dict[str, Counts], every: Counts, store: TokenStore) -> None:
     from hbp.cli.tables import table
+    from hbp.data.look import layout_of
 
     rows = [(name, *_cells(counts)) for name, counts in by_source.items()]
     if len(rows) > 1:
         rows.append(("all", *_cells(every)))
     columns = ("source", "samples", "tokens", "learnt", "without any", "dropped", "their tokens", "longest", "at")
     table("what the model will see", columns, rows)
+    if layout := layout_of(store):
+        print(layout)
     if every.truncated:
         print(f"{every.truncated:,} samples truncated; their ends are counted among the dropped tokens")
     for source in store.sources:

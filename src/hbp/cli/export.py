@@ -23,12 +23,16 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp export`."""
+    from hbp.data.samples import cut_to
     from hbp.data.store import open_store
     from hbp.integrations.export import export_plan
     from hbp.plan import read_plan
 
     check_out(args.out, "layout.json")
-    layout = export_plan(read_plan(args.plan), open_store(args.data), args.to, args.out)
+    plan, store = read_plan(args.plan), open_store(args.data)
+    if (too_long := plan.info.settings.get("too_long")) is not None:
+        store = cut_to(store, int(plan.info.settings["cut_to"]), str(too_long))
+    layout = export_plan(plan, store, args.to, args.out)
     if not args.json:
         print(f"{layout.rows:,} rows of up to {layout.longest_row:,} tokens → {args.out}; set {layout.to} to")
         for name, value in layout.settings.items():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hbp.cost.predict import CostModel
+    from hbp.data.store import TokenStore
     from hbp.plan import Plan
 
     Lengths = npt.NDArray[np.int32]
@@ -81,6 +82,13 @@ def _add_planning(parser: Parser) -> None:
         metavar="TOKENS",
         help="longest packing length (default: the longest sample, or longer where that is faster)",
     )
+    parser.add_argument(
+        "--too-long",
+        choices=("drop", "truncate", "split"),
+        default="drop",
+        help="of --data, samples over --max-length: left out by name, their start alone, or every piece a sample, as "
+        "data.too_long of `hbp train` has it (default drop)",
+    )
     parser.add_argument("--global-batch-tokens", type=int, metavar="TOKENS", help="tokens of an optimizer step")
     parser.add_argument("--short-steps", type=int, metavar="N", help="curriculum: first steps with short groups only")
     parser.add_argument(
@@ -111,6 +119,9 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
             raise HbpError("--sp, --gc and --equal-micro-steps do not know preference pairs; leave them out")
         one = {"sp_degree": args.sp, "gc_layers": args.gc, "equal_micro_steps": args.equal_micro_steps}
         plan = one_setting_plan(lengths, cost, strategy=args.strategy, **one, **_shape(args))
+    if args.too_long != "drop":  # whoever follows the plan has to cut alike
+        cut = {"too_long": args.too_long, "cut_to": args.max_length}
+        plan = dataclasses.replace(plan, info=dataclasses.replace(plan.info, settings={**plan.info.settings, **cut}))
     write_plan(plan, args.out)
     result = {
         "plan": str(args.out),
@@ -261,21 +272,36 @@ def _quick_enough(samples: int) -> list[str]:
 
 def _samples(args: argparse.Namespace) -> tuple[Lengths, Pairs]:
     """Lengths of the samples, and for those of a store whether each begins a preference pair."""
-    from hbp.data.store import CHOSEN, open_store, read_lengths
+    from hbp.data.store import CHOSEN, read_lengths
 
+    if args.too_long != "drop" and (args.lengths is not None or args.max_length is None):
+        raise HbpError(f"--too-long {args.too_long} cuts the samples of --data to --max-length; give both")
     if args.lengths is not None:
         return read_lengths(args.lengths), None
+    store = _store(args)
+    if args.too_long != "drop":
+        from hbp.data.samples import cut_to
+
+        if (store.part == CHOSEN).any():
+            raise HbpError(
+                f"--too-long {args.too_long} would part preference pairs; leave it out: long ones are dropped"
+            )
+        store = cut_to(store, args.max_length, args.too_long)
+    return store.lengths, store.part == CHOSEN
+
+
+def _store(args: argparse.Namespace) -> TokenStore:
+    from hbp.data.store import open_store
+
     if (Path(args.data) / "store.json").is_file():
-        store = open_store(Path(args.data))
-        return store.lengths, store.part == CHOSEN
+        return open_store(Path(args.data))
     from hbp.config import DataConfig
     from hbp.cost.known_models import KNOWN_MODELS
     from hbp.run.data import cached_store
 
     if args.tokenizer is None and args.model in KNOWN_MODELS:
         raise HbpError(f"--data needs --tokenizer DIR: the built-in {args.model} is dimensions only")
-    store = cached_store(DataConfig(source=args.data), args.tokenizer or args.model)
-    return store.lengths, store.part == CHOSEN
+    return cached_store(DataConfig(source=args.data), args.tokenizer or args.model)
 
 
 def _cost(args: argparse.Namespace, gpus: int) -> CostModel:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from typing import Any
 from hbp.data import record
 from hbp.data.cache import clean, share, trim
 from hbp.data.files import Piece, content_of, line_number, parsed, records_of
-from hbp.data.record import Outcome, Reading, encode_records, load_tokenizer, template_fingerprint
+from hbp.data.record import (
+    Outcome,
+    Reading,
+    described,
+    encode_records,
+    load_tokenizer,
+    template_fingerprint,
+    training_version,
+)
 from hbp.data.sources import Source, check_sources, files_of, pieces_of_source
 from hbp.data.store import (
     ALONE,
@@ -75,6 +83,8 @@ class Recipe:
     """Hash of it, of the tokenizer's content and of the code."""
     vocab_size: int
     """One more than the tokenizer's highest id."""
+    layout: str = ""
+    """Which template lays conversations out, in a line for people."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +113,15 @@ MapPieces = Callable[[Iterator[Piece], Job], Iterator[tuple[Piece, Made]]]
 def recipe_of(tokenizer: str, chat_template: str | None = None, reading: Reading = NO_READING) -> Recipe:
     """Load a tokenizer and name what it, a template and a way of reading make.
 
+    Where no template is named and the tokenizer's is a stock one that TRL trains with a version of its own, whole
+    conversations are laid out by that version.
+
     Raises:
         HbpError: no such tokenizer or template.
     """
     loaded = load(tokenizer, chat_template)
+    if chat_template is None and (trained := training_version(loaded)) is not None:
+        reading = replace(reading, conversations=trained[1])
     vocabulary = loaded.get_vocab()
     backend = getattr(loaded, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(vocabulary, sort_keys=True)
@@ -114,7 +129,8 @@ def recipe_of(tokenizer: str, chat_template: str | None = None, reading: Reading
     parts += [str(loaded.special_tokens_map), str(getattr(loaded, "add_bos_token", None))]
     parts += [str(getattr(loaded, "add_eos_token", None))]
     identity = hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=12).hexdigest()
-    return Recipe(tokenizer, chat_template, reading, identity, max(vocabulary.values(), default=-1) + 1)
+    highest, layout = max(vocabulary.values(), default=-1), described(loaded, chat_template)
+    return Recipe(tokenizer, chat_template, reading, identity, highest + 1, layout)
 
 
 @functools.lru_cache(4)
@@ -305,7 +321,7 @@ def build_store(
         fingerprint=hashlib.blake2b(said.encode(), digest_size=20).hexdigest(),
         tokenizer=recipe.tokenizer,
         vocab_size=recipe.vocab_size,
-        details={"made_of": made_of},
+        details={"made_of": made_of, "layout": recipe.layout},
     )
     if cache is not None:
         clean(cache / SHARDS)

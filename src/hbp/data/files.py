@@ -173,20 +173,35 @@ def parsed(record: Any) -> Any:
     """A record as an object.
 
     Raises:
-        HbpError: it is not JSON in UTF-8, or over :data:`LINE_BYTES`; does not name the place.
+        HbpError: it is not JSON in UTF-8, says a field twice, or is over :data:`LINE_BYTES`; does not name the place.
     """
     if not isinstance(record, bytes):
         return record
     if len(record) > LINE_BYTES:
         raise HbpError(f"is longer than {LINE_BYTES >> 20} MiB; cut it or remove it")
     try:
-        return json.loads(record.decode())
+        return DECODER.decode(record.decode())
     except json.JSONDecodeError as error:
         raise HbpError(f"is not JSON ({error.msg} at column {error.colno}); mend or remove it") from None
     except UnicodeDecodeError as error:
         raise HbpError(f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise HbpError(f"cannot be read ({str(error).split(';')[0]}); mend or remove it") from None
     except RecursionError:
         raise HbpError("is nested too deeply; mend or remove it") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no field is said twice: JSON's readers keep the last and drop the others in silence."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise HbpError(f"has the field `{twice}` twice; keep one of them")
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _cannot_read(file: str, error: Exception) -> str:
@@ -325,6 +340,10 @@ def _elements(file: str, start: bytes, rest: Iterable[bytes]) -> Iterator[tuple[
                 if not more:
                     line = number + text.count("\n", at, error.pos)
                     raise HbpError(f"{file} line {line} is not JSON ({error.msg}); mend the array") from None
+            except RecursionError:
+                raise HbpError(f"{file} line {number} is nested too deeply; mend the array") from None
+            except ValueError as error:
+                raise HbpError(f"{file} line {number} cannot be read ({str(error).split(';')[0]})") from None
             text, at = text[at:], 0
             if len(text) > LINE_BYTES:
                 raise HbpError(_too_long(file, number))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hbp.data.store import TokenStore
+from hbp.data.store import TokenStore, read_details
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def total(by_source: Mapping[str, Counts]) -> Counts:
 def summary(by_source: Mapping[str, Counts], store: TokenStore) -> Iterator[str]:
     """A few lines for people: all of it, each of several sources, what is left out and the first reasons."""
     every = total(by_source)
+    if layout := layout_of(store):
+        yield f"data: {layout}"
     yield f"data: {_line(every)}; longest {every.longest:,} tokens ({every.longest_at})"
     if len(by_source) > 1:
         for name, counts in by_source.items():
@@ -109,6 +111,11 @@ def summary(by_source: Mapping[str, Counts], store: TokenStore) -> Iterator[str]
             yield f"data: {source.name}: {source.bad:,} records cannot be used, the first: {source.bad_first[0]}"
         for note, times in source.notes:
             yield f"data: {source.name}: {note} ({times:,} records)"
+
+
+def layout_of(store: TokenStore) -> str:
+    """Which chat template laid the conversations out, in a line; nothing where that is not known."""
+    return str(read_details(store.folder).get("layout") or "")
 
 
 def _line(counts: Counts) -> str:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ HUB = "hub:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_PIECE = 4 << 20
 SPLIT_IN_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.\d])", re.IGNORECASE)
+
+PROSE = re.compile(r"^(README|LICENSE|NOTICE|CITATION)|\.(md|html|py|sh|ya?ml|lock|png|svg|jpe?g|pdf)$", re.IGNORECASE)
+"""Files beside data that nobody takes for records."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +93,35 @@ def _split_of_saved(path: Path, split: str) -> Path:
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    files = sorted(
+    shown = sorted(
         path
         for path in folder.rglob("*")
-        if has_records(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    files = [path for path in shown if has_records(path)]
     if not files:
         raise HbpError(f"{folder} has no {', '.join(SUFFIXES)} files; give a folder of them")
+    if beside := [path for path in shown if not has_records(path) and not PROSE.search(path.name)]:
+        _say_once(
+            f"{folder}: left out: {len(beside)} files that hold no records by their names, the first: {beside[0].name}"
+        )
     splits = [_split_named(path.relative_to(folder)) for path in files]
+    if not all(splits) and len(named := sorted({of for of in splits if of})) > 1:
+        _say_once(f"{folder}: all {len(files)} files are read, {' and '.join(named)} alike, since some name no split")
     if not all(splits) or len(set(splits)) == 1:
         return files
     chosen = [path for path, of in zip(files, splits, strict=True) if of == split]
     others = sorted({str(of) for of in splits} - {split})
     if not chosen:
         raise HbpError(f"{folder} has no files of the split {split!r}; it has {', '.join(others)}")
-    say(f"{folder}: {len(chosen)} files of the split {split!r}; left out: those of {', '.join(others)}")
+    _say_once(f"{folder}: {len(chosen)} files of the split {split!r}; left out: those of {', '.join(others)}")
     return chosen
+
+
+@lru_cache(256)
+def _say_once(line: str) -> None:
+    """A source's files are looked up whenever they are needed; what there is to say of them is said once."""
+    say(line)
 
 
 def _split_named(path: Path) -> str | None:

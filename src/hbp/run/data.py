@@ -107,7 +107,7 @@ def _build(folder: Path, sources: Sequence[Source], recipe: Recipe, data: DataCo
 
 
 def _cache(data: DataConfig) -> Path | None:
-    if data.cache == "off":
+    if data.cache in ("off", False):
         return None
     return Path(data.cache).expanduser() if data.cache else cache_folder()
 

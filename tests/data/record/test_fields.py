@@ -165,6 +165,15 @@ def test_a_stop_that_is_not_learnt_is_noted() -> None:
     assert outcome(bare, {"messages": [U, A]}).notes == (note,)
 
 
+def test_an_empty_turn_of_the_assistant_is_noted() -> None:
+    """It is one way in which a model comes to say nothing; a call or reasoning beside it is something said."""
+    note = "an assistant's turn is empty: to end it at once is learnt (`weight: 0` there: it is not)"
+    empty = {**A, "content": " "}
+    assert outcome(FAMILIES["chatml"], {"messages": [U, empty, U, A]}).notes == (note,)
+    assert outcome(FAMILIES["chatml"], {"messages": [U, {**empty, "weight": 0}, U, A]}).notes == ()
+    assert outcome(FAMILIES["qwen2.5"], {"messages": TALK_WITH_CALL}).notes == ()
+
+
 def test_nulls_of_parquet_are_noted() -> None:
     call = {"type": "function", "function": {"name": "get", "arguments": {"key": "value", "other": None}}}
     talk = [U, {**TALK_WITH_CALL[1], "tool_calls": [call]}, TALK_WITH_CALL[2], A]

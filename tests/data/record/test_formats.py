@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,25 @@ def test_conversations(record: Any, messages: Any) -> None:
     assert said.messages == messages
     assert said.learnt == [m["role"] == "assistant" for m in messages]
     assert not said.fields and said.tools is None
+
+
+def test_messages_as_their_json_text() -> None:
+    """As columns of tables have them; it used to be learnt as it stood, brackets and all."""
+    b = {**A, "content": "b"}
+    for record in (
+        {"messages": [U, A]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": [U], "completion": [A]},
+        {"prompt": [U], "chosen": [A], "rejected": [b]},
+    ):
+        wanted, said = read(record), read({key: json.dumps(value, indent=1) for key, value in record.items()})
+        for one in ("completion", "chosen", "chat"):
+            if hasattr(wanted, one):
+                a, b = getattr(wanted, one), getattr(said, one)
+                a, b = (a.completion, b.completion) if isinstance(a, Answer) else (a, b)
+                assert (a.messages, a.learnt) == (b.messages, b.learnt)
+    assert "`messages` is text that is not JSON" in refusal({"messages": '[{"role": '})
+    assert read({"prompt": "[a]", "completion": "[{}]"}).completion == "[{}]"
 
 
 def test_prompt_and_completion() -> None:
@@ -134,6 +154,7 @@ def test_text() -> None:
         ({"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": [-100, 6, -100]}, [5, 6], [0, 1]),
         ({"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "position_ids": [0, 0, 1]}, [5, 6], [1, 1]),
         ({"input_ids": np.array([5, 6]), "loss_mask": [False, True]}, [5, 6], [0, 1]),
+        ({"input_ids": [5, 6], "loss_mask": [0, 1], "labels": None}, [5, 6], [0, 1]),
     ],
 )
 def test_tokens(record: Any, ids: list[int], mask: list[int]) -> None:
@@ -152,6 +173,12 @@ def test_tokens(record: Any, ids: list[int], mask: list[int]) -> None:
         ({"input_ids": [5, 6], "loss_mask": [0, 2]}, "`loss_mask` has 2; it runs from 0 to 1"),
         ({"input_ids": [5, -6]}, "`input_ids` has -6"),
         ({"input_ids": [5.5]}, "not a flat list of whole numbers"),
+        ({"input_ids": [5.0, 6.0]}, "not a flat list of whole numbers"),
+        ({"input_ids": [True, False]}, "not a flat list of whole numbers"),
+        ({"input_ids": [5, float("nan")]}, "not a flat list of whole numbers"),
+        ({"input_ids": [5, 2**31]}, "`input_ids` has 2147483648"),
+        ({"input_ids": [5, 10**30]}, "not a flat list of whole numbers"),
+        ({"input_ids": [5, 6], "labels": None}, "has `labels` that is null, so what is to be learnt is not known"),
         ({"input_ids": [[5], [6, 7]]}, "not a flat list of whole numbers"),
         ({"input_ids": "5 6"}, "not a flat list of whole numbers"),
         ({"input_ids": [5, 6, 7], "position_ids": [0, 1, 0]}, "`position_ids` of several documents"),
@@ -168,6 +195,8 @@ def test_tokens_that_cannot_be(record: Any, why: str) -> None:
         ({}, "has fields none; it needs `messages`"),
         ({"dialogue": [U, A]}, "has fields dialogue; it needs `messages`"),
         ({"messages": [], "id": 1}, "`messages` is empty"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "has fields prompt, chosen; it needs"),
+        ({"messages": [U, A], "chosen": [U, {**A, "content": "b"}]}, "has `chosen` beside `messages` and they differ"),
         ({"messages": "hi"}, "`messages` is text; write a list of messages"),
         ({"messages": [U, A], "prompt": "other"}, "has `prompt` beside `messages` and they differ"),
         ({"messages": [U, A], "text": "other"}, "has `text` beside `messages` and they differ"),
@@ -191,8 +220,6 @@ def test_refused_by_name(record: Any, why: str) -> None:
 
 
 def test_tools_in_every_spelling() -> None:
-    import json
-
     tool = {"type": "function", "function": {"name": "add"}}
     for record in ({"tools": [tool]}, {"tools": json.dumps([tool])}, {"tools": [json.dumps(tool)]},
                    {"functions": [tool["function"]]}):  # fmt: skip

@@ -79,6 +79,7 @@ def test_fields_stay_whole() -> None:
     assert one(whole) == (whole, True)
     assert one({**A, "tool_calls": [], "name": None}) == (A, True)
     assert one({**A, "tool_calls": json.dumps(calls)})[0]["tool_calls"] == calls
+    assert one({**A, "tool_calls": [json.dumps(call) for call in calls]})[0]["tool_calls"] == calls
     old = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}
     assert one(old)[0] == {
         "role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}],
@@ -107,6 +108,10 @@ def test_parts_of_text() -> None:
         ({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}, "has `tool_calls` but is the user's"),
         ({**A, "tool_calls": [{"function": {}}]}, "has a `tool_calls[0]` without the `name` of a function"),
         ({**A, "tool_calls": "[{"}, "`tool_calls` is text that is not JSON"),
+        ({**A, "tool_calls": ["get(1)"]}, "`tool_calls[0]` is text that is not JSON"),
+        ({**A, "tool_calls": [3]}, "has a `tool_calls[0]` without the `name` of a function"),
+        ({**A, "weight": float("nan")}, "has `weight` nan; 0 and 1"),
+        ({**A, "weight": "0"}, "has `weight` '0'; 0 and 1"),
         ({**A, "tool_calls": [{"name": "f"}], "function_call": {"name": "f"}}, "has `function_call` and `tool_calls`"),
     ],
 )

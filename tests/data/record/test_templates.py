@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 
 from chat_families import FAMILIES, byte_level, unmarked
 
-from hbp.data.record import load_tokenizer, template_fingerprint
-from hbp.data.record.templates import compile_template, render
+from hbp.data.record import load_tokenizer, template_fingerprint, templates
+from hbp.data.record.templates import compile_template, described, render
 from hbp.errors import HbpError
 
 TALK = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"}]
@@ -134,3 +134,23 @@ def test_no_tokenizer_there(tmp_path: Path) -> None:
     with pytest.raises(HbpError, match="cannot load a tokenizer from") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_which_template_is_in_use_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what to set where a template that has no marks writes earlier answers otherwise than the last."""
+    monkeypatch.setattr(templates, "find_spec", lambda name: None)  # TRL is not installed
+    tokenizer = byte_level()
+
+    def said(template: Any, choice: str | None = None) -> str:
+        tokenizer.chat_template = template
+        return described(tokenizer, choice)
+
+    assert "{% generation %} marks say what is learnt" in said(FAMILIES["chatml"])
+    plain = said(unmarked(FAMILIES["chatml"]))
+    assert "found by running it" in plain and "otherwise" not in plain
+    assert "earlier answers otherwise than the last" in (qwen3 := said(unmarked(FAMILIES["qwen3"])))
+    assert "data.chat_template: FILE, or pip install trl" in qwen3
+    assert said("", "my.jinja") == "chat template: data.chat_template=my.jinja"
+    assert "none; more than a question" in said(None)
+    assert said({"default": "a", "tool_use": "b"}) == "chat template: the tokenizer's own (default, tool_use)"
+    assert "found by running it" in said("{% for %}")  # no template at all is said of the record that needs it

@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 
 from chat_families import FAMILIES, byte_level, metaspace, unmarked
 
+from hbp.data.build import recipe_of
 from hbp.data.record import encode_records, load_tokenizer
 
 SHIPPED = Path(pytest.importorskip("trl").__path__[0]) / "chat_templates"
@@ -77,8 +78,8 @@ def by_sft(model: Any, tokenizer: Any, records: list[dict[str, Any]], folder: Pa
     return [(row["input_ids"], [int(label != -100) for label in row["labels"]]) for row in trainer.train_dataset]
 
 
-def ours(tokenizer: Any, records: list[dict[str, Any]]) -> list[Any]:
-    outcomes = encode_records(records, tokenizer)
+def ours(tokenizer: Any, records: list[dict[str, Any]], reading: Any = None) -> list[Any]:
+    outcomes = encode_records(records, tokenizer, reading)
     assert [outcome.error for outcome in outcomes] == [None] * len(records)
     return [(sample.input_ids.tolist(), sample.loss_mask.tolist()) for o in outcomes for sample in o.samples]
 
@@ -171,3 +172,22 @@ def test_template_by_name(tmp_path: Path) -> None:
         assert load_tokenizer(str(tmp_path / stock), "training").chat_template == wanted
         assert load_tokenizer(str(tmp_path / stock), f"{stock}_training").chat_template == wanted
         assert load_tokenizer(str(tmp_path / stock)).chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("stock", ["qwen3", "deepseek_r1_distill", "qwen2_5"])
+def test_a_stock_template_in_a_run_that_names_none(stock: str, model: Any, tmp_path: Path) -> None:
+    """Conversations in TRL's training version, prompts with completions in the stock one: as ``SFTTrainer`` does."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = (SHIPPED / f"{stock}.jinja").read_text()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    recipe = recipe_of(str(tmp_path / "tokenizer"))
+    assert f"TRL's {stock}_training" in recipe.layout and "data.chat_template: own" in recipe.layout
+    talks = [MESSAGES[0], MESSAGES[1], MESSAGES[3]]  # what the case data-qwen3-multiturn-refused holds, and more
+    loaded = load_tokenizer(recipe.tokenizer)
+    assert ours(loaded, talks, recipe.reading) == by_sft(model, tokenizer, talks, tmp_path, assistant_only_loss=True)
+    assert ours(loaded, CHAT, recipe.reading) == by_sft(model, tokenizer, CHAT, tmp_path)
+    kept = recipe_of(recipe.tokenizer, "own")
+    assert kept.reading.conversations is None and kept.identity != recipe.identity
+    for record, (ids, _) in zip(talks, ours(loaded, talks, kept.reading), strict=True):
+        assert ids == tokenizer.apply_chat_template(record["messages"], return_dict=True)["input_ids"]
+    assert (stock == "qwen3") is ("earlier answers otherwise" in kept.layout)

@@ -8,7 +8,7 @@ alone does not have (as TRL's ``SFTTrainer``), so words that run over the border
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from hbp.data.record.fields import passed_over
 from hbp.data.record.formats import Reading, Tokens, read_record
 from hbp.data.record.layout import Layout, layouts
+from hbp.data.record.token_bytes import byte_tokens
 from hbp.errors import HbpError
 
 CALL_CHARACTERS = 1 << 17
@@ -129,14 +130,9 @@ def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
     samples: dict[int, Encoded] = {}
     for numbers in _calls(ready):
         asked = [i for i in numbers if ready[i].prompt is not None]
-        out = tokenizer(  # prompts ride along
-            [ready[i].text for i in numbers] + [ready[i].prompt for i in asked],
-            add_special_tokens=ready[numbers[0]].raw,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids = [np.asarray(one, np.int32) for one in out["input_ids"]]
+        texts = [ready[i].text for i in numbers] + [ready[i].prompt or "" for i in asked]  # prompts ride along
+        spans = any(ready[i].learnt for i in numbers)
+        ids, offsets = _encoded(texts, tokenizer, added=ready[numbers[0]].raw, spans=spans)
         prompts = dict(zip(asked, ids[len(numbers) :], strict=True))
         for place, i in enumerate(numbers):
             layout = ready[i]
@@ -144,9 +140,43 @@ def _tokenized(ready: Sequence[Layout], tokenizer: Any) -> list[Encoded]:
             if layout.prompt is not None:
                 mask[: _shared(prompts[i], ids[place])] = 0
             if layout.learnt is not None:
-                mask &= _reached(layout.learnt, _offsets(out, place)) if layout.learnt else 0
+                mask &= _reached(layout.learnt, offsets(place)) if layout.learnt else 0
             samples[i] = Encoded(ids[place], mask)
     return [samples[i] for i in range(len(ready))]
+
+
+Offsets = npt.NDArray[np.int64]  # [T, 2] first character of each token and the one behind its last
+
+
+def _encoded(
+    texts: list[str], tokenizer: Any, *, added: bool, spans: bool
+) -> tuple[list[npt.NDArray[np.int32]], Callable[[int], Offsets]]:
+    """Token ids of each text, and what tells where the tokens of one stand in it.
+
+    The library is asked where tokens stand only where that does not follow from their lengths
+    (:mod:`hbp.data.record.token_bytes`).
+
+    Args:
+        texts: to tokenize.
+        tokenizer: of transformers.
+        added: with the tokens that the tokenizer adds to a text.
+        spans: whether it will be asked where tokens stand.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    quick = backend is not None and not (backend.truncation or backend.padding or tokenizer.split_special_tokens)
+    known = byte_tokens(tokenizer) if quick and spans and not added else None
+    if not quick or (spans and known is None):
+        out = tokenizer(
+            texts, add_special_tokens=added, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return [np.asarray(one, np.int32) for one in out["input_ids"]], lambda place: _offsets(out, place)
+    ids = [np.asarray(one.ids, np.int32) for one in backend.encode_batch_fast(texts, add_special_tokens=added)]
+
+    def offsets(place: int) -> Offsets:
+        found = None if known is None else known.offsets(texts[place], ids[place])
+        return _pairs(backend.encode(texts[place], add_special_tokens=added).offsets) if found is None else found
+
+    return ids, offsets
 
 
 def _calls(ready: Sequence[Layout]) -> Iterator[list[int]]:
@@ -173,19 +203,20 @@ def _shared(prompt: npt.NDArray[np.int32], whole: npt.NDArray[np.int32]) -> int:
     return int(differ[0]) if len(differ) else shortest
 
 
-def _offsets(out: Any, place: int) -> npt.NDArray[np.int64]:
-    """``[T, 2]``: first character of each token and the one behind its last."""
+def _offsets(out: Any, place: int) -> Offsets:
     if not out.is_fast:
         raise HbpError(
             "cannot be masked: the tokenizer does not tell where its tokens stand in the text; take one of the "
             "`tokenizers` library (a tokenizer.json)"
         )
-    offsets = out.encodings[place].offsets
-    flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-    return flat.reshape(-1, 2)
+    return _pairs(out.encodings[place].offsets)
 
 
-def _reached(spans: Iterable[tuple[int, int]], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+def _pairs(offsets: Sequence[tuple[int, int]]) -> Offsets:
+    return np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
+
+
+def _reached(spans: Iterable[tuple[int, int]], offsets: Offsets) -> npt.NDArray[np.uint8]:
     """1 for every token of which a character lies in a span."""
     mask = np.zeros(len(offsets), np.uint8)
     for begin, end in spans:

@@ -166,6 +166,8 @@ def check_nothing_left_out(chat: Chat, rendering: Rendering) -> list[str]:
     """
     notes = []
     text = rendering.text
+    if any(chat.learnt[number] and _says_nothing(message) for number, message in enumerate(chat.messages)):
+        notes.append("an assistant's turn is empty: to end it at once is learnt (`weight: 0` there: it is not)")
     for number, message in enumerate(chat.messages):
         said = text_of(message.get("content")).strip()
         part = text[slice(*rendering.turns[number])] if number in rendering.turns else text
@@ -191,6 +193,10 @@ def check_nothing_left_out(chat: Chat, rendering: Rendering) -> list[str]:
         if isinstance(name, str) and name not in text:
             raise HbpError(f"has the tool {name!r}, which the chat template leaves out; take another template")
     return notes
+
+
+def _says_nothing(message: Message) -> bool:
+    return not text_of(message.get("content")).strip() and not any(message.get(k) for k in ("tool_calls", *REASONING))
 
 
 def _trace(said: str, part: str) -> bool:

@@ -19,6 +19,7 @@ record (an id, a source), and refused otherwise: see :mod:`hbp.data.record.layou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbp.data.record.messages import Chat, Message, chat_of, read_turns, text_of
+from hbp.data.record.messages import Chat, Message, chat_of, json_of, read_turns, text_of
 from hbp.errors import HbpError
 
 BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwargs")
@@ -56,6 +57,10 @@ class Reading:
     """The record's role, ours: ``data.roles``."""
     ignore: tuple[str, ...] = ()
     """Fields of records and messages that are left out on purpose: ``data.ignore``."""
+    conversations: str | None = None
+    """Source of the template of whole conversations, where it is not the tokenizer's: of a stock template, the version
+    that TRL trains conversations with. Prompts with completions, of which the last turn alone is learnt, keep the
+    tokenizer's own, as with TRL."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +121,9 @@ def read_record(record: Any, reading: Reading) -> Sample:
     if not isinstance(record, Mapping):
         raise HbpError("is not an object; write one JSON object a line")
     fields = _fields(record, reading)
+    null = [key for key in MASKS if key in record and record[key] is None and key not in reading.ignore]
+    if null and "input_ids" in fields and not any(key in fields for key in MASKS):
+        raise HbpError(f"has `{null[0]}` that is null, so what is to be learnt is not known; leave it out to learn all")
     for needed, besides in SHAPES:
         if all(key in fields for key in needed):
             known = {key: fields.pop(key) for key in (*needed, *besides) if key in fields}
@@ -140,10 +148,17 @@ def _fields(record: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
         if value is None or (key in reading.ignore and key not in ours):
             continue
         name = ours.get(key, key)
+        if name in _TURNS and isinstance(value, str) and _TURNS_AS_TEXT.match(value):
+            value = json_of(value, str(key))
         if key not in ours and key in dict(reading.columns):
             continue  # another field has been given its name
         fields[str(name)] = value
     return fields
+
+
+_TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+_TURNS_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"\s*:')
+"""JSON text of messages, as tables have it where a column takes text only; it is not what anybody wants learnt."""
 
 
 def _not_said_before(sample: Sample, known: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +217,7 @@ def _with_fields(sample: Sample, left: dict[str, Any]) -> Sample:
 
 
 def _tokens(known: Mapping[str, Any], roles: Mapping[str, str]) -> Sample:
-    ids = _numbers(known, "input_ids", low=0)
+    ids = _numbers(known, "input_ids", low=0, kinds="iu")
     keep = np.ones(len(ids), bool)
     if "attention_mask" in known:  # 0 is padding
         keep = _numbers(known, "attention_mask", len(ids), 0, 1).astype(bool)
@@ -217,7 +232,7 @@ def _tokens(known: Mapping[str, Any], roles: Mapping[str, str]) -> Sample:
         if key != "labels":
             mask &= _numbers(known, key, len(ids), 0, 1).astype(np.uint8)
             continue
-        labels = _numbers(known, key, len(ids))
+        labels = _numbers(known, key, len(ids), kinds="iu")
         learnt = labels != -100
         if (labels[learnt] != ids[learnt]).any():
             shifted = learnt[:-1] & (labels[:-1] == ids[1:])
@@ -233,13 +248,18 @@ def _tokens(known: Mapping[str, Any], roles: Mapping[str, str]) -> Sample:
 
 
 def _numbers(
-    known: Mapping[str, Any], key: str, length: int | None = None, low: int = -(2**31), high: int = 2**31 - 1
+    known: Mapping[str, Any],
+    key: str,
+    length: int | None = None,
+    low: int = -(2**31),
+    high: int = 2**31 - 1,
+    kinds: str = "iub",
 ) -> npt.NDArray[np.int64]:
     try:
         values = np.asarray(known[key])
     except ValueError:
         values = np.empty((0, 0))
-    if values.ndim != 1 or (len(values) and values.dtype.kind not in "iub"):
+    if values.ndim != 1 or (len(values) and values.dtype.kind not in kinds):
         raise HbpError(f"`{key}` is not a flat list of whole numbers")
     if length is not None and len(values) != length:
         raise HbpError(f"`{key}` has {len(values)} entries where `input_ids` has {length}")

@@ -65,7 +65,7 @@ def _layouts(sample: Sample, tokenizer: Any, reading: Reading) -> tuple[list[Lay
 
 
 def _talk(chat: Chat, tokenizer: Any, reading: Reading) -> tuple[Layout, list[str]]:
-    scene = _scene(chat, tokenizer, reading)
+    scene = _scene(chat, tokenizer, reading, reading.conversations)
     if scene is None:
         return _without_template(chat, tokenizer)
     return Layout(scene.whole.text, raw=False, learnt=_spans(scene, tokenizer)), scene.notes
@@ -108,10 +108,10 @@ def _added_tokens(tokenizer: Any) -> frozenset[str]:
     return frozenset(tokenizer.get_added_vocab())
 
 
-def _scene(chat: Chat, tokenizer: Any, reading: Reading) -> Scene | None:
-    """None where the tokenizer has no template."""
+def _scene(chat: Chat, tokenizer: Any, reading: Reading, text: str | None = None) -> Scene | None:
+    """With the template given or else the tokenizer's; None where that has none."""
     try:
-        text = template_text(tokenizer, chat.tools)
+        text = text or template_text(tokenizer, chat.tools)
         if text is None:
             return None
         template, tokens = compile_template(text), tokenizer.special_tokens_map

@@ -18,7 +18,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 SHAREGPT = {
     "system": ("system", "system_prompt"),
     "user": ("human", "user", "prompter"),
-    "assistant": ("gpt", "assistant", "chatgpt", "bot", "chatbot", "model", "bing", "bard", "claude", "llm"),
+    "assistant": ("gpt", "assistant", "chatgpt", "bot", "chatbot", "model", "bing", "bard", "claude", "llm", "ai"),
     "tool": ("tool", "observation", "function_response", "tool_response", "function"),
     "call": ("function_call", "tool_call"),
 }
@@ -70,7 +70,7 @@ def chat_of(
             if any(message["role"] in ("system", "developer") for message in messages):
                 raise HbpError(f"has `system` and a system message in `{what}` that differ; keep one of them")
             messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
-    variables = _json(record.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+    variables = json_of(record.get("chat_template_kwargs"), "chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
         raise HbpError(f"`chat_template_kwargs` is {_kind(variables)}; write an object")
     variables = {key: value for key, value in variables.items() if value is not None}
@@ -91,19 +91,19 @@ def read_tools(record: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _list(record: Mapping[str, Any], key: str) -> list[Any] | None:
-    value = _json(record.get(key), key)
+    value = json_of(record.get(key), key)
     if not value:  # an empty list means none: some templates would write their frame for tools around nothing
         return None
     if not isinstance(value, list):
         raise HbpError(f"`{key}` is {_kind(value)}; write a list of objects")
-    value = [_json(one, f"{key}[{i}]") for i, one in enumerate(value)]
+    value = [json_of(one, f"{key}[{i}]") for i, one in enumerate(value)]
     for i, one in enumerate(value):
         if not isinstance(one, Mapping):
             raise HbpError(f"`{key}[{i}]` is {_kind(one)}; write an object")
     return value
 
 
-def _json(value: Any, what: str) -> Any:
+def json_of(value: Any, what: str) -> Any:
     """The value, or what its JSON text says."""
     if not isinstance(value, str) or not value.strip():
         return None if value == "" else value
@@ -188,7 +188,7 @@ def _learnt(message: Message, role: str) -> bool:
 
 
 def _calls(value: Any) -> list[Any]:
-    calls = _json(value, "value")
+    calls = json_of(value, "value")
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
         if not isinstance(call, Mapping) or "name" not in call:
@@ -203,7 +203,7 @@ def _tool_calls(message: Message) -> None:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if "tool_calls" not in message:
         return
-    calls = _json(message["tool_calls"], "tool_calls")
+    calls = json_of(message["tool_calls"], "tool_calls")
     if not calls:
         del message["tool_calls"]
         return
@@ -211,6 +211,7 @@ def _tool_calls(message: Message) -> None:
         raise HbpError(f"has `tool_calls` but is the {message['role']}'s; only the assistant calls tools")
     if not isinstance(calls, list):
         raise HbpError(f"has `tool_calls` that are {_kind(calls)}; write a list of objects")
+    calls = [json_of(call, f"tool_calls[{number}]") for number, call in enumerate(calls)]
     for number, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

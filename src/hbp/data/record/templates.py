@@ -28,7 +28,7 @@ from jinja2.visitor import NodeTransformer
 
 from hbp.errors import HbpError
 
-TRAINING = "training"
+TRAINING, OWN = "training", "own"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning; a template reads one of them, data sets use any, transformers fills in the others."""
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -43,7 +43,7 @@ def load_tokenizer(name_or_folder: str, chat_template: str | None = None) -> Any
     Args:
         name_or_folder: of the tokenizer.
         chat_template: a Jinja file; ``training``: the training version that TRL has of the tokenizer's own; the name
-            of a template that TRL ships, such as ``qwen3_training``; none: the tokenizer's own.
+            of a template that TRL ships, such as ``qwen3_training``; ``own`` or none: the tokenizer's own.
 
     Raises:
         HbpError: there is no such tokenizer or template.
@@ -57,8 +57,8 @@ def load_tokenizer(name_or_folder: str, chat_template: str | None = None) -> Any
         raise HbpError(
             f"cannot load a tokenizer from {name_or_folder!r} ({reason}); give its folder or hub name"
         ) from None
-    if chat_template is not None:
-        tokenizer.chat_template = _chosen(tokenizer, chat_template)
+    if chat_template not in (None, OWN):
+        tokenizer.chat_template = _chosen(tokenizer, str(chat_template))
     return tokenizer
 
 
@@ -68,36 +68,107 @@ def _chosen(tokenizer: Any, choice: str) -> str:
             return Path(choice).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise HbpError(f"cannot read the chat template {choice} ({error})") from None
-    spec = find_spec("trl")
-    if spec is None or not spec.submodule_search_locations:
+    shipped = _shipped()
+    if shipped is None:
         raise HbpError(
             f"data.chat_template {choice!r} is no file, and names of templates need TRL; give a Jinja file, or "
             "pip install trl"
         )
-    shipped = Path(spec.submodule_search_locations[0]) / "chat_templates"
-    if choice != TRAINING:
-        if not (shipped / f"{choice}.jinja").is_file():
-            names = ", ".join(sorted(p.stem for p in shipped.glob("*_training.jinja"))) or "none"
-            raise HbpError(f"data.chat_template {choice!r} is no file and no template of TRL's; those are {names}")
-        return (shipped / f"{choice}.jinja").read_text(encoding="utf-8")
-    return _training_version(tokenizer, shipped)
+    if choice == TRAINING:
+        return _training_version(tokenizer)
+    if not (shipped / f"{choice}.jinja").is_file():
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*_training.jinja"))) or "none"
+        raise HbpError(f"data.chat_template {choice!r} is no file and no template of TRL's; those are {names}")
+    return (shipped / f"{choice}.jinja").read_text(encoding="utf-8")
 
 
-def _training_version(tokenizer: Any, shipped: Path) -> str:
-    """The file that stands beside the tokenizer's own template in TRL, as ``SFTTrainer`` swaps it in."""
+def _shipped() -> Path | None:
+    """TRL's folder of chat templates; none where it is not installed."""
+    spec = find_spec("trl")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "chat_templates"
+
+
+def _training_version(tokenizer: Any) -> str:
+    """What ``SFTTrainer`` puts in the place of the tokenizer's own template."""
     own = template_text(tokenizer)
     if own is None:
         raise HbpError("data.chat_template 'training' needs a tokenizer that has a chat template; give a Jinja file")
     if _MARK.search(own):
         return own
+    if (trained := training_version(tokenizer)) is None:
+        raise HbpError(
+            "data.chat_template 'training': TRL has no training version of this tokenizer's chat template; give a "
+            "Jinja file with {% generation %} marks, or leave the option out"
+        )
+    return trained[1]
+
+
+def training_version(tokenizer: Any) -> tuple[str, str] | None:
+    """Name and text of the training version that TRL has of a tokenizer's stock template, as ``SFTTrainer`` takes it.
+
+    None where TRL is not installed or does not know the template, where the template has marks of its own, and where
+    the tokenizer has several.
+    """
+    own, shipped = getattr(tokenizer, "chat_template", None), _shipped()
+    if not isinstance(own, str) or shipped is None or _MARK.search(own):
+        return None
     for trained in sorted(shipped.glob("*_training.jinja")):
         stock = shipped / trained.name.replace("_training", "")
         if stock.is_file() and stock.read_text(encoding="utf-8") == own:
-            return trained.read_text(encoding="utf-8")
-    raise HbpError(
-        "data.chat_template 'training': TRL has no training version of this tokenizer's chat template; give a Jinja "
-        "file with {% generation %} marks, or leave the option out"
-    )
+            return trained.stem, trained.read_text(encoding="utf-8")
+    return None
+
+
+def described(tokenizer: Any, choice: str | None) -> str:
+    """Which template lays conversations out, and what to set for another, in a line.
+
+    Args:
+        tokenizer: loaded with that choice.
+        choice: ``data.chat_template``.
+    """
+    if choice not in (None, OWN):
+        return f"chat template: data.chat_template={choice}"
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, Mapping):
+        return f"chat template: the tokenizer's own ({', '.join(map(str, own))})"
+    if not own:
+        return "chat template: none; more than a question and its answer needs one (data.chat_template: FILE)"
+    if _MARK.search(own):
+        return "chat template: the tokenizer's own; its {% generation %} marks say what is learnt"
+    trained = training_version(tokenizer)
+    if choice is None and trained is not None:
+        return (
+            f"chat template: TRL's {trained[0]} for conversations, in place of the stock one, as SFTTrainer has it "
+            "(data.chat_template: own keeps the tokenizer's)"
+        )
+    line = "chat template: the tokenizer's own; it has no {% generation %} marks, so turns are found by running it"
+    if not _earlier_as_last(own, tokenizer.special_tokens_map):
+        line += "; it writes earlier answers otherwise than the last (without their reasoning): "
+        line += (
+            f"data.chat_template={TRAINING} is TRL's version that does not"
+            if trained
+            else (
+                "give a training version (data.chat_template: FILE"
+                + (")" if _shipped() else ", or pip install trl, which has those of most families)")
+            )
+        )
+    return line
+
+
+def _earlier_as_last(text: str, special_tokens: Mapping[str, Any]) -> bool:
+    """Whether a template writes the same answer alike in every place, with its reasoning or without."""
+    asked, plain = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    for said in (plain, {**plain, "reasoning_content": "r"}):
+        try:
+            whole = render(compile_template(text), special_tokens, [asked, said, asked, said])
+        except Exception:  # a template raises what its author chose
+            continue
+        first, last = (whole.text[slice(*whole.turns.get(number, (0, 0)))] for number in (1, 3))
+        if first.rstrip() != last.rstrip():
+            return False
+    return True
 
 
 def template_text(tokenizer: Any, tools: Any = None) -> str | None:
