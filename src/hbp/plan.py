@@ -166,6 +166,14 @@ class Plan:
         number = np.array([groups.index(group) for group in used], np.int64)
         return tuple(groups), number[of_row]
 
+    def fingerprint(self) -> str:
+        """Tells plans apart by their rows."""
+        digest = hashlib.sha256(f"{self.info.world_size} {self.info.lengths_sha256}".encode())
+        where = (self.step, self.micro_step, self.rank_start)
+        for column in (*where, self.sp_degree, self.gc_layers, self.sample_offsets, self.sample_ids):
+            digest.update(np.ascontiguousarray(column, "<i8").data)
+        return digest.hexdigest()
+
     def micro_step_index(self) -> IntArray:
         """Number of each row's micro-step counted over the whole plan, int64 ``[P]``, from 0."""
         if not self.n_packs:

@@ -54,8 +54,9 @@ def logits_of(rank: int, world: int, folders: dict[str, str]) -> dict[tuple[str,
                 with torch.no_grad():
                     hidden = lm.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
                     both.append(lm.get_output_embeddings()(hidden))
-            total = sum(batch.layout.documents.lengths)
-            place = np.concatenate([np.arange(total)[run] for run in tokens_of_rank(total, groups, rank % degree)])
+            lengths = batch.layout.documents.lengths
+            total = sum(lengths)
+            place = np.concatenate([np.arange(total)[run] for run in tokens_of_rank(lengths, groups, rank % degree)])
             found[path, degree] = place, batch.position_ids[0].numpy(), *(each.numpy() for each in both)
     return found
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbp.cli.usage import Commands
 from hbp.errors import HbpError
+from hbp.progress import say
 
 if TYPE_CHECKING:
     from hbp.run.rehearse import Rehearsal
+    from hbp.run.rehearse_memory import MemoryCheck
 
 GIB = 2.0**30
 
@@ -41,41 +45,66 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--attention", default="auto", metavar="KERNEL", help="as model.attention of a run")
     parser.add_argument("--compile", action="store_true", help="compile layers, as model.compile of a run")
+    parser.add_argument(
+        "--memory", action="store_true", help="run only the fullest pack of each group, once: does the plan fit?"
+    )
+    parser.add_argument("--offload-activations", action="store_true", help="as model.offload_activations of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of micro-steps")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep the numbers, which `hbp report` shows")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="keep the numbers here (default: rehearsal.json in the plan's folder, which `hbp report` shows)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp rehearse`."""
-    import json
-
     import torch
 
     from hbp.plan import read_plan
     from hbp.run.rehearse import rehearse
+    from hbp.run.rehearse_memory import check_memory
 
     micro_steps, ranks = _count("--micro-steps", args.micro_steps), _count("--ranks", args.ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    plans = [read_plan(folder) for folder in args.plans]
+    engine = {
+        "compute_dtype": getattr(torch, dtype),
+        "attention": args.attention,
+        "compiled": args.compile,
+        "offload_activations": args.offload_activations,
+    }
+    if args.memory:
+        checks = [check_memory(plan, args.model, device, **engine) for plan in plans]
+        if not args.json:
+            for folder, check in zip(args.plans, checks, strict=True):
+                _print_memory(str(folder), check)
+        return _kept(args, [check.to_json() for check in checks])
     rehearsals = rehearse(
-        [read_plan(folder) for folder in args.plans],
-        args.model,
-        device,
-        micro_steps=micro_steps,
-        ranks=ranks,
-        repeats=args.repeats,
-        compute_dtype=getattr(torch, dtype),
-        attention=args.attention,
-        compiled=args.compile,
-        seed=args.seed,
+        plans, args.model, device, micro_steps=micro_steps, ranks=ranks, repeats=args.repeats, seed=args.seed, **engine
     )
     if not args.json:
         _print([str(folder) for folder in args.plans], rehearsals)
-    named = [{"plan": str(p), **r.to_json()} for p, r in zip(args.plans, rehearsals, strict=True)]
+    return _kept(args, [rehearsal.to_json() for rehearsal in rehearsals])
+
+
+def _kept(args: argparse.Namespace, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The command's object, written where it is to be kept."""
+    from hbp.report.rehearsal import FILE_NAME
+
+    named = [{"plan": str(folder), **each} for folder, each in zip(args.plans, found, strict=True)]
     result = named[0] if len(named) == 1 else {"plans": named}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+    elif not args.memory:
+        for folder, each in zip(args.plans, named, strict=True):
+            try:
+                (folder / FILE_NAME).write_text(json.dumps(each, indent=1) + "\n")
+            except OSError as error:
+                say(f"not kept in {folder} ({error.strerror}); name a file with --out")
     return result
 
 
@@ -116,3 +145,32 @@ def _print(names: list[str], rehearsals: list[Rehearsal]) -> None:
         f"micro-steps, {'every rank' if first.all_ranks else 'sampled ranks'}; a step is measured compute and "
         "predicted communication, with its 95 % interval"
     )
+
+
+def _print_memory(name: str, check: MemoryCheck) -> None:
+    from hbp.cli.tables import table
+
+    rows = [
+        (
+            f"{group.capacity:,} tokens · SP {group.sp_degree} · GC {group.gc_layers}",
+            f"{group.tokens:,}",
+            _gib(group.peak_bytes),
+            _gib(group.predicted_bytes),
+            _gib(check.budget_bytes - group.peak_bytes),
+        )
+        for group in check.groups
+    ]
+    table(f"memory of {name}", ("group", "fullest pack", "peak GiB", "predicted GiB", "left GiB"), rows)
+    left = check.budget_bytes - check.peak_bytes
+    verdict = f"fits, with {_gib(left)} GiB ({left / check.budget_bytes:.0%}) to spare"
+    if not check.fits:
+        short = f"by {_gib(-left)} GiB" if math.isfinite(left) else "nor does this device hold its fullest pack"
+        verdict = f"does not fit, {short}: plan with less, such as --memory-gib {0.9 * check.budget_bytes / GIB:.3g}"
+    print(
+        f"{check.world_size} ranks, seen on one device ({check.device}): each needs {_gib(check.peak_bytes)} of "
+        f"{_gib(check.budget_bytes)} GiB, {_gib(check.state_bytes)} for parameters, gradients and optimizer; {verdict}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3f}" if math.isfinite(size) else "more than there is"

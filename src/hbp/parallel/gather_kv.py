@@ -5,8 +5,11 @@ keys and values of the whole pack from the others (reduce-scatter in backward) a
 idea is Llama 3's context parallelism (https://arxiv.org/abs/2407.21783, Section 3.3.2), which suits packed documents
 better than a ring: one message, exact softmax, document masks as on one device.
 
-Under a causal mask later queries see more keys. So the pack is cut into twice as many chunks as ranks and rank ``a`` of
-``g`` holds chunks ``a`` and ``2g − 1 − a``: of one document that fills the pack every rank computes the same share.
+Under a causal mask later queries of a document see more keys. So the pack is cut into twice as many chunks as ranks,
+and each rank holds two of them: that with the most query-key pairs and that with the fewest, the next and the last but
+one, and so on, which of all ways to pair them has the least work on the busiest rank. Of one document that fills the
+pack these are chunks ``a`` and ``2g − 1 − a``, and every rank computes the same share; of several documents, where late
+tokens may see little, pairing by place left some ranks up to twice the work of others.
 
 It composes with Ulysses: :class:`~hbp.parallel.mesh.SequenceGroups` says which ranks exchange heads and which gather.
 A rank sends its keys and values to ``g − 1`` others and holds those of the whole pack for its share of the heads, where
@@ -22,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,6 +59,8 @@ class Gather:
     group: ProcessGroup | None
     """None: nothing is sent, each rank takes its own part for everyone's (:mod:`hbp.train.measure.micro_batch`)."""
     chunks: tuple[Chunk, ...]
+    places: tuple[int, ...]
+    """Where each chunk of the pack is among all that are gathered, two of each rank."""
 
     def pinned(self) -> Gather:
         """The same with its tensors in pinned host memory."""
@@ -69,19 +76,19 @@ def token_multiple(groups: SequenceGroups) -> int:
     return groups.degree * (2 if groups.gather > 1 else 1)
 
 
-def tokens_of_rank(total: int, groups: SequenceGroups, sp_rank: int) -> list[slice]:
+def tokens_of_rank(lengths: Sequence[int], groups: SequenceGroups, sp_rank: int) -> list[slice]:
     """Which tokens of a pack a rank of the SP group holds, in its order: at most two runs.
 
     Args:
-        total: tokens of the pack, a multiple of :func:`token_multiple`.
+        lengths: tokens of each document, which sum to a multiple of :func:`token_multiple`.
         groups: of the degree.
         sp_rank: rank within the SP group.
     """
-    share = total // groups.degree
+    share = sum(lengths) // groups.degree
     row, column = divmod(sp_rank, groups.ulysses)
     begin, end = column * share, (column + 1) * share  # within what the ranks of this row hold together
     runs = []
-    for chunk in _chunks_of_row(total, groups.gather, row):
+    for chunk in _chunks_of_row(lengths, groups.gather, row):
         size = chunk.stop - chunk.start
         a, b = max(begin, 0), min(end, size)
         if a < b:
@@ -90,11 +97,29 @@ def tokens_of_rank(total: int, groups: SequenceGroups, sp_rank: int) -> list[sli
     return runs
 
 
-def _chunks_of_row(total: int, ways: int, row: int) -> list[slice]:
+def _chunks_of_row(lengths: Sequence[int], ways: int, row: int) -> list[slice]:
+    total = sum(lengths)
     if ways == 1:
         return [slice(0, total)]
     size = total // (2 * ways)
-    return [slice(i * size, (i + 1) * size) for i in (row, 2 * ways - 1 - row)]
+    return [slice(i * size, (i + 1) * size) for i in _chunks_of_rows(lengths, ways)[row]]
+
+
+def _chunks_of_rows(lengths: Sequence[int], ways: int) -> list[tuple[int, int]]:
+    """The two chunks of each row of ranks, early one first: the busiest with the least busy, and so on."""
+    order = np.argsort(_pairs_of_chunks(lengths, 2 * ways), kind="stable").tolist()
+    return [(min(pair), max(pair)) for pair in zip(order[:ways], order[: ways - 1 : -1], strict=True)]
+
+
+def _pairs_of_chunks(lengths: Sequence[int], chunks: int) -> npt.NDArray[np.int64]:
+    """Query-key pairs of causal attention in each of so many equal chunks of a pack, ``[chunks]``."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begins = np.concatenate([[0], ends])  # one more than documents: where the pack ends, too
+    whole = np.concatenate([[0], np.cumsum([n * (n + 1) // 2 for n in lengths], dtype=np.int64)])
+    cuts = np.arange(chunks + 1) * (int(ends[-1]) // chunks)
+    document = np.searchsorted(ends, cuts, side="right")  # that each cut is in
+    into = cuts - begins[document]
+    return np.asarray(np.diff(whole[document] + into * (into + 1) // 2))
 
 
 def make_gather(lengths: Sequence[int], groups: SequenceGroups, sp_rank: int, device: torch.device) -> Gather | None:
@@ -109,11 +134,12 @@ def make_gather(lengths: Sequence[int], groups: SequenceGroups, sp_rank: int, de
     if groups.gather == 1:
         return None
     row, done, chunks = sp_rank // groups.ulysses, 0, []
-    for chunk in _chunks_of_row(sum(lengths), groups.gather, row):
+    for chunk in _chunks_of_row(lengths, groups.gather, row):
         size = chunk.stop - chunk.start
         chunks.append(_chunk(lengths, chunk, slice(done, done + size), device))
         done += size
-    return Gather(groups.gather, groups.gather_group, tuple(chunks))
+    held = [chunk for pair in _chunks_of_rows(lengths, groups.gather) for chunk in pair]  # in the order of the ranks
+    return Gather(groups.gather, groups.gather_group, tuple(chunks), tuple(np.argsort(held).tolist()))
 
 
 def _chunk(lengths: Sequence[int], tokens: slice, queries: slice, device: torch.device) -> Chunk:
@@ -168,8 +194,8 @@ def gathered_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, gather: Gath
     tokens, sizes = q_THD.size(0), [x[0].numel() for x in (k_TKD, v_TKD)]
     mine = torch.cat([k_TKD.flatten(1), v_TKD.flatten(1)], dim=1)  # one message
     every = _AllGather.apply(mine, gather.ways, gather.group)
-    halves = every.view(gather.ways, 2, tokens // 2, -1)  # each rank's early and late chunk
-    pack = torch.cat([halves[:, 0].flatten(0, 1), halves[:, 1].flip(0).flatten(0, 1)])
+    halves = every.view(2 * gather.ways, tokens // 2, -1).unbind()  # each rank's early and late chunk
+    pack = torch.cat([halves[place] for place in gather.places])
     k, v = pack.split(sizes, dim=1)
     k, v = k.unflatten(1, k_TKD.shape[1:]), v.unflatten(1, v_TKD.shape[1:])
     return torch.cat(

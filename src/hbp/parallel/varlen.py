@@ -48,6 +48,8 @@ class Documents:
     cu_key_lengths: Tensor  # the same, of the keys
     block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False, repr=False)
     """FlexAttention's, by sliding window: made by the first layer that asks, used by the others."""
+    cut_masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """SDPA's, of documents with fewer queries than keys, likewise; at most one document of a chunk has fewer."""
 
     @property
     def longest(self) -> int:
@@ -220,12 +222,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | 
     q, k, v, scale = _one_head_size(q, k, v, scale)  # of unlike sizes it would write out every score
     queries, keys, pieces = list(documents.lengths), list(documents.key_lengths), list[Tensor]()
     for of_document in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
-        pieces += _sdpa_document(*of_document, scale, window)
+        pieces += _sdpa_document(*of_document, scale, window, documents.cut_masks)
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return out[..., :size]
 
 
-def _sdpa_document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> list[Tensor]:
+def _sdpa_document(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, masks: dict[tuple[Any, ...], Tensor]
+) -> list[Tensor]:
     """Attention of a document's last queries, in pieces that follow each other.
 
     A mask of every query and key would be the square of a document that is longer than its window. So, past the first
@@ -234,12 +238,16 @@ def _sdpa_document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | 
     """
     queries, keys = q.size(0), k.size(0)
     if window is None or keys <= window:
-        mask = None if queries == keys else _causal_mask(queries, keys, keys, q.dtype, q.device)
+        mask, key = None, (queries, keys, q.dtype, q.device)
+        if queries != keys:
+            mask = masks.get(key)
+            if mask is None:
+                mask = masks[key] = _causal_mask(queries, keys, keys, q.dtype, q.device)
         return [_sdpa_blocks(q, k, v, queries, keys, mask, scale)]
     pieces = []
     done = max(0, window - (keys - queries))  # queries that see all before them
     if done:
-        pieces += _sdpa_document(q[:done], k[:window], v[:window], scale, None)
+        pieces += _sdpa_document(q[:done], k[:window], v[:window], scale, None, masks)
     block, before = max(min(window, 32), window // 4), window - 1  # keys that all of a block's queries may reach back
     mask = _shared_mask(block, block + before, window, q.dtype, q.device)
     for size in (block, (queries - done) % block):  # full blocks, and what is left

@@ -41,6 +41,8 @@ class Stretch:
 class Part:
     """One strategy of a run. What is drawn and predicted is its first plan."""
 
+    folder: Path
+    """Of the plan."""
     plan: Plan
     simulation: Simulation
     parts: Mapping[str, float]
@@ -110,7 +112,7 @@ def _part(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> Part:
         stretches.append(Stretch(p, epoch, steps, float(seconds.sum())))
     evaluations = read_log(folder.parent, EvalRecord) if folder.name == "plan" else []
     result = results.get(plan.info.strategy)
-    return Part(plan, simulate(plan), rank_use(plan).mean_parts(), stretches, evaluations, result)
+    return Part(folder, plan, simulate(plan), rank_use(plan).mean_parts(), stretches, evaluations, result)
 
 
 def _json(path: Path) -> Any:

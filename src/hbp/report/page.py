@@ -18,6 +18,7 @@ from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, wi
 from hbp.report.figures import Curve, Mark
 from hbp.report.lanes import Lane
 from hbp.report.numbers import Part, Run, numbers_of, read_run
+from hbp.report.rehearsal import find_rehearsals, rehearsal_numbers, rehearsal_pictures
 from hbp.run_log import StepRecord
 from hbp.simulator import step_seconds
 
@@ -34,19 +35,23 @@ class Report:
     numbers: dict[str, Any]
 
 
-def write_report(target: Path, out: Path | None = None) -> Report:
+def write_report(target: Path, out: Path | None = None, rehearsal: Path | None = None) -> Report:
     """Write the page of a run or plan folder; ``report.json`` and ``timelines.svg`` go beside it.
 
     Args:
         target: a folder written by `hbp train` or `hbp plan`.
         out: the page; ``report.html`` in the folder if None.
+        rehearsal: a file that `hbp rehearse` kept; None: those beside the plans.
 
     Raises:
         HbpError: the folder holds neither a run nor a plan, plans that cannot be compared, or a damaged file.
     """
     run = read_run(target)
     numbers, groups = numbers_of(run), lanes.all_groups([part.plan for part in run.parts])
-    drawn = pictures(run, groups)
+    drawn, rehearsed = pictures(run, groups), find_rehearsals([(p.folder, p.plan) for p in run.parts], rehearsal)
+    numbers["rehearsals"] = [rehearsal_numbers(found) for found in rehearsed]
+    if rehearsed:
+        drawn |= rehearsal_pictures(rehearsed, groups)
     page = (
         _environment()
         .get_template("page.html")

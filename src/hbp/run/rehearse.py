@@ -95,6 +95,10 @@ class Rehearsal:
     peak_bytes: float
     noise: float
     """Median of the ranks'."""
+    memory_budget_bytes: float
+    """Of a rank, that the plan was made for."""
+    plan_fingerprint: str
+    """Of the plan, by which a report knows that this is of it."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what is infinite (a pack that did not fit, the interval of one micro-step) is null."""
@@ -217,7 +221,7 @@ def rehearse(
     if device.type == "cpu":
         torch.set_num_threads(1)
     with fake_world(worlds.pop()):
-        own = _engine_model(model, plans, device, compute_dtype, attention, compiled)
+        own = rehearsed_model(model, plans, device, compute_dtype, attention, compiled)
         lm, mesh = own
         lm.offload_activations = offload_activations
         state_bytes = local_parameter_bytes(lm) + (1 + MOMENTS) * hold_gradients(lm)
@@ -236,11 +240,17 @@ def rehearse(
     return [_result(work, ranks, name) for work in works]
 
 
-def _engine_model(
+def rehearsed_model(
     model: str, plans: Sequence[Plan], device: torch.device, dtype: torch.dtype, attention: str, compiled: bool
 ) -> tuple[CausalLMWithLoss, ParallelMesh]:
+    """The plans' model as a rank of their world holds it, and its groups; in a world that moves nothing.
+
+    Raises:
+        HbpError: the plan carries no cost model, or was made for another model.
+    """
     cost = plan_cost_model(plans[0])
-    assert cost is not None  # Prediction.of has looked
+    if cost is None:
+        raise HbpError("the plan carries no cost model to compare with; make one with `hbp plan`")
     mesh = make_mesh(plans[0].info.world_size, [], device.type, cost.model.heads)
     for plan in plans:
         mesh.prepare(np.unique(plan.sp_degree).tolist())
@@ -325,16 +335,21 @@ def _ranks_to_run(row_of: npt.NDArray[np.int64], compute_s: Float, ranks: int | 
 
 def _run(lm: CausalLMWithLoss, batch: MicroBatch, device: torch.device, repeats: int) -> tuple[list[float], float]:
     """Seconds of each timed run and peak bytes over the states; infinite where memory runs out."""
+    peak = run_once(lm, batch, device)
+    return ([_seconds(lm, batch, device) for _ in range(repeats)] if math.isfinite(peak) else [math.inf]), peak
+
+
+def run_once(lm: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
+    """Run a micro-batch; its peak bytes over the states, infinite where memory runs out."""
     try:
-        peak = peak_bytes_of(lambda: forward_backward(lm, batch), device)
-        return [_seconds(lm, batch, device) for _ in range(repeats)], peak
+        return peak_bytes_of(lambda: forward_backward(lm, batch), device)
     except torch.OutOfMemoryError:
         start_over(lm)
         lm.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
         hold_gradients(lm)
-        return [math.inf], math.inf
+        return math.inf
 
 
 def _seconds(lm: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
@@ -380,6 +395,8 @@ def _result(work: _Measured, ranks: int | None, device: str) -> Rehearsal:
         predicted_idle_share=float(1 - compute.sum() / max(float((longest * counts).sum()), 1e-300)),
         peak_bytes=max(row.peak_bytes for row in rows),
         noise=float(np.median([row.noise for row in rows])),
+        memory_budget_bytes=float(plan.info.cluster["memory_bytes"]),
+        plan_fingerprint=plan.fingerprint(),
     )
 
 

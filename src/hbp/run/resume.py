@@ -16,7 +16,6 @@ line. Only `train.resume=never` deletes.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -359,12 +358,7 @@ def remaining(part: Part, step: int) -> Samples:
 
 def fingerprint(plan: Plan) -> str:
     """Tells plans apart by their rows."""
-    digest = hashlib.sha256(f"{plan.info.world_size} {plan.info.lengths_sha256}".encode())
-    where = (plan.step, plan.micro_step, plan.rank_start)
-    columns = [*where, plan.sp_degree, plan.gc_layers, plan.sample_offsets, plan.sample_ids]
-    for column in columns:
-        digest.update(np.ascontiguousarray(column, "<i8").data)
-    return digest.hexdigest()
+    return plan.fingerprint()
 
 
 def say_where(found: Found, part: Part, left: int) -> None:

@@ -243,7 +243,7 @@ def micro_batch_of(
     tokens = np.concatenate([ids for ids, _ in documents])
     labels = np.concatenate([_shifted_labels(ids, mask) for ids, mask in documents])
     positions = np.arange(total) - np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-    mine = tokens_of_rank(total, groups, sp_rank)
+    mine = tokens_of_rank(lengths, groups, sp_rank)
 
     def put(array: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> Tensor:
         return torch.from_numpy(np.concatenate([array[run] for run in mine]).astype(dtype))

@@ -332,7 +332,7 @@ def documents_of_tokens(layout: PackLayout, device: torch.device) -> tuple[Tenso
     total = sum(lengths)
     groups = SequenceGroups(layout.ulysses_degree, layout.sp_degree // layout.ulysses_degree)
     place = torch.cat(  # made where it is needed: nothing waits for a copy
-        [torch.arange(run.start, run.stop, device=device) for run in tokens_of_rank(total, groups, layout.sp_rank)]
+        [torch.arange(run.start, run.stop, device=device) for run in tokens_of_rank(lengths, groups, layout.sp_rank)]
     )
     ends = layout.documents.cu_seqlens[1:].long()
     return torch.searchsorted(ends, place, right=True), place < total - layout.filler
