@@ -128,9 +128,14 @@ def test_models() -> None:
 
 
 def test_rehearse() -> None:
-    rows = run("rehearse.py")["rows"]
-    assert [row["strategy"] for row in rows] == ["concat", "bfd", "hbp", "hbp-mixed"]
-    assert rows[0]["speedup"] == rows[0]["predicted_speedup"] == 1
+    result = run("rehearse.py")
+    rows, checked = result["rows"], result["validation"]
+    assert [row["strategy"] for row in rows] == [
+        *("naive", "naive, again", "+ hierarchical", "+ balance", "hbp", "hbp-mixed")
+    ]
+    assert rows[0]["speedup"] == rows[0]["predicted_speedup"] == rows[1]["predicted_speedup"] == 1
     for row in rows:
         assert is_number(row["run_s"]) and is_number(row["ratio_error"])
         assert row["micro_steps"].startswith("1 of ")
+    assert abs(checked["memory_error"]) < 0.02
+    assert checked["processor_s"] > 0 and checked["rehearsed_s"] > 0

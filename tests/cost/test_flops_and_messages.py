@@ -24,7 +24,7 @@ from hbp.parallel.mesh import make_mesh  # noqa: E402
 from hbp.parallel.varlen import Documents  # noqa: E402
 from hbp.train.batch import micro_batch_of  # noqa: E402
 from hbp.train.loop import forward_backward  # noqa: E402
-from hbp.train.measure.fake_world import fake_world  # noqa: E402
+from hbp.train.measure.fake_world import OWN_BACKEND, fake_backend, fake_world  # noqa: E402
 from hbp.train.model import CausalLMWithLoss, load_model, shard  # noqa: E402
 from tests.cost.test_model_spec import CONFIGS  # noqa: E402
 
@@ -159,6 +159,8 @@ def test_bytes_of_fsdp(
     name: str, by_layer: bool, tmp_path: Path, eight_ranks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parameters gathered, experts' too, once or twice; gradients reduced once in float32; no expert all-to-all."""
+    if fake_backend() == OWN_BACKEND:
+        pytest.skip("this torch calls our own group directly, past the operators that are recorded")
     config = CONFIGS[name]
     if by_layer:
         monkeypatch.setattr("hbp.cost.model_spec.SMALL_LAYER_PARAMETERS", 0)

@@ -18,7 +18,7 @@ from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, write_plan
 from hbp.planning.planner import make_plan
-from hbp.run.rehearse import ratio_estimate, rehearse
+from hbp.run.rehearse import ratio_estimate, rehearse, slowest_seconds
 from hbp.train.measure.micro_batch import measure_point
 from hbp.train.model import load_sharded
 
@@ -47,6 +47,16 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
         ratio, half = ratio_estimate(measured[some], predicted[some], 200)
         held += abs(ratio - truth) <= half
     assert 0.9 <= held / 400 <= 0.99
+
+
+def test_noise_alone_makes_no_rank_slow() -> None:
+    """32 equal ranks, 3 % of noise: the largest of all would be 6 % over."""
+    rng, of = np.random.default_rng(0), np.repeat(np.arange(200), 32)
+    noisy = rng.normal(1.0, 0.03, (len(of), 2))
+    assert slowest_seconds(noisy, of, 200).mean() == pytest.approx(1.0, abs=0.003)
+    assert noisy.mean(axis=1).reshape(200, 32).max(axis=1).mean() > 1.04
+    truly = np.where(np.arange(len(of)) % 32 == 7, 1.3, 1.0)
+    assert slowest_seconds(noisy * truly[:, None], of, 200).mean() == pytest.approx(1.3, abs=0.003)
 
 
 def test_every_rank_of_every_micro_step_at_the_true_world_size(tmp_path: Path) -> None:

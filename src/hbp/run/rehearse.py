@@ -13,7 +13,9 @@ rehearsed in turn, micro-step by micro-step, so that what disturbs the machine d
 
 Each pack is run once to warm up, which is when its memory is measured, and then `repeats` times of which the fastest
 counts. On a CPU seconds are processor time on one thread, which other programs disturb less than wall time; on CUDA
-wall time between synchronizations. The noise that is left is stated: how far the repeats of a pack are apart.
+wall time between synchronizations. The noise that is left is stated: how far the repeats of a pack are apart. It does
+not make ranks look unequal: which is the slowest and how long that takes are read off different repeats
+(:func:`slowest_seconds`).
 """
 
 from __future__ import annotations
@@ -65,8 +67,13 @@ class RehearsedRank:
     peak_bytes: float
     """Measured, with parameters, gradients and AdamW's moments; infinite where the device has not the memory."""
     predicted_bytes: float
-    noise: float
-    """How far the slowest repeat is above the fastest, as a share of it."""
+    halves_s: tuple[float, float]
+    """The fastest of every other repeat, and of those between them; the same twice where there was one run."""
+
+    @property
+    def noise(self) -> float:
+        """How far the slower half is above the faster, as a share of it."""
+        return max(self.halves_s) / min(self.halves_s) - 1 if math.isfinite(max(self.halves_s)) else 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Rehearsal:
         data = dataclasses.asdict(self)
         data["step_s_interval"] = [bound if math.isfinite(bound) else None for bound in self.step_s_interval]
         for row in data["rows"]:
-            del row["noise"]
+            del row["halves_s"]
             for name in ("peak_bytes", "measured_s"):
                 row[name] = row[name] if math.isfinite(row[name]) else None
         return {name: None if value == math.inf else value for name, value in data.items()}
@@ -317,7 +324,7 @@ def _micro_step(
                 communication_s=0.0 if row == IDLE else float(predicted.communication_s[row]),
                 peak_bytes=peak + state_bytes,
                 predicted_bytes=float(state_bytes if row == IDLE else predicted.bytes[row]),
-                noise=max(seconds) / min(seconds) - 1 if math.isfinite(max(seconds)) else 0.0,
+                halves_s=(min(seconds[::2]), min(seconds[1::2] or seconds)),
             )
         )
     return found
@@ -369,9 +376,9 @@ def _result(work: _Measured, ranks: int | None, device: str) -> Rehearsal:
     key = np.array([(row.step, row.micro_step) for row in rows])
     _, of = np.unique(key, axis=0, return_inverse=True)
     of, n = of.ravel(), len(work.chosen)
-    measured, compute = (np.array([getattr(row, name) for row in rows]) for name in ("measured_s", "predicted_s"))
-    slowest = np.zeros(n)
-    np.maximum.at(slowest, of, measured)
+    compute = np.array([row.predicted_s for row in rows])
+    halves = np.array([row.halves_s for row in rows])
+    slowest, measured = slowest_seconds(halves, of, n), halves.mean(axis=1)
     ratio, spread = ratio_estimate(slowest, predicted.micro_compute_s[work.chosen], len(predicted.micro_compute_s))
     simulation = simulate(plan)
     steps, total = plan.n_steps, float(predicted.micro_compute_s.sum())
@@ -398,6 +405,25 @@ def _result(work: _Measured, ranks: int | None, device: str) -> Rehearsal:
         memory_budget_bytes=float(plan.info.cluster["memory_bytes"]),
         plan_fingerprint=plan.fingerprint(),
     )
+
+
+def slowest_seconds(halves: Float, of: npt.NDArray[np.int64], n: int) -> Float:
+    """Seconds of the slowest rank of each micro-step, ``[n]``.
+
+    The largest of noisy values is too large, the more so the more there are. So one half of the runs says which rank is
+    slowest, and the other how long that takes; both ways round, and their mean.
+
+    Args:
+        halves: seconds of each rank in each micro-step, measured twice ``[R, 2]``.
+        of: the micro-step of each ``[R]``.
+        n: micro-steps.
+    """
+    slowest = np.empty(n)
+    for micro in range(n):
+        mine = halves[of == micro]
+        first, second = mine.argmax(axis=0)
+        slowest[micro] = (mine[first, 1] + mine[second, 0]) / 2
+    return slowest
 
 
 def ratio_estimate(measured: Float, predicted: Float, population: int) -> tuple[float, float]:

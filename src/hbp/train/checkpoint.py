@@ -120,6 +120,8 @@ class _AtomicWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Of rank 0, after all ranks have written."""
         super().finish(metadata, results)
+        # torch 2.11 does so to a copy of its own.
+        metadata.storage_data = {result.index: result.storage_data for of_rank in results for result in of_rank}
         partial = Path(self.path)
         write_whole(partial / TENSORS, json.dumps(_tensors_to_json(metadata)))
         written = cast(list[_Written], [result for of_rank in results for result in of_rank])

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from hbp.train.launch import PREPARE_TIMEOUT, rank_zero_first
 from hbp.train.lora import frozen_names, has_adapters, save_adapters
-from hbp.train.model import CausalLMWithLoss, read_config
+from hbp.train.model import CausalLMWithLoss, kept_in_float32, read_config
 from hbp.train.weights.stored import INDEX, WEIGHTS, checkpoint_folder, stored_dtype
 
 SHARD_BYTES = 5 * 10**9
@@ -107,8 +107,7 @@ def _write_files(
 
 def _written_in(lm: Any, name: str, dtype: torch.dtype) -> torch.dtype | None:
     """The type that a tensor is written in: None, its own, for what transformers keeps in float32 in any case."""
-    kept = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
-    return None if any(part in name for part in kept) else dtype
+    return None if any(part in name for part in kept_in_float32(lm)) else dtype
 
 
 def _write_file(lm: Any, values: dict[str, Tensor], folder: Path, file: str) -> list[str]:

@@ -122,8 +122,14 @@ def is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
-FLOAT32_WEIGHTS = {"deepseek_v2": ("gate.weight",)}
+FLOAT32_WEIGHTS = {"deepseek_v2": ("gate.weight",), "deepseek_v3": ("gate.weight",)}
 """What a family computes with in float32 in any case, where transformers (5.17) does not say so itself."""
+
+
+def kept_in_float32(lm: Any) -> tuple[str, ...]:
+    """Parts of the names of what a transformers model holds in float32, whatever it computes in."""
+    own: Iterable[str] = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
+    return tuple(dict.fromkeys([*own, *FLOAT32_WEIGHTS.get(lm.config.model_type, ())]))
 
 
 class CausalLMWithLoss(nn.Module):
@@ -443,9 +449,7 @@ def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:
 
 
 def _float32_modules(lm: Any) -> list[nn.Module]:
-    own: Iterable[str] = getattr(lm, "_keep_in_fp32_modules_strict", None) or ()
-    kept = own or FLOAT32_WEIGHTS.get(lm.config.model_type, ())
-    names = [name.removesuffix(".weight") for name in kept]
+    names = [name.removesuffix(".weight") for name in kept_in_float32(lm)]
     return [m for path, m in lm.named_modules() if any(path.endswith(f".{name}") for name in names)]
 
 

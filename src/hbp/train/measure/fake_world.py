@@ -181,6 +181,15 @@ class _Collectives:
                     part.copy_(mine)
         return _done(outputs)
 
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
+        return self.allgather(outputs, inputs) if outputs else _done([])
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Any:
+        with torch.no_grad():
+            for mine, every in zip(outputs, inputs, strict=False):  # of the root alone; others keep what they have
+                mine.copy_(every[self.world_rank])
+        return _done(outputs)
+
     def all_gather_single(self, output: Tensor, mine: Tensor, opts: Any = None) -> Any:
         return self.allgather([list(output.view(self.world_size, *mine.shape))], [mine])
 
