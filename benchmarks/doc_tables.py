@@ -19,6 +19,7 @@ from typing import Any
 from goals import exact, verdicts
 
 from hbp.cost.known_models import KNOWN_MODELS
+from hbp.plan_info import ORDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -201,22 +202,24 @@ def packing_order() -> str:
 
 
 def packing_drift() -> str:
-    rows, _ = packing("order")
+    rows, source = packing("order")
     rows = [row for row in rows if "global_batch_tokens" in row]
     cells = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        for batch in sorted({row["global_batch_tokens"] for row in rows}):
-            here = {r["strategy"]: r for r in rows if r["set"] == name and r["global_batch_tokens"] == batch}
-            cells.append(
-                (
-                    name + here["hbp-mixed"]["mark"],
-                    f"{batch / 2**20:g}M tokens",
-                    *(f"{here[peer]['drift']:.3f}" if peer in here else "" for peer in ("concat", "isf", "hbp-mixed")),
-                    f"{here['hbp-mixed']['efficiency']:.3f}",
-                )
+    for name, batch in sorted({(row["set"], row["global_batch_tokens"]) for row in rows}):
+        here = {r.get("order", r["strategy"]): r for r in rows if (r["set"], r["global_batch_tokens"]) == (name, batch)}
+        cells.append(
+            (
+                name + here["fastest"]["mark"],
+                f"{batch / 2**20:g}M tokens",
+                *(f"{here[kind]['drift']:.3f}" for kind in ("concat", "isf", *ORDERS)),
+                *(f"{here[kind].get('price', 0.0):.1%}" for kind in ORDERS[1:]),
+                f"{here['concat']['predicted_s'] / here['fastest']['predicted_s'] - 1:.0%}",
             )
-    header = ("set", "global batch", "drift of `concat`", "of `isf`", "of `hbp-mixed`", "efficiency of `hbp-mixed`")
-    return table(header, cells)
+        )
+    drifts = tuple(f"of `{kind}`" for kind in ("isf", *ORDERS))
+    prices = tuple(f"of `{kind}`" for kind in (*ORDERS[1:], "concat"))
+    header = ("set", "global batch", "drift of `concat`", *drifts, f"price {prices[0]}", *prices[1:])
+    return table(header, cells) + "\n" + source
 
 
 def packing_startup() -> str:

@@ -11,7 +11,8 @@ Sections:
 - `size`: the whole plan of ten million samples, written, against reading and sorting (and argsorting) their lengths;
   peak memory of a hundred million, in a process of its own.
 - `streaming`: padding, imbalance and efficiency by size of the buffer.
-- `order`: what staying near a random order costs, by number of windows, and drift by global batch.
+- `order`: what staying near a random order costs, by number of windows; drift and price of every `plan.order`, by
+  global batch.
 - `startup`: the whole command on a thousand lengths, a fresh process with a warm cache of compiled functions.
 
 Every kept row has its date. With `--sets` or `--most-samples` whole plans are made of some cases only and the other
@@ -50,6 +51,7 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import LENGTH_SETS, generate
 from hbp.plan import Plan, imbalance, write_plan
+from hbp.plan_info import ORDERS
 from hbp.planning.kernels import best_fit_decreasing, counting_sort
 from hbp.planning.mixed.even_fit import even_fit
 from hbp.planning.mixed.stream import StreamPlanner
@@ -307,9 +309,14 @@ def order(quick: bool) -> Iterator[Row]:
                 "batch_random": random.info.n_tokens // random.n_steps,
             }
         for batch in (2**21,) if quick else (2**19, 2**21, 2**23):
-            for strategy in ("concat", "isf", "hbp-mixed"):
-                plan = make_plan(lengths, cost, strategy=strategy, global_batch_tokens=batch, short_steps=0)
+            asked: dict[str, Any] = {"global_batch_tokens": batch, "short_steps": 0}
+            for strategy in ("concat", "isf"):
+                plan = make_plan(lengths, cost, strategy=strategy, **asked)
                 yield {**plan_row(plan, "order", name, RANKS, "h100-nvlink"), "global_batch_tokens": batch}
+            for kind in ORDERS:
+                plan = make_plan(lengths, cost, order=kind, **asked)
+                row = plan_row(plan, "order", name, RANKS, "h100-nvlink")
+                yield {**row, "global_batch_tokens": batch, "order": kind, "steps": plan.n_steps}
 
 
 def startup(quick: bool) -> Iterator[Row]:
@@ -331,7 +338,18 @@ def startup(quick: bool) -> Iterator[Row]:
     yield {**row, "samples_per_s": samples / median, "seconds": median, "least_s": min(times), "most_s": max(times)}
 
 
-IDENTITY = ("section", "strategy", "set", "samples", "gpus", "cluster", "buffer", "windows", "global_batch_tokens")
+IDENTITY = (
+    "section",
+    "strategy",
+    "set",
+    "samples",
+    "gpus",
+    "cluster",
+    "buffer",
+    "windows",
+    "global_batch_tokens",
+    "order",
+)
 """What makes two rows the same measurement, where a row has it."""
 
 

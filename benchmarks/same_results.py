@@ -39,7 +39,7 @@ PLACES: tuple[tuple[str, ...], ...] = (
     ("--model", "llama-3.1-8b", "--cluster", "h100-nvlink", "--gpus", "32"),
     ("--model", "llama-3.1-8b", "--cluster", "h100-ethernet", "--gpus", "16", "--global-batch-tokens", "4000000"),
     ("--model", "qwen3-30b-a3b", "--cluster", "a100-pcie", "--gpus", "64", "--max-length", "65536"),
-    ("--model", "qwen2.5-32b", "--cluster", "h100-nvlink", "--gpus", "128", "--windows", "3", "--seed", "7"),
+    ("--model", "qwen2.5-32b", "--cluster", "h100-nvlink", "--gpus", "128", "--order", "balanced", "--seed", "7"),
 )
 SHORT_PLACE = ("--model", "llama-3.1-8b", "--cluster", "cpu-local", "--gpus", "4", "--memory-gib", "400")
 SAMPLES, QUICK_SAMPLES = 6_000, 1_000

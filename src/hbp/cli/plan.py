@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LEAST = {"max_length": 1, "global_batch_tokens": 1, "seed": 0, "short_steps": 0}
 """The options that shape a plan, with their least values."""
+SHOWN_GROUPS = 32
 
 
 def add_parser(commands: Commands) -> None:
@@ -148,9 +149,13 @@ def _show_plan(plan: Plan, result: Mapping[str, Any]) -> None:
     from hbp.cli.tables import metrics_table, table
 
     groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
-    table("groups", ("packing length", "SP degree", "GC layers"), groups)
+    name = "groups" if len(groups) <= SHOWN_GROUPS else f"first {SHOWN_GROUPS} of {len(groups)} groups"
+    table(name, ("packing length", "SP degree", "GC layers"), groups[:SHOWN_GROUPS])
     metrics_table([(plan.info.strategy, plan.info.metrics, result["simulation"])])
     details = plan.info.details
+    if "price" in details:
+        price = f"{details['price']:.1%} more predicted seconds than fastest"
+        print(f"order {plan.info.settings['order']}: {price}, drift {details['drift']:.3f}")
     for why in result.get("explain", ()):
         print(f"- {why}")
     shown = {name: f"{value:,.0f}" if name.endswith("_tokens") else f"{value:.4f}" for name, value in details.items()}

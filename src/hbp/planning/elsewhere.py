@@ -16,7 +16,7 @@ from hbp.cost.cluster import ClusterSpec
 from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.plan import Group, Plan
-from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.planning.planner import FASTEST, STRATEGIES, make_plan
 from hbp.simulator import plan_cost_model
 
 
@@ -47,7 +47,7 @@ def plan_elsewhere(
     try:
         static = Group(**asked["static"]) if same and asked.get("static") else None
         options = {name: asked.get(name) for name in ("max_length", "short_steps", "windows")}
-        options["order"] = info.settings.get("order", "fastest")
+        options["order"] = str(info.settings.get("order", FASTEST))
     except (AttributeError, TypeError) as error:
         raise HbpError(f"the plan's settings are damaged ({error}); make the plan again with `hbp plan`") from None
     return make_plan(

@@ -81,13 +81,15 @@ class Reason:
 
 
 def explain(plan: Plan, cost: CostModel, lengths: Lengths) -> list[Reason]:
-    """One reason a group, in order of rising capacity.
+    """One reason a group, in order of rising capacity; none of a plan in another order than `fastest`.
 
     Args:
         plan: made for `lengths` by `cost`.
         cost: predicts.
         lengths: of the whole data set.
     """
+    if "order" in plan.info.settings:  # packs are made step by step; groups only list what came of it
+        return []
     groups, index = sorted(plan.info.groups), plan.micro_step_index()
     samples = SamplesByLength(cost, lengths[lengths <= groups[-1].capacity])
     busy = plan.predicted_s.astype(np.float64) * plan.sp_degree

@@ -19,7 +19,7 @@ from hbp.plan import Group, Plan
 from hbp.planning.metrics import measure, measure_order
 from hbp.planning.mixed.windows import windowed_schedule
 from hbp.planning.packs import Lengths
-from hbp.planning.planner import STRATEGIES, make_plan, to_plan
+from hbp.planning.planner import FASTEST, STRATEGIES, make_plan, to_plan
 from hbp.planning.strategy import Problem
 
 BASELINES = ("bfd", "isf")
@@ -63,7 +63,7 @@ def one_setting_plan(
     options |= {"seed": seed, "global_batch_tokens": global_batch_tokens}
     how = STRATEGIES.get(strategy)
     if how is not None and how.finds_groups:  # it has this one instead
-        if options.get("order") not in (None, "fastest"):
+        if options.get("order") not in (None, FASTEST):
             raise HbpError(f"order {options['order']} needs packs of several settings; leave --order out")
         mixed = _mixed(lengths, cost, group, seed, global_batch_tokens, windows)
         found = [mixed, *(make_plan(lengths, cost, strategy=name, static=group, **options) for name in BASELINES)]

@@ -78,7 +78,8 @@ def _of_samples(plan: Plan, lengths: Lengths, first: Int, size: Int, cost: CostM
         cluster=cost.cluster.to_json(),
         settings={**plan.info.settings, "pairs": int((size > 1).sum())},
     )
-    where = (plan.capacity, plan.gc_layers, plan.sp_degree, plan.step // BLOCK)
+    block = 1 if "order" in plan.info.settings else BLOCK  # what a step holds is what such an order is for
+    where = (plan.capacity, plan.gc_layers, plan.sp_degree, plan.step // block)
     pack_at = np.empty(plan.n_packs, np.int64)  # which pack comes to each row
     pack_at[np.lexsort((plan.predicted_s, *where))] = np.lexsort((seconds, *where))
     packs = Packs(offsets.astype(np.int64), sample_ids, numbered(plan.n_packs)).take(pack_at)

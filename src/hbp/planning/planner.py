@@ -25,6 +25,8 @@ from hbp.planning.paper.hbp import HBP
 from hbp.planning.settings import Choice, SamplesByLength, Wanted, best_setting, fitting_capacity
 from hbp.planning.strategy import Outcome, Problem, Strategy
 
+FASTEST = "fastest"
+"""The order that a plan has which names none, as plans of earlier versions do."""
 STEPS_OFF = 0.02
 """Share by which the number of steps may be off before another setting that keeps it is preferred to a faster one."""
 MOST_MICRO_STEPS = int(np.iinfo(np.int16).max) + 1
@@ -107,7 +109,7 @@ def make_plan(
         "windows": windows,
         "static": asdict(static) if static else None,
     }
-    if order is not None:
+    if order not in (None, FASTEST):
         asked["order"] = order
     return replace(best, info=replace(best.info, settings={**best.info.settings, "asked": asked}))
 
@@ -203,7 +205,7 @@ def to_plan(outcome: Outcome, problem: Problem, strategy: str, seed: int) -> Pla
             "max_length": problem.static.capacity,
             "windows": outcome.windows,
             "extra_groups": [asdict(group) for group in outcome.extra],
-            **({"order": problem.order} if STRATEGIES[strategy].orders and problem.order != "fastest" else {}),
+            **({"order": problem.order} if STRATEGIES[strategy].orders and problem.order != FASTEST else {}),
         },
     )
     plan = Plan(

@@ -1,7 +1,7 @@
 """Packs of all steps, their groups and their place: what every order but the fastest ends with.
 
 A pack's group is its degree, the fewest recomputed layers that its tokens need, and its tokens rounded up by a
-sixteenth of an octave (or the most that so many layers hold): packs made for one step are of every length, and a plan
+fraction of an octave (or the most that so many layers hold): packs made for one step are of every length, and a plan
 lists its groups.
 
 Legend: ``N`` samples, ``P`` packs. Complexity: a sort of the packs and of the samples.
@@ -21,7 +21,7 @@ from hbp.planning.ordered.step_packing import StepCosts
 from hbp.planning.packs import Float, Int, Lengths, Schedule, packs_of
 from hbp.planning.strategy import Outcome, Problem
 
-FINE = 4
+FINE = 3
 """Capacities have so many binary digits below the first."""
 
 

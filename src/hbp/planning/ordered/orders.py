@@ -6,14 +6,13 @@ a global batch of one or two micro-steps, a step is of one kind.
 ``random``: a step holds what a shuffle puts there, as with naive packing; only inside the step are samples free to be
 packed, at the degrees and in the micro-steps that finish soonest.
 
-``balanced``: the plan whose steps are nearest to the data's own mix among a few that are at most :data:`PRICE` slower
-than the fastest, which is one of them. The others are made from two things that a step may hold:
+``balanced``: the plan whose steps are nearest to the data's own mix among three that are at most :data:`PRICE` slower
+than the fastest, which is one of them:
 
-- micro-steps of long packs as ``fastest`` makes them, so they cost nothing, dealt evenly over the steps. What they are
-  is searched for micro-steps of a global batch at most, of a half and of a quarter: smaller ones, at higher degrees,
-  are dealt more evenly, and communicate more;
-- everything else, dealt by length and packed step by step (:mod:`hbp.planning.ordered.draw`,
-  :mod:`hbp.planning.ordered.step_packing`); in one of the plans that is all there is.
+- samples are dealt to steps by length and each step is packed apart (:mod:`hbp.planning.ordered.draw`,
+  :mod:`hbp.planning.ordered.step_packing`);
+- micro-steps of long packs as ``fastest`` makes them, which cost nothing, are dealt evenly over the steps, and so are
+  all other samples as the steps have room for them.
 
 The curriculum comes on top of any: its steps hold samples that are at home in groups of the lowest degree.
 
@@ -31,7 +30,6 @@ import numpy as np
 
 from hbp.plan import Group, close, wanted_steps
 from hbp.planning.kernels import counting_sort, shuffled
-from hbp.planning.mixed.groups import search_groups
 from hbp.planning.mixed.packing import pack_histogram
 from hbp.planning.mixed.windows import windowed_schedule
 from hbp.planning.ordered.draw import cut_shuffle, deal_evenly
@@ -43,8 +41,8 @@ from hbp.planning.strategy import Outcome, Problem
 
 PRICE = 0.05
 """Share of the fastest plan's predicted time that `balanced` may take longer."""
-PARTS_OF_A_STEP = (1, 2, 4)
-"""Micro-steps of long packs are searched for so small a part of the global batch."""
+ALIKE = 1 / 2
+"""Of a rank's tokens of a step: samples over this are dealt in company of like length."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,9 @@ def balanced(problem: Problem, groups: Sequence[Group]) -> Outcome:
         keeps = close(found.n_steps, wanted_steps(_tokens(problem), problem.global_batch_tokens))
         if found.seconds <= known.seconds * (1 + PRICE) and found.drift < least and (keeps or found.n_steps == wanted):
             best, least = outcome, found.drift
-    return fastest if best is fastest else _priced(problem, best, known.seconds, drawn.shuffle)
+    if best is fastest:
+        return replace(fastest, details={**fastest.details, "price": 0.0})
+    return _priced(problem, best, known.seconds, drawn.shuffle)
 
 
 def _tokens(problem: Problem) -> int:
@@ -125,17 +125,10 @@ def _priced(problem: Problem, outcome: Outcome, fastest_s: float, shuffle: Int) 
 
 
 def _candidates(problem: Problem, groups: Sequence[Group], drawn: Drawn) -> Iterator[Outcome]:
-    """Plans whose steps are dealt evenly, the fastest first or nearly."""
+    """Plans whose steps are dealt evenly."""
     costs = StepCosts(problem.cost, int(problem.own_lengths.max()), problem.longest)
-    seen: set[tuple[Group, ...]] = set()
-    own, longest = problem.own_lengths, int(problem.own_lengths.max())
-    for parts in PARTS_OF_A_STEP:
-        batch = problem.global_batch_tokens // parts
-        smaller = tuple(groups) if parts == 1 else search_groups(problem.cost, own, longest, problem.longest, batch)
-        if smaller not in seen:
-            seen.add(smaller)
-            yield outcome_of(problem, _dealt(problem, smaller, drawn, costs), groups, drawn.short_steps)
-    yield outcome_of(problem, _dealt(problem, (), drawn, costs), groups, drawn.short_steps)
+    for long_groups in ((), groups):
+        yield outcome_of(problem, _dealt(problem, long_groups, drawn, costs), groups, drawn.short_steps)
 
 
 def _dealt(problem: Problem, groups: Sequence[Group], drawn: Drawn, costs: StepCosts) -> Laid:
@@ -146,8 +139,9 @@ def _dealt(problem: Problem, groups: Sequence[Group], drawn: Drawn, costs: StepC
     own, rng = problem.own_lengths, copy.deepcopy(problem.rng)
     parts: list[tuple[Int, Laid]] = []
     batch, others = float(problem.global_batch_tokens), drawn.rest
+    alike = ALIKE * batch / problem.world_size
     if drawn.early_steps:
-        step = deal_evenly(own[drawn.early], np.full(drawn.early_steps, batch), rng)
+        step = deal_evenly(own[drawn.early], np.full(drawn.early_steps, batch), alike, rng)
         parts.append((drawn.early, pack_steps(own[drawn.early], step, costs)))
     room = np.full(drawn.rest_steps, own[drawn.rest].sum(dtype=np.int64) / drawn.rest_steps)
     if groups:
@@ -157,7 +151,7 @@ def _dealt(problem: Problem, groups: Sequence[Group], drawn: Drawn, costs: StepC
             others = np.setdiff1d(drawn.rest, samples, assume_unique=True)
             room -= np.bincount(laid.step[laid.pack_of] - drawn.early_steps, own[samples], len(room))
     if len(others):
-        step = deal_evenly(own[others], np.maximum(room, 0.0), rng) + drawn.early_steps
+        step = deal_evenly(own[others], np.maximum(room, 0.0), alike, rng) + drawn.early_steps
         parts.append((others, pack_steps(own[others], step, costs)))
     return joined(parts, len(own))
 

@@ -204,7 +204,10 @@ def _fill(
     packs, used, i = 0, 0, 0
     while i < len(lengths):
         length, pair = lengths[i], pairs_of[lengths[i]]
-        if used == world and _busy(parts[0], rooms[0], 1.0, length, pair) <= target * SHORT:
+        if _busy(parts[0], rooms[0], 1.0, length, pair) <= target * SHORT:  # and so are all after it
+            more = (world - used) // degrees[0]
+            kinds[packs : packs + more] = 0
+            packs += more
             break
         best, latest = -1, 0.0
         for p in range(packs):
@@ -245,7 +248,12 @@ def _fill(
             size -= 1
             heap[0] = heap[size]
         _sift_down(heap, size, busy)
-    return busy[:packs].max(), into, kinds[:packs]
+    holds = documents[:packs] > 0
+    number = np.cumsum(holds) - 1  # without the packs that nothing came to
+    for i in range(len(lengths)):
+        if into[i] >= 0:
+            into[i] = number[into[i]]
+    return busy[:packs].max(), into, kinds[:packs][holds]
 
 
 @njit(cache=True)
