@@ -16,8 +16,8 @@ from hbp.cost.model_spec import load_model_spec
 from hbp.cost.predict import CostModel
 from hbp.data.length_sets import generate
 from hbp.errors import HbpError
-from hbp.plan import Group, Plan, validate
-from hbp.planning.planner import STRATEGIES, make_plan
+from hbp.plan import Group, Plan, batch_not_kept, validate
+from hbp.planning.planner import STEPS_OFF, STRATEGIES, make_plan
 from hbp.planning.settings import longest_settings
 
 LLAMA = CostModel(load_model_spec("llama-3.1-8b"), CLUSTERS["h100-nvlink"], 32)
@@ -169,6 +169,21 @@ def test_a_baseline_gets_the_best_of_its_settings(strategy: str) -> None:
     options = {"strategy": strategy, "max_length": 131072, "global_batch_tokens": 2**20}
     each = [make_plan(lengths, LLAMA, static=static, **options).info.metrics["predicted_s"] for static in settings]
     assert make_plan(lengths, LLAMA, **options).info.metrics["predicted_s"] == min(each)
+
+
+def test_a_setting_that_keeps_the_global_batch_is_preferred_to_a_faster_one() -> None:
+    """A micro-step of 128K packs at degree 8 holds 512K tokens; at degree 16 the 256K that are asked for."""
+    lengths, asked = generate("mix-128k", 1000, 0), {"strategy": "bfd", "max_length": 131_072, "seed": 1}
+    slow = CostModel(LLAMA.model, CLUSTERS["h100-ethernet"], 32)  # between nodes
+    kept = make_plan(lengths, slow, global_batch_tokens=2**18, **asked)
+    eight = Group(131_072, 8, slow.fewest_gc_layers(131_072, 8) or 0)
+    faster = make_plan(lengths, slow, global_batch_tokens=2**18, static=eight, **asked)
+    assert faster.info.metrics["predicted_s"] < kept.info.metrics["predicted_s"]
+    assert abs(kept.info.details["steps_off"]) <= STEPS_OFF < abs(faster.info.details["steps_off"])
+    assert batch_not_kept(kept) is None
+    never = make_plan(lengths, slow, global_batch_tokens=1000, **asked)  # no setting keeps that: the fastest
+    assert never.info.metrics["predicted_s"] <= faster.info.metrics["predicted_s"] * (1 + 1e-6)
+    assert "asked 1,000" in (batch_not_kept(never) or "")
 
 
 def test_the_run_starts_short_and_ends_mixed() -> None:

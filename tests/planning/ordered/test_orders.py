@@ -96,14 +96,16 @@ def test_orders_keep_the_number_of_steps(plans: dict[str, Plan]) -> None:
 def test_balanced_steps_are_nearer_to_the_data_than_the_fastest(plans: dict[str, Plan]) -> None:
     details = {name: plan.info.details for name, plan in plans.items()}
     assert details["balanced"]["drift"] < 0.6 * details["fastest"]["drift"]
-    assert 0 <= details["balanced"]["price"] <= PRICE
+    assert details["balanced"]["price"] <= PRICE
 
 
-def test_random_steps_are_as_far_from_the_data_as_random_packs(plans: dict[str, Plan]) -> None:
-    packs = make_plan(LENGTHS, COST, strategy="isf", global_batch_tokens=BATCH)
-    assert plans["random"].info.details["drift"] == pytest.approx(packs.info.details["drift"], rel=0.2)
-    assert plans["random"].info.details["price"] < 0.2
-    assert plans["random"].info.metrics["predicted_s"] < packs.info.metrics["predicted_s"]
+def test_random_steps_are_as_far_from_the_data_as_random_packs() -> None:
+    asked = {"global_batch_tokens": BATCH // 4, "short_steps": 0}
+    packs = make_plan(LENGTHS, COST, strategy="isf", **asked)
+    plan = make_plan(LENGTHS, COST, order="random", **asked)
+    assert plan.info.details["drift"] == pytest.approx(packs.info.details["drift"], rel=0.15)
+    assert plan.info.details["price"] < 0.1
+    assert plan.info.metrics["predicted_s"] < packs.info.metrics["predicted_s"]
 
 
 def test_random_steps_follow_the_shuffle_alone() -> None:

@@ -34,8 +34,12 @@ from hbp.planning.packs import Int
 Float = npt.NDArray[np.float64]
 SLACKS = np.array([1.0, 1.05, 1.12, 1.25])
 """Targets are lengthened by so much: room for what fills up."""
+NEAR = 1.01
+"""Targets no further apart are as good as one."""
 PREMIUMS = np.array([1.0, 1.06])
 """On a shelf that holds all that is left: it saves the overhead of another."""
+FEW = 12
+"""Micro-steps of a step up to which that matters."""
 SHORT = 1 / 16
 """Samples that alone take such a share of the target are poured in rather than placed one by one."""
 
@@ -124,6 +128,8 @@ def pack_step(
             shelf += 1
         if total < best_s:
             best_s, best_of, best_micro, best_degree = total, pack_of, micro[:packs].copy(), degree[:packs].copy()
+        if shelf > FEW:
+            break
     return best_of, best_micro, best_degree
 
 
@@ -186,7 +192,13 @@ def _targets(
             if least <= base * slack <= max(least, even) * SLACKS[-1]:
                 found.append(base * slack)  # noqa: PERF401 (numba)
     found[0] = least
-    return np.unique(np.array(found))
+    rising = np.unique(np.array(found))
+    kept = 1
+    for target in rising[1:]:
+        if target > rising[kept - 1] * NEAR:
+            rising[kept] = target
+            kept += 1
+    return rising[:kept]
 
 
 @njit(cache=True)
@@ -212,6 +224,8 @@ def _fill(
         best, latest = -1, 0.0
         for p in range(packs):
             g = kinds[p]
+            if busy[p] + parts[g, 0, 2] * length + parts[g, 0, 3] * pair > target:
+                continue  # too full for it even with nothing recomputed
             then = _busy(parts[g], rooms[g], documents[p] + 1, tokens[p] + length, pairs[p] + pair)
             if latest < then <= target:
                 best, latest = p, then
@@ -243,11 +257,13 @@ def _fill(
             tokens[p] += length
             pairs[p] += pair
             busy[p] = then
-            i += 1
-        else:  # too full for one as long as this
+        elif tokens[p] + length > rooms[g, -1]:  # no memory for it: others may have some
             size -= 1
             heap[0] = heap[size]
+            _sift_down(heap, size, busy)
+            continue
         _sift_down(heap, size, busy)
+        i += 1  # where the first to finish has no time for it, shorter ones may still fit
     holds = documents[:packs] > 0
     number = np.cumsum(holds) - 1  # without the packs that nothing came to
     for i in range(len(lengths)):
