@@ -204,12 +204,14 @@ def packing_order() -> str:
 def packing_drift() -> str:
     rows, source = packing("order")
     rows = [row for row in rows if "global_batch_tokens" in row]
+    if not any("order" in row for row in rows):
+        return "Not measured yet.\n"
     cells = []
     for name, batch in sorted({(row["set"], row["global_batch_tokens"]) for row in rows}):
         here = {r.get("order", r["strategy"]): r for r in rows if (r["set"], r["global_batch_tokens"]) == (name, batch)}
         cells.append(
             (
-                name + here["fastest"]["mark"],
+                f"{name}, {count(here['fastest']['samples'])}{here['fastest']['mark']}",
                 f"{batch / 2**20:g}M tokens",
                 *(f"{here[kind]['drift']:.3f}" for kind in ("concat", "isf", *ORDERS)),
                 *(f"{here[kind].get('price', 0.0):.1%}" for kind in ORDERS[1:]),

@@ -295,7 +295,7 @@ def order(quick: bool) -> Iterator[Row]:
     for name in ("mix-128k",) if quick else ("mix-128k", "tulu3-longcite"):
         lengths, cost = generate(name, samples, 0), cost_model(RANKS)
         for windows in (None, 1) if quick else (None, 1, 4, 16, 64):
-            plan = make_plan(lengths, cost, windows=windows)
+            plan = make_plan(lengths, cost, order="fastest", windows=windows)
             batch = plan.info.n_tokens // plan.n_steps  # as it came out
             # Steps of so many random packs have a drift too: what is left is not the planner's.
             random = make_plan(
@@ -308,6 +308,7 @@ def order(quick: bool) -> Iterator[Row]:
                 "drift_random": random.info.details["drift"],
                 "batch_random": random.info.n_tokens // random.n_steps,
             }
+        lengths = generate(name, min(samples, 100_000), 0)
         for batch in (2**21,) if quick else (2**19, 2**21, 2**23):
             asked: dict[str, Any] = {"global_batch_tokens": batch, "short_steps": 0}
             for strategy in ("concat", "isf"):

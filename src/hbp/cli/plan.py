@@ -154,7 +154,7 @@ def _show_plan(plan: Plan, result: Mapping[str, Any]) -> None:
     metrics_table([(plan.info.strategy, plan.info.metrics, result["simulation"])])
     details = plan.info.details
     if "price" in details:
-        price = f"{details['price']:.1%} more predicted seconds than fastest"
+        price = f"{details['price']:+.1%} predicted seconds over fastest"
         print(f"order {plan.info.settings['order']}: {price}, drift {details['drift']:.3f}")
     for why in result.get("explain", ()):
         print(f"- {why}")
