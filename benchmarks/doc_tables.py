@@ -372,7 +372,7 @@ def rehearse() -> str:
     header += ("predicted", "peak GiB", "micro-steps")
     return table(header, cells) + (
         f"\nTwo real processes, {checked['packs']} packs: rehearsed compute {checked['compute_error']:+.1%} of what "
-        f"their computing threads used (a pack {checked['compute_error_of_a_pack']:.1%}, the median), peak bytes within "
+        f"their computing threads used (a pack {checked['compute_error_of_a_pack']:.1%}, the median), peak bytes to "
         f"{checked['memory_error']:.1%}; the plan rehearsed again {checked['rehearsed_again']:+.1%}. Constants fitted "
         f"on this processor, held-out error {data['held_out_error']:.1%}.\n\n*`{data['command']}`, {data['device']}, "
         f"torch {data['torch']}, {data['date']}, {data['seconds'] / 60:.0f} minutes; raw rows in "
