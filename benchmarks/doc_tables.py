@@ -348,6 +348,40 @@ def cost_model() -> str:
     return table(header, cells) + "\n" + source + "`benchmarks/results/cost-model.json`.*\n"
 
 
+def rehearse() -> str:
+    """Measured compute of strategies on clusters that are not there; nothing before it has been measured."""
+    file = RESULTS / "rehearse.json"
+    if not file.is_file():
+        return "*Not measured yet: `python benchmarks/rehearse.py` on a quiet machine.*\n"
+    data = json.loads(file.read_text())
+    cells = [
+        (
+            f"{r['ranks']}, {r['strategy']}",
+            f"{r['run_s']:.0f} s",
+            f"{r['speedup']:.2f}×",
+            f"{r['predicted_speedup']:.2f}×",
+            f"{r['ratio_error']:+.1%}",
+            f"{r['communication_s'] / r['run_s']:.0%}",
+            f"{r['idle']:.1%}",
+            f"{r['predicted_idle']:.1%}",
+            f"{r['peak_gib']:.3f}",
+            r["micro_steps"],
+        )
+        for r in data["rows"]
+    ]
+    checked = data["validation"]
+    header = ("ranks, strategy", "run", "over naive", "predicted", "error", "of it communication (predicted)", "idle")
+    header += ("predicted", "peak GiB", "micro-steps")
+    return table(header, cells) + (
+        f"\nTwo real processes, {checked['packs']} packs: rehearsed compute {checked['compute_error']:+.1%} of what "
+        f"their computing threads used (a pack {checked['compute_error_of_a_pack']:.1%}, the median), peak bytes to "
+        f"{checked['memory_error']:.1%}; the plan rehearsed again {checked['rehearsed_again']:+.1%}. Constants fitted "
+        f"on this processor, held-out error {data['held_out_error']:.1%}.\n\n*`{data['command']}`, {data['device']}, "
+        f"torch {data['torch']}, {data['date']}, {data['seconds'] / 60:.0f} minutes; raw rows in "
+        "`benchmarks/results/rehearse.json`.*\n"
+    )
+
+
 def models() -> str:
     data = json.loads((RESULTS / "models.json").read_text())
     names = [each["property"] for each in data["rows"][0]["properties"]]
@@ -397,6 +431,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "train": train,
     "cost-model": cost_model,
+    "rehearse": rehearse,
     "models": models,
     "models-refused": models_refused,
     "models-known": models_known,

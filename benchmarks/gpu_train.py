@@ -32,7 +32,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import torch
 
-from hbp.config import TrainConfig
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import spec_from_config
 from hbp.cost.predict import CostModel
@@ -109,6 +108,21 @@ def make_store(size: Size, folder: Path) -> TokenStore:
     return write_store(folder, samples(), fingerprint="random", tokenizer="none", vocab_size=vocab)
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What :class:`hbp.config.TrainConfig` says by default, on a machine without pydantic."""
+
+    lr: float = 1e-5
+    warmup: float = 0.03
+    final_lr: float = 0.1
+    weight_decay: float = 0.01
+    decay_all: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    loss: str = "ave-token"
+    hang_minutes: float = 8.0
+
+
 def measure(plan: Plan, store: TokenStore, model_folder: str, cost: CostModel, device: torch.device) -> dict[str, Any]:
     """Train by a plan; the first step warms up and is not counted."""
     mesh = make_mesh(1, [1], device.type)
@@ -117,7 +131,7 @@ def measure(plan: Plan, store: TokenStore, model_folder: str, cost: CostModel, d
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     shard(model, mesh.world, by_layer=cost.model.sharded_by_layer, compute_dtype=compute)
     efficiency = Efficiency(step_flops(plan, cost.model), peak_flops_per_s(device))
-    learner = Learner.of(model, mesh, TrainConfig(lr=1e-5), device)
+    learner = Learner.of(model, mesh, Settings(), device)
     records = train(learner, plan, store, efficiency=efficiency)[1:]
     del model, learner
     free_memory()

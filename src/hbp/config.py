@@ -160,8 +160,11 @@ class ModelConfig(_Section):
         "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
         json_schema_extra=FROM_THERE,
     )
-    compile: bool = Field(
-        False, description="compile each layer around its attention with torch.compile", json_schema_extra=FROM_THERE
+    compile: bool | None = Field(
+        None,
+        description="compile each layer around its attention with torch.compile; none: on CUDA, where Triton and a C "
+        "compiler are",
+        json_schema_extra=FROM_THERE,
     )
     offload_activations: bool = Field(
         False,

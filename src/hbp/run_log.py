@@ -50,6 +50,10 @@ class StepRecord:
     """The part of it that the rank computed; the rest it waited for others. On CUDA equal to the wall time."""
     memory_bytes: int = 0
     """Of the rank that used most: peak of CUDA's allocator in this step; on CPU the process's resident memory."""
+    reserved_bytes: int = 0
+    """Likewise, what CUDA's allocator held of the device, given out or not; 0 on CPU."""
+    alloc_retries: int = 0
+    """Likewise, how often since the run began it gave cached blocks back to find room: with any, memory is tight."""
     rank_wall_s: list[list[float]] = field(default_factory=list)
     """``[rank][micro_step]``: from the start of a micro-step to the start of the next; of the first ranks and the first
     micro-steps of a plan, as far as the report draws them, and empty after that."""

@@ -90,6 +90,8 @@ def test_training_and_evaluation(tmp_path, degree):
         trained = sum(p.to_local().nbytes for p in model.parameters())
         records = train(learner, plan, samples)
         assert len(records) == 3
+        assert all(0 < record.memory_bytes <= record.reserved_bytes for record in records)
+        assert all(record.alloc_retries == 0 for record in records)
         assert memory.now - before < 2.5 * trained + 4096 * len(list(model.parameters()))  # AdamW's moments
         assert math.isfinite(evaluate(learner, plan, samples))
         assert memory.now - before < 2.5 * trained + 4096 * len(list(model.parameters()))  # nothing stays gathered

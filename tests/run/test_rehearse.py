@@ -1,5 +1,6 @@
 """A rehearsal against what is known: the estimate's arithmetic, every rank of a mixed plan, real ranks' memory."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
 from hbp.plan import Plan, write_plan
 from hbp.planning.planner import make_plan
+from hbp.report.rehearsal import find_rehearsals, rehearsal_lanes
 from hbp.run.rehearse import ratio_estimate, rehearse, slowest_seconds
 from hbp.train.measure.micro_batch import measure_point
 from hbp.train.model import load_sharded
@@ -115,6 +117,73 @@ def test_command_prints_the_numbers_and_keeps_them(tmp_path: Path, capsys: pytes
     assert all(wanted <= row.keys() for row in printed["rows"])
     assert [row["rank"] for row in printed["rows"]] == [0, 1, 2, 3]
     assert "Infinity" not in (tmp_path / "kept.json").read_text()
+
+
+def test_its_numbers_are_on_the_plans_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kept beside the plan, shown with it; another plan's are not, and are refused where they are named."""
+    for name, world in (("plan", 4), ("other", 8)):
+        write_plan(planned(world), tmp_path / name)
+    model = write_config(tmp_path / "model", LLAMA)
+    assert main(["rehearse", str(tmp_path / "plan"), "--model", model, "--micro-steps", "2", "--repeats", "1"]) == 0
+    kept = tmp_path / "plan" / "rehearsal.json"
+    assert main(["report", str(tmp_path / "plan")]) == 0
+    page, numbers = (tmp_path / "plan" / f"report.{end}" for end in ("html", "json"))
+    (found,) = json.loads(numbers.read_text())["rehearsals"]
+    data = json.loads(kept.read_text())
+    assert {name: data[name] for name in ("step_s", "idle_share", "peak_bytes")}.items() <= found.items()
+    assert found["fits"]
+    assert "Rehearsed: measured on one device" in page.read_text()
+    assert f"{data['peak_bytes'] / 2**30:.3f}" in page.read_text()
+
+    (tmp_path / "other" / "rehearsal.json").write_text(kept.read_text())  # as of a plan that was there before
+    assert main(["report", str(tmp_path / "other")]) == 0
+    assert "Rehearsed" not in (tmp_path / "other" / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "other"), "--rehearsal", str(kept)]) == 2
+    assert "holds no rehearsal of this plan" in capsys.readouterr().err
+
+
+def test_drawn_lanes_are_the_measured_seconds(tmp_path: Path) -> None:
+    plan = planned(4)
+    found = rehearse([plan], write_config(tmp_path, LLAMA), CPU, micro_steps=2, ranks=2, repeats=1)[0]
+    (read,) = find_rehearsals([(tmp_path, plan)], _written(tmp_path / "kept.json", found.to_json()))
+    measured, predicted = rehearsal_lanes(read, plan.groups_of_rows()[0])
+    assert (measured.wall_s > 0).sum() == len(found.rows) == 2 * found.micro_steps
+    for lane, name in ((measured, "measured_s"), (predicted, "predicted_s")):
+        assert lane.busy_s.sum() == pytest.approx(sum(getattr(row, name) for row in found.rows))
+        assert (lane.busy_s <= lane.wall_s).all()
+    micro = sorted({(row.step, row.micro_step) for row in found.rows})
+    for row in found.rows:
+        at = row.rank, micro.index((row.step, row.micro_step))
+        assert measured.busy_s[at] == pytest.approx(row.measured_s)
+        assert (measured.group[at] == -1) == (row.predicted_s == 0)
+
+
+def _written(path: Path, data: dict) -> Path:
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_a_plan_that_fits_and_one_that_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fullest pack of each group, as many bytes as in the rehearsal of all."""
+    plan, model = planned(4), write_config(tmp_path / "model", LLAMA)
+    write_plan(plan, tmp_path / "plan")
+    given = ["rehearse", str(tmp_path / "plan"), "--model", model]
+    assert main([*given, "--memory", "--json"]) == 0
+    check = json.loads(capsys.readouterr().out)
+    assert check["fits"] and check["budget_bytes"] == CLUSTERS["cpu-local"].memory_bytes
+    groups = {(g["capacity"], g["sp_degree"], g["gc_layers"]): g for g in check["groups"]}
+    assert set(groups) == {dataclasses.astuple(plan.groups_of_rows()[0][i]) for i in set(plan.groups_of_rows()[1])}
+    every = rehearse([plan], model, CPU, micro_steps=None, repeats=1)[0]
+    assert check["peak_bytes"] == pytest.approx(every.peak_bytes, rel=0.02)
+    assert not (tmp_path / "plan" / "rehearsal.json").exists()
+
+    tight = dataclasses.replace(plan.info, cluster={**plan.info.cluster, "memory_bytes": 0.9 * check["peak_bytes"]})
+    write_plan(dataclasses.replace(plan, info=tight), tmp_path / "tight")
+    assert main(["rehearse", str(tmp_path / "tight"), "--model", model, "--memory"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "4 ranks, seen on one device (cpu)" in printed
+    assert "does not fit, by" in printed
 
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:

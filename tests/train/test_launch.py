@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from jobs import hbp, hbp_here, ranks_of, start
 from plans import plan_of
@@ -20,6 +21,7 @@ from workers import LLAMA, run_ranks, write_config
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.errors import HbpError
 from hbp.plan import write_plan
+from hbp.train import launch
 from hbp.train.launch import rank_zero_first
 
 WORLD = 2
@@ -141,3 +143,17 @@ def test_what_can_be_known_before_is_refused_before_data_are_prepared(job, monke
     (line,) = refused(job, run, "log.wandb_project=packing")
     assert line.startswith("hbp: error: log.wandb_project needs ")
     assert not (job / "refused").exists()
+
+
+def test_layers_are_compiled_on_cuda_where_a_compiler_is(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "gcc-12")
+    assert launch.compiles(None, cuda)
+    assert not launch.compiles(None, cpu)
+    assert not launch.compiles(False, cuda)
+    assert launch.compiles(True, cpu)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    assert not launch.compiles(None, cuda)
+    assert launch.compiles(True, cuda)

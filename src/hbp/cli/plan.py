@@ -139,13 +139,13 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
         result["explain"] = explain(plan, cost, lengths)
     if not args.json:
-        _show_plan(plan, result)
+        _show_plan(plan, result, args.model)
     for line in _worth_knowing(plan):
         say(line)
     return result
 
 
-def _show_plan(plan: Plan, result: Mapping[str, Any]) -> None:
+def _show_plan(plan: Plan, result: Mapping[str, Any], model: str) -> None:
     from hbp.cli.tables import metrics_table, table
 
     groups = [(f"{g.capacity:,}", str(g.sp_degree), str(g.gc_layers)) for g in plan.info.groups]
@@ -161,6 +161,8 @@ def _show_plan(plan: Plan, result: Mapping[str, Any]) -> None:
     shown = {name: f"{value:,.0f}" if name.endswith("_tokens") else f"{value:.4f}" for name, value in details.items()}
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()))
     print(f"{len(plan.sample_ids):,} samples in {plan.n_packs:,} packs, {plan.n_steps:,} steps → {result['plan']}")
+    known = model if Path(model).exists() else "DIR"
+    print(f"does it fit? on one device: hbp rehearse {result['plan']} --model {known} --memory")
 
 
 def _worth_knowing(plan: Plan) -> Iterator[str]:

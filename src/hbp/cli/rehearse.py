@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--attention", default="auto", metavar="KERNEL", help="as model.attention of a run")
-    parser.add_argument("--compile", action="store_true", help="compile layers, as model.compile of a run")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as model.compile of a run")
     parser.add_argument(
         "--memory", action="store_true", help="run only the fullest pack of each group, once: does the plan fit?"
     )
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from hbp.plan import read_plan
     from hbp.run.rehearse import rehearse
     from hbp.run.rehearse_memory import check_memory
+    from hbp.train.launch import compiles
 
     micro_steps, ranks = _count("--micro-steps", args.micro_steps), _count("--ranks", args.ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     engine = {
         "compute_dtype": getattr(torch, dtype),
         "attention": args.attention,
-        "compiled": args.compile,
+        "compiled": compiles(args.compile, device),
         "offload_activations": args.offload_activations,
     }
     if args.memory:

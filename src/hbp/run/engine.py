@@ -28,7 +28,7 @@ from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.progress import say
 from hbp.run.data import check_model, choose, prepare
-from hbp.train.launch import rank_zero_first
+from hbp.train.launch import compiles, rank_zero_first
 from hbp.train.lora import adapter_parameters, add_adapters
 from hbp.train.measure.live import live_profile, load_stack, packs_to_measure, stack_heights
 from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, meta_model, read_config, shard
@@ -64,7 +64,7 @@ class Engine:
             by_layer=self.cost.model.sharded_by_layer,
             compute_dtype=getattr(torch, config.compute_dtype),
             attention=config.attention,
-            compiled=config.compile,
+            compiled=compiles(config.compile, self.device),
             adapt=adapt,
         )
         model.offload_activations = config.offload_activations
@@ -85,8 +85,8 @@ class Engine:
             add_adapters(model, lora, config.path, self.config.seed)
             model.to(self.device)
         dtype = getattr(torch, config.compute_dtype)
-        by_layer = spec.sharded_by_layer
-        shard(model, self.mesh.world, by_layer=by_layer, compute_dtype=dtype, compiled=config.compile)
+        compiled = compiles(config.compile, self.device)
+        shard(model, self.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype, compiled=compiled)
         model.offload_activations = config.offload_activations
         return model
 

@@ -130,6 +130,9 @@ def _first_part(engine: Engine, folder: Path) -> Part:
         plan, peak_bytes = own_plan(engine, own[0], folder)
     else:
         plan, peak_bytes = plan_within_memory(_profiled(engine, folder), engine.config.plan.strategy, folder)
+    if dist.get_rank() == 0 and engine.device.type == "cuda":
+        model = engine.config.model.path
+        say(f"seen beforehand on one device, whether a plan fits: hbp rehearse {folder}/plan --model {model} --memory")
     return Part(0, 0, engine.samples, plan, folder, peak_bytes)
 
 

@@ -117,7 +117,14 @@ def _write_file(lm: Any, values: dict[str, Tensor], folder: Path, file: str) -> 
 
     transformers.utils.logging.disable_progress_bar()
     alone = folder / "shard"
-    lm.save_pretrained(alone, state_dict=values, max_shard_size=1 << 60)
+    # Some published models' generation configurations are ones that transformers reads but refuses to write.
+    generation, lm.generation_config = lm.generation_config, transformers.GenerationConfig()
+    try:
+        lm.save_pretrained(alone, state_dict=values, max_shard_size=1 << 60)
+    finally:
+        lm.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(alone / "generation_config.json")
     (alone / WEIGHTS).rename(folder / file)
     for other in alone.iterdir():  # the configuration, every time anew
         other.replace(folder / other.name)

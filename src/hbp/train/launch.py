@@ -12,9 +12,11 @@ included, with our exit codes, and with SIGUSR1 among the signals that it hands 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -240,6 +242,14 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def compiles(asked: bool | None, device: torch.device) -> bool:
+    """Whether layers are compiled: as asked, or else on CUDA where what inductor needs there is installed."""
+    if asked is not None:
+        return asked
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    return device.type == "cuda" and compiler is not None and importlib.util.find_spec("triton") is not None
 
 
 def device_name(device: torch.device) -> str:

@@ -232,6 +232,9 @@ def scalars_of(record: StepRecord) -> dict[str, float]:
     values[f"{group}/seconds"] = record.seconds
     values[f"{group}/skew"] = record.skew
     values[f"{group}/memory_gib"] = record.memory_bytes / 2**30
+    if record.reserved_bytes:
+        values[f"{group}/reserved_gib"] = record.reserved_bytes / 2**30
+        values["train/alloc_retries"] = float(record.alloc_retries)
     if record.mfu is not None:
         values[f"{group}/mfu"] = record.mfu
     return values

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hbp.config import TrainConfig
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
@@ -38,6 +37,9 @@ from hbp.train.loss import global_batches
 from hbp.train.model import CausalLMWithLoss, set_gc_layers
 from hbp.train.records import Efficiency, Recorder, StepClock, gather
 from hbp.train.watch import enter, leave
+
+if TYPE_CHECKING:  # measuring needs no configuration, nor pydantic
+    from hbp.config import TrainConfig
 
 SLOWER = 10
 """A step that takes so many times what the slowest before would have it take may have hung."""

@@ -442,8 +442,20 @@ def _placement(parameter: nn.Parameter, world_size: int) -> Shard:
     return Shard(1 if few_experts and parameter.size(1) % world_size == 0 else 0)
 
 
+COMPILED_VERSIONS = 64
+
+
 def compile_layers(model: CausalLMWithLoss, **options: Any) -> None:
-    """Compile each layer around its attention, once for any number of tokens (torch.compile, with its `options`)."""
+    """Compile each layer around its attention, once for any number of tokens (torch.compile, with its `options`).
+
+    All layers share one function, of which there is a version for each kind of layer, with and without gradients,
+    recomputed or kept, and for a single token (an idle rank). Beyond a number of versions, 8 by default, dynamo goes on
+    uncompiled with no more than a warning; so it is set higher, for this process.
+    """
+    import torch._dynamo
+
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, COMPILED_VERSIONS)
     for layer in model.layers:
         layer.compile(dynamic=True, **options)
 

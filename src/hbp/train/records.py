@@ -150,9 +150,10 @@ class Recorder:
         """
         clock.read()
         now, batch = time.perf_counter(), self.batches[step]
-        mine = [clock.began - self.began, now - clock.began, float(signal), memory_bytes(self.device)]
+        reserved = reserved_memory(self.device)  # before the peaks begin anew
+        mine = [clock.began - self.began, now - clock.began, float(signal), memory_bytes(self.device), *reserved]
         every = gather([*mine, *clock.wall, *clock.busy], self.device)
-        started, took, signals, memory = every[:, : len(mine)].T
+        started, took, signals, memory, held, retries = every[:, : len(mine)].T
         walls, busy = np.split(every[:, len(mine) :], 2, axis=1)
         rank_busy, seconds = busy.sum(axis=1), float(took.max())
         tflops, mfu = _rates(self.efficiency, step, seconds * len(every))
@@ -172,6 +173,8 @@ class Recorder:
             mean_wall_s=float(walls.sum(axis=1).mean()),
             mean_busy_s=float(rank_busy.mean()),
             memory_bytes=int(memory.max()),
+            reserved_bytes=int(held.max()),
+            alloc_retries=int(retries.max()),
             rank_wall_s=_timeline(walls, self.drawn[step]),
             rank_busy_s=_timeline(busy, self.drawn[step]),
             tflops=tflops,
@@ -253,6 +256,15 @@ def memory_bytes(device: torch.device) -> float:
         return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0.0
+
+
+def reserved_memory(device: torch.device) -> tuple[float, float]:
+    """What CUDA's allocator held of the device at most since :func:`memory_bytes` was asked, and how often in the run
+    it gave cached blocks back to the driver to find room, which is slow; 0 on CPU."""
+    if device.type != "cuda":
+        return 0.0, 0.0
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    return float(torch.cuda.max_memory_reserved(device)), float(retries)
 
 
 def gather(values: Sequence[float], device: torch.device) -> npt.NDArray[np.float64]:
