@@ -409,6 +409,31 @@ def models_refused() -> str:
     return "\n".join(lines) + "\n"
 
 
+def models_time() -> str:
+    data = json.loads((RESULTS / "models-time.json").read_text())
+    rows = [row for row in data["rows"] if row["properties"]]
+    busy, wall = ([row[key] for row in rows] for key in ("processor_s", "seconds"))
+    slowest = max(rows, key=lambda row: row["processor_s"])
+    return (
+        f"It takes {min(busy):.0f} to {max(busy):.0f} processor seconds for the families below (most: "
+        f"`{slowest['model_type']}`), {min(wall):.0f} to {max(wall):.0f} s on the clock when it was measured "
+        f"(`{data['command']}`, {data['device']}, {data['date']}).\n"
+    )
+
+
+def models_oldest() -> str:
+    data = json.loads((RESULTS / "models-oldest.json").read_text())
+    checked = [row for row in data["rows"] if not row["refused"]]
+    failing = [f"`{row['model_type']}` ({row['model']})" for row in checked if not row["holds"]]
+    first = data["rows"][0]
+    return (
+        f"With the oldest versions that are supported (torch {first['torch']}, transformers {first['transformers']}), "
+        f"{len(checked) - len(failing)} of {len(checked)} hold in every property"
+        f"{'; not ' + ', '.join(failing) if failing else ''} ({data['date']}, `benchmarks/results/models-oldest.json`)."
+        "\n"
+    )
+
+
 def models_known() -> str:
     families: dict[str, list[str]] = {}
     for name, config in KNOWN_MODELS.items():
@@ -434,6 +459,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rehearse": rehearse,
     "models": models,
     "models-refused": models_refused,
+    "models-time": models_time,
+    "models-oldest": models_oldest,
     "models-known": models_known,
 }
 

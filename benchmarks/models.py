@@ -1,9 +1,11 @@
 """Which model families train here as their documents alone do: `hbp check` of each, and the largest errors.
 
 One row is what ``hbp check MODEL --json`` prints. Each is a tiny instance of the model's own configuration, on four
-gloo processes of the CPU, held against plain transformers. `--quick` takes two families.
+gloo processes of the CPU, held against plain transformers. `--quick` takes two families. `--time` runs the command
+itself, family by family, and keeps how long each took: wall seconds, and processor seconds of all its processes, which
+other programs on the machine do not lengthen.
 
-    python benchmarks/models.py [--quick] [--json] [--out FILE]
+    python benchmarks/models.py [--quick] [--time] [--json] [--out FILE]
 """
 
 from __future__ import annotations
@@ -11,9 +13,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
+import resource
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hbp.progress import say
 from hbp.train.check.compare import check_models
@@ -46,9 +55,26 @@ UNPROVEN = ("starcoder2", "cohere2", "olmo3")
 QUICK = ("llama-3.1-8b", "gpt-oss-20b")
 
 
+def check_each(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What `hbp check` prints of each model, by a command for each, with its `seconds` and `processor_s`."""
+    rows = []
+    for name in names:
+        began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "hbp", "check", name, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode not in (0, 1, 2) or not done.stdout.startswith("{"):
+            sys.exit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        rows.append({**json.loads(done.stdout), "seconds": round(seconds, 1), "processor_s": round(busy, 1)})
+        say(f"{name}: {seconds:.0f} s, {busy:.0f} processor s")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two families, under a minute")
+    parser.add_argument("--time", action="store_true", help="a command for each family, and how long it took")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, help="file to keep the result in")
     args = parser.parse_args()
@@ -59,14 +85,14 @@ def main() -> None:
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps({"model_type": family}))
             names.append(str(folder))
-        rows = check_models(names)
+        rows = check_each(names) if args.time else check_models(names)
     for row in rows:
         if row["model"].startswith(root):
             row["model"] = "its defaults"
         say(f"{row['model_type']}: {'holds' if row['holds'] else row['refused'] or 'FAILS'}")
     result = {
-        "command": "python benchmarks/models.py" + (" --quick" if args.quick else ""),
-        "device": f"{platform.machine()} CPU",
+        "command": "python benchmarks/models.py" + " --quick" * args.quick + " --time" * args.time,
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "date": datetime.date.today().isoformat(),
         "proven": not [row for row in rows if not row["holds"] and not row["refused"]],
         "rows": rows,

@@ -110,17 +110,13 @@ class DataConfig(_Section):
         (), description="fields of records and messages that are left out on purpose; others that nothing reads end it"
     )
     max_length: int | None = Field(
-        None,
-        ge=1,
-        description="longest packing length, tokens. none: the longest sample, or longer where that is faster",
+        None, ge=1, description="longest packing length, tokens; none: the longest sample, or longer where it is faster"
     )
     too_long: Literal["drop", "truncate", "split"] = Field(
-        "drop",
-        description="samples over `max_length`: left out by name; their start alone; or every piece a sample",
+        "drop", description="samples over `max_length`: left out by name; their start alone; or every piece a sample"
     )
     bad_records: Literal["stop", "skip"] = Field(
-        "stop",
-        description="a record that cannot be used ends the run with its file and line, or is left out and counted",
+        "stop", description="a record that cannot be used ends the run, with its file and line, or is counted and left"
     )
     eval_samples: int = Field(64, ge=0, description="samples held out for the evaluation loss, without `eval_source`")
     processes: int = Field(1, ge=1, description="processes that tokenize", json_schema_extra=FREE)
@@ -151,8 +147,10 @@ class ModelConfig(_Section):
         json_schema_extra=CONTENT,
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="of activations and gathered parameters; states and gradient reduction stay float32",
+        "float32", description="of activations and gathered parameters; states and gradient reduction stay float32"
+    )
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="hold the frozen layers under `lora` in four bits (QLoRA's NF4), packed as they are read"
     )
     attention: Kernel = Field(
         "auto",
@@ -160,10 +158,12 @@ class ModelConfig(_Section):
         "written out. auto: of these one that has what the model needs (softcapped scores, attention sinks)",
         json_schema_extra=FROM_THERE,
     )
+    hub_kernels: bool = Field(
+        False, description="norms and activations by kernels of transformers' hub", json_schema_extra=FROM_THERE
+    )
     compile: bool | None = Field(
         None,
-        description="compile each layer around its attention with torch.compile; none: on CUDA, where Triton and a C "
-        "compiler are",
+        description="torch.compile each layer around its attention; none: on CUDA where Triton and a C compiler are",
         json_schema_extra=FROM_THERE,
     )
     offload_activations: bool = Field(

@@ -144,7 +144,7 @@ def _measure_adapters(
     lora = LoraConfig(rank=4, targets=targets)
     with TemporaryDirectory() as folder:
         model = load_model(base := write_config(Path(folder), config))
-        counted = adapter_parameters(lora, base)
+        counted, _ = adapter_parameters(lora, base)
     add_adapters(model, lora, base, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     mesh = make_mesh(world, [1], "cpu")

@@ -476,7 +476,10 @@ def test_first_layers_are_those_of_the_configuration_with_fewer(name: str) -> No
 @pytest.mark.parametrize("name", [*CONFIGS, *KNOWN_MODELS])
 def test_json_round_trip(name: str) -> None:
     spec = load_model_spec(name) if name in KNOWN_MODELS else spec_from_config(CONFIGS[name])
-    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    packed = dataclasses.replace(spec, packed_parameters=100)
+    for each in (spec, packed):
+        assert ModelSpec.from_json(json.loads(json.dumps(each.to_json()))) == each
+    assert packed.to_json().keys() - spec.to_json().keys() == {"packed_parameters"}  # plans of others stay as they were
 
 
 @pytest.mark.parametrize("change", [{"heads": None}, {"colour": "red"}, {"latent": {"rank": 1}}, {"experts": 3}])

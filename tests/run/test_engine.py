@@ -6,28 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import yaml
-from jobs import hbp, hbp_here
-from workers import LLAMA, write_config
+from jobs import hbp, hbp_here, write_job
 
 from hbp.cost.profile_file import read_profile
-from hbp.data.stdlib_sft import train_tokenizer
 
 
 def test_profile_of_stacks(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    with (tmp_path / "data.jsonl").open("w") as out:
-        for i in range(40):
-            said = " ".join(rng.choice(["pack", "rank", "step"], 5 + 10 * (i % 7)))
-            turns = [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": said}]
-            out.write(json.dumps({"messages": turns}) + "\n")
-    train_tokenizer(tmp_path / "data.jsonl", tmp_path / "tokenizer", vocab_size=300)
-    config = {
-        "run_dir": str(tmp_path / "run"),
-        "data": {"source": str(tmp_path / "data.jsonl"), "tokenizer": str(tmp_path / "tokenizer"), "eval_samples": 2},
-        "model": {"path": write_config(tmp_path / "model", {**LLAMA, "vocab_size": 300})},
-    }
-    (tmp_path / "cfg.yaml").write_text(yaml.safe_dump(config))
+    write_job(tmp_path, samples=40)
     wrong = hbp_here("profile", str(tmp_path / "cfg.yaml"), "--layers", "0")
     assert (wrong.returncode, wrong.stderr) == (2, "hbp: error: --layers 0: give at least 1\n")
     too_high = hbp("profile", str(tmp_path / "cfg.yaml"), "--layers", "2")

@@ -17,7 +17,8 @@ loss is taken, once more, in the message that they came in.
 
 Where low-rank adapters are trained in place of the model, only they have gradients and moments. What the layers keep is
 counted as without adapters: an adapter's input is that of the projection that it adapts, and frozen projections without
-one, which keep nothing, are taken to be few.
+one, which keep nothing, are taken to be few. A base in four bits is counted as dense where a layer is gathered: what is
+gathered is less, and the matrix that is unpacked for a product makes up for it.
 
 Where activations are offloaded, what waits for backward is in host memory, but for tensors so small that they stay: at
 most :data:`STAYS_BYTES` each, a layer's all together no more than what it keeps. Backward has one whole layer on the
@@ -38,6 +39,7 @@ from hbp.cost.model_spec import ModelSpec
 
 STATE_BYTES_PER_PARAMETER = 16  # float32 parameter, gradient, and AdamW's two moments
 FROZEN_BYTES_PER_PARAMETER = 4
+PACKED_BYTES_PER_PARAMETER = 0.5625  # four bits, and a float32 for each 64
 REDUCE_BYTES = 4
 LOSS_CHUNK_TOKENS = 2048
 FLOAT32 = 4
@@ -145,11 +147,15 @@ def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> _Held:
     largest = max(map(m.layer_parameters, range(m.n_layers)))
     root = total - m.layers_parameters() if m.sharded_by_layer else total
     if m.adapter_parameters:
-        sharded = total * FROZEN_BYTES_PER_PARAMETER + m.adapter_parameters * STATE_BYTES_PER_PARAMETER
+        sharded = (
+            (total - m.packed_parameters) * FROZEN_BYTES_PER_PARAMETER
+            + m.packed_parameters * PACKED_BYTES_PER_PARAMETER
+            + m.adapter_parameters * STATE_BYTES_PER_PARAMETER
+        )
         head, trained = 0, m.adapter_parameters // m.n_layers
         trained_root = 0 if m.sharded_by_layer else m.adapter_parameters
     else:
-        sharded = total * STATE_BYTES_PER_PARAMETER
+        sharded = float(total * STATE_BYTES_PER_PARAMETER)
         head, trained, trained_root = m.vocab * m.hidden, largest, root
     gathered_twice = 0 if m.sharded_by_layer or world_size == 1 else root * b
     return _Held(

@@ -107,10 +107,15 @@ class ModelSpec:
     experts: Experts | None = None
     adapter_parameters: int = 0
     """Of low-rank adapters, which alone are trained then, in all layers together; 0: the model itself is trained."""
+    packed_parameters: int = 0
+    """Of those that are not trained, how many are held in four bits."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for ``plan.json``."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        if not self.packed_parameters:
+            del data["packed_parameters"]  # files from before it was there look the same
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -154,9 +159,14 @@ class ModelSpec:
         experts = self.experts
         if experts is not None:
             experts = dataclasses.replace(experts, dense_layers=tuple(i for i in experts.dense_layers if i < count))
-        adapters = self.adapter_parameters * count // self.n_layers
-        windows = self.windows[:count]
-        return dataclasses.replace(self, n_layers=count, windows=windows, experts=experts, adapter_parameters=adapters)
+        return dataclasses.replace(
+            self,
+            n_layers=count,
+            windows=self.windows[:count],
+            experts=experts,
+            adapter_parameters=self.adapter_parameters * count // self.n_layers,
+            packed_parameters=self.packed_parameters * count // self.n_layers,
+        )
 
     # Parameters
 

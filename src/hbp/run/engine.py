@@ -32,6 +32,7 @@ from hbp.train.launch import compiles, rank_zero_first
 from hbp.train.lora import adapter_parameters, add_adapters
 from hbp.train.measure.live import live_profile, load_stack, packs_to_measure, stack_heights
 from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, meta_model, read_config, shard
+from hbp.train.weights.nf4 import pack_base
 
 GPUS = ("NVIDIA", "Instinct")
 """What the names of GPUs hold, and those of CPUs do not."""
@@ -65,8 +66,11 @@ class Engine:
             compute_dtype=getattr(torch, config.compute_dtype),
             attention=config.attention,
             compiled=compiles(config.compile, self.device),
+            quantize=config.quantize,
             adapt=adapt,
         )
+        if config.hub_kernels:
+            model.lm.set_use_kernels(True)
         model.offload_activations = config.offload_activations
         return model
 
@@ -83,10 +87,14 @@ class Engine:
         )
         if lora.rank:
             add_adapters(model, lora, config.path, self.config.seed)
+            if config.quantize == "nf4":
+                pack_base(model.lm)
             model.to(self.device)
         dtype = getattr(torch, config.compute_dtype)
         compiled = compiles(config.compile, self.device)
         shard(model, self.mesh.world, by_layer=spec.sharded_by_layer, compute_dtype=dtype, compiled=compiled)
+        if config.hub_kernels:
+            model.lm.set_use_kernels(True)
         model.offload_activations = config.offload_activations
         return model
 
@@ -118,7 +126,8 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         read_config(path, vocab).to_dict(), lambda: meta_model(path, vocab_size=vocab).lm.num_parameters()
     )
     if config.lora.rank:
-        spec = dataclasses.replace(spec, adapter_parameters=adapter_parameters(config.lora, config.model.path))
+        adapters, packed = adapter_parameters(config.lora, path, config.model.quantize)
+        spec = dataclasses.replace(spec, adapter_parameters=adapters, packed_parameters=packed)
     cluster = dataclasses.replace(cluster, offload_activations=config.model.offload_activations)
     cost = CostModel(spec, cluster, world_size)
     mesh = make_mesh(world_size, [], device.type, spec.heads)  # groups are made for the degrees that are run

@@ -292,6 +292,13 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
     require_checked(config.model.path, model, Path(config.run_dir) / "model-check.json")
     if config.lora.rank and find_spec("peft") is None:
         raise HbpError("lora.rank needs peft; install with `pip install 'hierarchical-balance-packing[lora]'`")
+    if config.model.hub_kernels and find_spec("kernels") is None:
+        raise HbpError("model.hub_kernels needs the package kernels; install with `pip install kernels`")
+    if config.model.hub_kernels and not torch.cuda.is_available():
+        raise HbpError("model.hub_kernels is for GPUs, and torch finds none here; set it to false")
+    if config.model.quantize != "none" and (not config.lora.rank or config.lora.dora):
+        why = "DoRA needs the norms of dense weights" if config.lora.rank else "what is trained is not packed"
+        raise HbpError(f"model.quantize={config.model.quantize} takes lora.rank over 0 and lora.dora false: {why}")
     if logs:
         check_writers(config.log)
         check_hub(config)

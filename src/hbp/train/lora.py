@@ -21,6 +21,7 @@ from torch import nn
 from hbp.config import LoraConfig
 from hbp.errors import HbpError
 from hbp.train.model import CausalLMWithLoss, meta_model
+from hbp.train.weights.nf4 import pack_base, packed_layers
 
 ADAPTER = "default"
 ALL_LINEAR = "all-linear"
@@ -170,11 +171,20 @@ def _left_out(lm: Any, config: LoraConfig, stacked: list[str], done: Any) -> lis
     return sorted(missed)
 
 
-def adapter_parameters(config: LoraConfig, base: str) -> int:
-    """Parameters of the adapters that :func:`add_adapters` gives a base model, counted on the meta device."""
+def adapter_parameters(config: LoraConfig, base: str, quantize: str = "none") -> tuple[int, int]:
+    """Counted on the meta device: parameters of the adapters that :func:`add_adapters` gives a base model, and of the
+    layers beneath that are packed in four bits.
+
+    Raises:
+        HbpError: as :func:`add_adapters` and :func:`~hbp.train.weights.nf4.pack_base`.
+    """
     model = meta_model(base)
     add_adapters(model, config, base, seed=0)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if quantize == "none":
+        return trained, 0
+    pack_base(model.lm)
+    return trained, sum(layer.dense_shape.numel() for layer in packed_layers(model.lm).values())
 
 
 def frozen_names(model: torch.nn.Module) -> set[str]:

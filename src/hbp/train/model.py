@@ -39,6 +39,7 @@ from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
 from hbp.parallel.varlen import check_features
 from hbp.train.loss import RouterLoss, summed_cross_entropy
 from hbp.train.weights.load import draw_shards, load_shards, settle_ties
+from hbp.train.weights.nf4 import pack_base, packed_layers
 from hbp.train.weights.stored import checkpoint_folder
 
 PROVEN_FAMILIES = (
@@ -235,7 +236,9 @@ def check_trainable(config: Any) -> None:
             )
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise HbpError(f"the model is quantized ({method}); give its weights in bfloat16 or float32")
+        raise HbpError(
+            f"the model is quantized ({method}); give its weights in bfloat16 or float32 (model.quantize packs them)"
+        )
     for name in ("attention_dropout", "attn_pdrop", "attn_dropout"):
         if getattr(config, name, 0):
             raise HbpError(f"the model's {name} is {getattr(config, name)}; set it to 0 in its config.json")
@@ -334,6 +337,7 @@ def load_sharded(
     compute_dtype: torch.dtype = torch.float32,
     attention: str = "auto",
     compiled: bool = False,
+    quantize: str = "none",
     adapt: Callable[[CausalLMWithLoss], None] | None = None,
 ) -> CausalLMWithLoss:
     """A model in float32, sharded over the world, its values read or drawn shard by shard.
@@ -345,6 +349,7 @@ def load_sharded(
         name_or_folder: as for :func:`load_model`, and so `vocab_size`, `seed` and `attention`.
         mesh: of the world, and so `by_layer`, `compute_dtype` and `compiled` as for :func:`shard`.
         device: of this rank.
+        quantize: ``nf4`` packs the frozen layers in four bits (:mod:`hbp.train.weights.nf4`).
         adapt: called with the model before it is sharded or has storage, to add low-rank adapters.
 
     Raises:
@@ -358,6 +363,8 @@ def load_sharded(
         raise HbpError(f"cannot load a model from {name_or_folder!r}: it has a configuration but no weights")
     if adapt:
         adapt(model)
+    if quantize == "nf4":
+        pack_base(model.lm)
     shard(model, mesh, by_layer=by_layer, compute_dtype=compute_dtype, compiled=compiled)
     if folder is not None:
         load_shards(model.lm, folder, device, seed)
@@ -430,6 +437,10 @@ def shard(
     place = functools.partial(_placement, world_size=mesh.size())
     if compiled:
         compile_layers(model)
+    for layer in model.layers:  # packed weights are bytes, which have no other type to be gathered in
+        packed: list[nn.Module] = [*packed_layers(layer).values()]
+        if packed:
+            fully_shard(packed, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     for layer in model.layers if by_layer else ():
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hbp.errors import HbpError
 from hbp.progress import say
+from hbp.train.weights.nf4 import pack, packed_layers
 from hbp.train.weights.stored import Source, Stored, find_sources, open_tensors
 
 ADAPTER = re.compile(r"\.lora_(embedding_)?([AB])\.")
@@ -94,6 +95,8 @@ def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> N
     """
     stored, persistent = open_tensors(folder), lm.state_dict(keep_vars=True)
     wanted = {plain_name(name): x for name, x in persistent.items() if not _of_adapter(name)}
+    packed = {f"{path}.weight": layer.dense_shape for path, layer in packed_layers(lm).items()}
+    wanted |= {plain_name(name): torch.empty(shape, device="meta") for name, shape in packed.items()}
     sources, unused = find_sources(lm, stored, wanted)
     _name_unused(folder, unused)
 
@@ -114,6 +117,8 @@ def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> N
             part = _cut(read([weight])(0, 0, wanted[weight].size(0)).to(parameter.dtype).norm(dim=1))
         elif ADAPTER.search(name):
             part = _adapter(name, parameter.shape, seed)
+        elif name in packed:
+            part = _packed(read(aliases))
         else:
             part = read(aliases)
         loaded = nn.Parameter(_shard(parameter, part, device), parameter.requires_grad)
@@ -124,6 +129,11 @@ def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> N
         rows = persistent[name].size(0) if persistent[name].ndim else 1
         buffers[name] = part(0, 0, rows).to(device, persistent[name].dtype, copy=True)
     _assign(lm, state, buffers, device)
+
+
+def _packed(dense: Part) -> Part:
+    """Rows of a matrix as the four bits that stand for them."""
+    return lambda dim, begin, end: pack(dense(dim, begin, end))
 
 
 def _name_unused(folder: Path, unused: list[str]) -> None:
