@@ -45,7 +45,7 @@ class Job:
     """One line of the results."""
 
     kind: str
-    """``run``, ``gradients`` or ``base``."""
+    """``run``, ``gradients`` or ``prepare``."""
     set: str
     setting: str = ""
     seed: int = 0
@@ -61,7 +61,7 @@ def jobs(seeds: int = SEEDS) -> list[Job]:
     from quality_plans import settings
 
     every = settings()
-    found = [Job("base", "mix")]
+    found = [Job("prepare", name) for name in ("mix", "stdlib")]
     found += [Job("run", "mix", s.name, seed) for s in every if s.question in MAIN for seed in range(seeds)]
     found += [Job("gradients", "mix", s.name) for s in every if s.question in MAIN and not s.seconds_of]
     found += [Job("run", "mix", s.name, seed) for s in every if s.question not in MAIN for seed in range(seeds)]
@@ -73,13 +73,13 @@ def jobs(seeds: int = SEEDS) -> list[Job]:
 def do(job: Job, *, quick: bool = False, folder: Path = FOLDER) -> Row:
     """One job in this process."""
     import torch
-    from quality_runs import FORMS, base_model, gradients, run, settings
+    from quality_runs import FORMS, gradients, prepare, run, settings
     from quality_runs import QUICK as SMALL
 
     torch.set_num_threads(1)
     form = (SMALL if quick else FORMS)[job.set]
-    if job.kind == "base":
-        base_model(form, folder)
+    if job.kind == "prepare":
+        prepare(form, folder)
         return {}
     setting = next(s for s in settings() if s.name == job.setting)
     if job.kind == "gradients":
@@ -89,11 +89,12 @@ def do(job: Job, *, quick: bool = False, folder: Path = FOLDER) -> Row:
 
 def is_kept(job: Job) -> bool:
     """Whether its line is there, of the forms as they are."""
-    from quality_runs import FORMS, kept_rows
+    from quality_runs import FORMS, kept_rows, prepared
 
     form = FORMS[job.set].digest
-    if job.kind == "base":
-        return FORMS[job.set].base is None or (FOLDER / f"base-{form}.pt").is_file()
+    if job.kind == "prepare":
+        file = prepared(FORMS[job.set], FOLDER)
+        return file is None or file.is_file()
     place = (job.setting, job.seed, form)
     return any((row["setting"], row["seed"], row["form"]) == place for row in kept_rows(job.file))
 
@@ -103,12 +104,15 @@ def run_all(todo: Sequence[Job], processes: int) -> int:
     waiting, running, failed = list(todo), list[tuple[Job, subprocess.Popen[bytes], IO[bytes], float]](), 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
     while waiting or running:
-        alone = any(job.kind == "base" for job, *_ in running)  # all others start from it
-        while waiting and len(running) < processes and not alone:
-            job, out = waiting.pop(0), TemporaryFile()  # noqa: SIM115 - read and closed when its process ends
+        while len(running) < processes:
+            made = {job.set for job, *_ in running if job.kind == "prepare"}  # which others of the set wait for
+            job = next((job for job in waiting if job.set not in made), None)
+            if job is None:
+                break
+            waiting.remove(job)
+            out = TemporaryFile()  # noqa: SIM115 - read and closed when its process ends
             command = [sys.executable, __file__, "--one", json.dumps(vars(job))]
             running.append((job, subprocess.Popen(command, stdout=out, env=environment), out, time.monotonic()))
-            alone = job.kind == "base"
         time.sleep(0.2)
         for entry in [entry for entry in running if entry[1].poll() is not None]:
             running.remove(entry)
@@ -118,7 +122,7 @@ def run_all(todo: Sequence[Job], processes: int) -> int:
             out.close()
             if process.returncode:
                 failed += 1
-            elif job.kind != "base":
+            elif job.kind != "prepare":
                 job.file.parent.mkdir(parents=True, exist_ok=True)
                 with job.file.open("a") as file:
                     file.write(line + "\n")
@@ -192,7 +196,7 @@ def main() -> int:
     else:
         if not args.page:
             todo = [job for job in jobs(args.seeds) if not is_kept(job)]
-            todo = [job for job in todo if not args.only or job.setting in args.only or job.kind == "base"]
+            todo = [job for job in todo if not args.only or job.setting in args.only or job.kind == "prepare"]
             failed = run_all(todo, args.processes)
         rows, gradients = kept()
     if args.page:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hbp.config import PlanConfig
 from hbp.cost.predict import CostModel
 from hbp.plan import Plan, hash_lengths, validate
 from hbp.planning.packs import Lengths, packs_of
@@ -64,8 +65,8 @@ def settings() -> list[Setting]:
         Setting("unpacked, ours' seconds", UNPACKED, seconds_of=DEFAULT, question="main"),
         Setting("naive packing, ours' seconds", "concat", seconds_of=DEFAULT, question="main"),
     ]
-    if takes_order():
-        found += [Setting(f"order {order}", order=order, question="order") for order in ORDERS]
+    others = [order for order in ORDERS if order != default_order()]
+    found += [Setting(f"order {order}", order=order, question="order") for order in others if takes_order()]
     found += [
         Setting("run-token", loss="run-token", question="loss"),
         Setting("curriculum off", curriculum=0.0, question="curriculum"),
@@ -83,6 +84,12 @@ def settings() -> list[Setting]:
 def takes_order() -> bool:
     """Whether this version's planner has the setting."""
     return "order" in inspect.signature(make_plan).parameters
+
+
+def default_order() -> str | None:
+    """The order that the library's own runs have."""
+    field = PlanConfig.model_fields.get("order")
+    return None if field is None else field.default
 
 
 def cost_model(gpus: int = GPUS) -> CostModel:

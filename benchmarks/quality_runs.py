@@ -6,28 +6,28 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from quality_plans import (
-    DEFAULT,
-    GPUS,
-    SCALE,
     Setting,
     cost_model,
+    default_order,
     plan_setting,
     seconds_of_steps,
     settings,
     what_it_is,
 )
-from quality_tasks import LONG, SHORT, VOCAB, Mix, Samples, make_mix, make_stdlib
+from quality_tasks import LONG, SHORT, VOCAB, Mix, Samples, load, make_mix, make_stdlib, save
 from quality_train import Grade, Trace, batches_of_step, grade, gradient, mean_of, new_model, train
 
 from hbp.config import TrainConfig
@@ -100,7 +100,7 @@ FORMS = {
         on_the_way=Mix(80, 12),
         batch=8192,
         rate=1e-3,
-        base=Mix(24_000, 600, (16, 64), (64, 512), ("copy", "recall"), ("needle", "several")),
+        base=Mix(20_000, 400, (16, 64), (64, 512), ("copy", "recall"), ("needle", "several")),
     ),
     "stdlib": Form(
         "stdlib",
@@ -126,11 +126,38 @@ QUICK = {
 }
 
 
+def prepared(form: Form, folder: Path) -> Path | None:
+    """The file that all runs of a form begin with, of :func:`prepare`; None where they need none."""
+    if form.set == "stdlib":
+        return folder / f"stdlib-{form.digest}.npz"
+    return folder / f"base-{form.digest}.pt" if form.base else None
+
+
+def prepare(form: Form, folder: Path) -> None:
+    """Make the base model, or the text's tokens, once."""
+    file = prepared(form, folder)
+    if file is None or file.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if form.base is None:
+        count = form.train.short + form.held_out.short, form.train.long + form.held_out.long
+        with TemporaryDirectory() as scratch:
+            save(make_stdlib(Path(scratch), *count, longest=4096, vocab=STDLIB_VOCAB), file)
+        return
+    model, samples = new_model(dict(form.model), seed=0), make_mix(form.base, 2 * HELD_OUT)
+    plan = plan_setting(Setting("", "concat"), samples.lengths, form.batch // 2, 0, cost_model())
+    with form.precision():
+        train(model, plan, samples, recipe(form, "ave-token").model_copy(update={"lr": form.base_rate}))
+    torch.save(model.state_dict(), file)
+
+
 @cache
 def stdlib(form: Form, folder: Path) -> Samples:
-    """All samples of the set, training's first."""
-    count = form.train.short + form.held_out.short, form.train.long + form.held_out.long
-    return make_stdlib(folder / f"stdlib-{form.digest}", *count, longest=4096, vocab=STDLIB_VOCAB)
+    """All samples of the set."""
+    prepare(form, folder)
+    file = prepared(form, folder)
+    assert file is not None
+    return load(file)
 
 
 def samples_of(form: Form, seed: int, folder: Path, mix: Mix | None = None) -> Samples:
@@ -158,18 +185,11 @@ def recipe(form: Form, loss: str) -> TrainConfig:
 
 
 def base_model(form: Form, folder: Path) -> CausalLMWithLoss:
-    """Where every run of a form starts: a model that has learnt the simplest tasks in short, made once and kept."""
-    kept, model = folder / f"base-{form.digest}.pt", new_model(dict(form.model), seed=0)
-    if form.base is None:
-        return model
-    if not kept.is_file():
-        samples = make_mix(form.base, 2 * HELD_OUT)
-        plan = plan_setting(Setting("", "concat"), samples.lengths, form.batch // 2, 0, cost_model())
-        with form.precision():
-            train(model, plan, samples, recipe(form, "ave-token").model_copy(update={"lr": form.base_rate}))
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), kept)
-    model.load_state_dict(torch.load(kept))
+    """Where every run of a form starts: a model that has learnt the simplest tasks in short, or a fresh one."""
+    model = new_model(dict(form.model), seed=0)
+    if form.base is not None:
+        prepare(form, folder)
+        model.load_state_dict(torch.load(folder / f"base-{form.digest}.pt"))
     return model
 
 
@@ -228,7 +248,7 @@ def run(form: Form, setting: Setting, seed: int, folder: Path) -> Row:
         "seed": seed,
         "form": form.digest,
         "question": setting.question,
-        "order": plan.info.settings.get("order"),
+        "order": setting.order or default_order() if setting.strategy == "hbp-mixed" else None,
         "loss": setting.loss,
         "strategy": setting.strategy,
         "steps": plan.n_steps,
@@ -310,7 +330,9 @@ def whole_gradient(form: Form, samples: Samples, seed: int, folder: Path) -> tor
         model, total = base_model(form, folder), torch.zeros(())
         for batches in batches_of_step(plan, samples, "run-token"):
             total = total + gradient(model, batches) / plan.n_steps
-        torch.save(total, file)
+        beside = file.with_suffix(f".{os.getpid()}")  # another run may want it at the same time
+        torch.save(total, beside)
+        beside.replace(file)
     return torch.load(file)
 
 
@@ -341,9 +363,6 @@ def against_whole(steps: torch.Tensor, loss_tokens: np.ndarray, mean_loss_tokens
         "noise_run_token": noise(steps * weight),
         "cosines": [round(float(c), 4) for c in cosines],
     }
-
-
-__all__ = ["DEFAULT", "FORMS", "GPUS", "QUICK", "SCALE", "Form", "base_model", "gradients", "run", "settings"]
 
 
 def kept_rows(file: Path) -> list[Row]:

@@ -37,21 +37,18 @@ def answer(sample: Any) -> list[int]:
     return ids[mask != 0].tolist()
 
 
-def after(ids: np.ndarray, token: int) -> int:
-    """The token after the first of its kind."""
-    return int(ids[np.flatnonzero(ids == token)[0] + 1])
-
-
 @pytest.mark.parametrize("length", [8, 24, 95, 700])
 @pytest.mark.parametrize("name", list(TASKS.TASKS))
 def test_answers_follow_from_the_question(name: str, length: int) -> None:
     ids, mask = sample = TASKS.TASKS[name](np.random.default_rng(length), length)
     got, question = answer(sample), ids[mask == 0]
     assert got and mask[0] == 0 and len(ids) == len(mask) and 0 <= ids.min() <= ids.max() < TASKS.VOCAB
-    if name in ("copy", "sort"):
-        symbols = question[1:-1].tolist()
-        assert got == [*(symbols if name == "copy" else sorted(symbols)), TASKS.END][: len(got)]
-        assert len(got) >= len(symbols)
+    if name == "copy":
+        blocks = ids[1:].reshape(-1, 2 * TASKS.BLOCK + 1)
+        assert (blocks[:, : TASKS.BLOCK] == blocks[:, TASKS.BLOCK + 1 :]).all()
+        assert got == blocks[:, : TASKS.BLOCK].ravel().tolist()
+    elif name == "sort":
+        assert got == [*sorted(question[1:-1].tolist()), TASKS.END]
     elif name == "add":
         digits = (ids - TASKS.DIGITS[0])[1:].reshape(-1, 6)
         assert (digits[:, 0] + digits[:, 2] == 10 * digits[:, 4] + digits[:, 5]).all()
@@ -59,9 +56,10 @@ def test_answers_follow_from_the_question(name: str, length: int) -> None:
     elif name == "count":
         assert got == [TASKS.DIGITS[int((ids == TASKS.MARK).sum())]]
     else:
-        asked = ids[np.flatnonzero(mask) - 1]
-        assert got == [after(ids, key) for key in asked]
-        assert len(set(asked.tolist())) == len(asked) and set(asked.tolist()) <= set(TASKS.SYMBOLS.tolist())
+        body, asked = question[1:].tolist(), ids[np.flatnonzero(mask) - 1]
+        kinds = {(item - TASKS.ITEMS[0]) // 8: item for item in body if item in TASKS.ITEMS}
+        assert got == [kinds[kind - TASKS.KINDS[0]] for kind in asked]
+        assert len(got) == {"recall": min(8, (length - 3) // 3), "needle": 1, "several": 3}[name]
 
 
 def test_a_mix_holds_what_was_asked_for() -> None:
@@ -74,11 +72,12 @@ def test_a_mix_holds_what_was_asked_for() -> None:
 
 
 def test_every_setting_trains_the_same_samples_in_as_many_steps() -> None:
-    samples = TASKS.make_mix(RUNS.QUICK["mix"].train, seed=0)
+    form = RUNS.FORMS["mix"]
+    samples = TASKS.make_mix(form.train, seed=0)
     cost, plans = PLANS.cost_model(), {}
     for setting in PLANS.settings():
         if setting.seconds_of is None and setting.strategy not in plans:
-            plans[setting.strategy] = PLANS.plan_setting(setting, samples.lengths, 2048, 0, cost)
+            plans[setting.strategy] = PLANS.plan_setting(setting, samples.lengths, form.batch, 0, cost)
     assert set(plans) == {"unpacked", "concat", "hbp", "hbp-mixed"}
     steps = [plan.n_steps for plan in plans.values()]
     assert max(steps) <= 1.02 * min(steps)
