@@ -69,8 +69,8 @@ class Form:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
 
     def precision(self) -> AbstractContextManager[Any]:
-        """In which the model computes."""
-        return torch.autocast("cpu", torch.bfloat16) if self.half else nullcontext()
+        """In which the model computes. Without autocast's cache, which would keep weights as they were before a step."""
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if self.half else nullcontext()
 
 
 def llama(hidden: int, layers: int, heads: int, vocab: int) -> tuple[tuple[str, Any], ...]:

@@ -152,6 +152,17 @@ def test_a_rate_by_steps_is_another_where_steps_differ() -> None:
     assert norms[0][0] == norms[1][0] and norms[0][2] != norms[1][2]
 
 
+def test_half_precision_sees_the_weights_of_each_step() -> None:
+    """Autocast keeps what it has cast; then a model would train on the weights that it began with."""
+    losses = []
+    for half in (False, True):
+        model = TRAIN.new_model(VOCAB, seed=3)
+        with dataclasses.replace(RUNS.QUICK["mix"], half=half).precision():
+            losses.append(np.array(TRAIN.train(model, mixed_plan(), SAMPLES, TrainConfig(**RECIPE)).loss))
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_grades_are_of_answer_tokens_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = TASKS.make_mix(TINY, seed=5)
     model = TRAIN.new_model(VOCAB, seed=3)
