@@ -9,15 +9,14 @@ learnt is learnt by a small model from the short samples.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from hbp.config import PlanConfig
 from hbp.cost.predict import CostModel
 from hbp.plan import Plan, hash_lengths, validate
+from hbp.plan_info import DEFAULT_ORDER, ORDERS
 from hbp.planning.packs import Lengths, packs_of
 from hbp.planning.paper.packing import balance_batches
 from hbp.planning.planner import make_plan, to_plan
@@ -52,7 +51,6 @@ class Setting:
 
 
 DEFAULT = "ours"
-ORDERS = ("fastest", "balanced", "random")
 
 
 def settings() -> list[Setting]:
@@ -65,8 +63,8 @@ def settings() -> list[Setting]:
         Setting("unpacked, ours' seconds", UNPACKED, seconds_of=DEFAULT, question="main"),
         Setting("naive packing, ours' seconds", "concat", seconds_of=DEFAULT, question="main"),
     ]
-    others = [order for order in ORDERS if order != default_order()]
-    found += [Setting(f"order {order}", order=order, question="order") for order in others if takes_order()]
+    others = [order for order in ORDERS if order != DEFAULT_ORDER]
+    found += [Setting(f"order {order}", order=order, question="order") for order in others]
     found += [
         Setting("run-token", loss="run-token", question="loss"),
         Setting("curriculum off", curriculum=0.0, question="curriculum"),
@@ -79,17 +77,6 @@ def settings() -> list[Setting]:
         Setting("naive packing, token-mean", "concat", loss="token-mean", question="loss"),
     ]
     return found
-
-
-def takes_order() -> bool:
-    """Whether this version's planner has the setting."""
-    return "order" in inspect.signature(make_plan).parameters
-
-
-def default_order() -> str | None:
-    """The order that the library's own runs have."""
-    field = PlanConfig.model_fields.get("order")
-    return None if field is None else field.default
 
 
 def cost_model(gpus: int = GPUS) -> CostModel:
@@ -140,7 +127,7 @@ def unpacked_plan(lengths: Lengths, batch: int, seed: int, cost: CostModel) -> P
         short_steps=None,
         windows=None,
         rng=np.random.default_rng(seed),
-        **({"order": None} if "order" in {field.name for field in dataclasses.fields(Problem)} else {}),
+        order=DEFAULT_ORDER,
     )
     groups = (problem.static,)
     schedule = balance_batches(

@@ -21,7 +21,6 @@ import torch
 from quality_plans import (
     Setting,
     cost_model,
-    default_order,
     plan_setting,
     seconds_of_steps,
     settings,
@@ -31,6 +30,7 @@ from quality_tasks import LONG, SHORT, VOCAB, Mix, Samples, load, make_mix, make
 from quality_train import Grade, Trace, batches_of_step, grade, gradient, mean_of, new_model, train
 
 from hbp.config import TrainConfig
+from hbp.plan_info import DEFAULT_ORDER
 from hbp.train.launch import device_name
 from hbp.train.model import CausalLMWithLoss
 
@@ -69,7 +69,7 @@ class Form:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
 
     def precision(self) -> AbstractContextManager[Any]:
-        """In which the model computes. Without autocast's cache, which would keep weights as they were before a step."""
+        """In which the model computes. Without autocast's cache, which would keep weights from before a step."""
         return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if self.half else nullcontext()
 
 
@@ -96,18 +96,18 @@ FORMS = {
         "mix",
         llama(192, 3, 6, VOCAB),
         train=Mix(3300, 110),
-        held_out=Mix(400, 72),
-        on_the_way=Mix(80, 12),
+        held_out=Mix(400, 60),
+        on_the_way=Mix(80, 9),
         batch=8192,
         rate=1e-3,
-        base=Mix(20_000, 400, (16, 64), (64, 512), ("copy", "recall"), ("needle", "several")),
+        base=Mix(10_000, 200, (16, 64), (64, 512), ("copy", "recall"), ("needle", "several")),
     ),
     "stdlib": Form(
         "stdlib",
         llama(192, 3, 6, STDLIB_VOCAB),
-        train=Mix(1500, 60),
-        held_out=Mix(200, 24),
-        on_the_way=Mix(40, 6),
+        train=Mix(700, 36),
+        held_out=Mix(100, 6),
+        on_the_way=Mix(20, 2),
         batch=8192,
         rate=2e-3,
     ),
@@ -124,6 +124,13 @@ QUICK = {
         half=False,
     )
 }
+
+
+def save_whole(what: Any, file: Path) -> None:
+    """As torch saves it, but whole or not at all: another run may want the file at the same time."""
+    beside = file.with_suffix(f".{os.getpid()}")
+    torch.save(what, beside)
+    beside.replace(file)
 
 
 def prepared(form: Form, folder: Path) -> Path | None:
@@ -148,7 +155,7 @@ def prepare(form: Form, folder: Path) -> None:
     plan = plan_setting(Setting("", "concat"), samples.lengths, form.batch // 2, 0, cost_model())
     with form.precision():
         train(model, plan, samples, recipe(form, "ave-token").model_copy(update={"lr": form.base_rate}))
-    torch.save(model.state_dict(), file)
+    save_whole(model.state_dict(), file)
 
 
 @cache
@@ -248,7 +255,7 @@ def run(form: Form, setting: Setting, seed: int, folder: Path) -> Row:
         "seed": seed,
         "form": form.digest,
         "question": setting.question,
-        "order": setting.order or default_order() if setting.strategy == "hbp-mixed" else None,
+        "order": setting.order or DEFAULT_ORDER if setting.strategy == "hbp-mixed" else None,
         "loss": setting.loss,
         "strategy": setting.strategy,
         "steps": plan.n_steps,
@@ -330,9 +337,7 @@ def whole_gradient(form: Form, samples: Samples, seed: int, folder: Path) -> tor
         model, total = base_model(form, folder), torch.zeros(())
         for batches in batches_of_step(plan, samples, "run-token"):
             total = total + gradient(model, batches) / plan.n_steps
-        beside = file.with_suffix(f".{os.getpid()}")  # another run may want it at the same time
-        torch.save(total, beside)
-        beside.replace(file)
+        save_whole(total, file)
     return torch.load(file)
 
 
