@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from cases import cases
 from hypothesis import given
@@ -58,3 +60,14 @@ def test_a_step_gets_what_it_has_room_for() -> None:
 def test_which_steps_get_one_more_is_random() -> None:
     few = [deal_evenly(np.array([9], np.int32), np.full(50, 1.0), 1e9, np.random.default_rng(s))[0] for s in range(20)]
     assert len(set(few)) > 5
+
+
+def test_long_samples_come_in_company_of_like_length() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1024, 2048, 1000).astype(np.int32)
+    step = deal_evenly(lengths, np.full(20, lengths.sum() / 20), 1000, rng)
+    tokens = np.bincount(step, lengths, 20)
+    assert np.abs(tokens - lengths.sum() / 20).max() <= lengths.max()
+    ends = sorted((int(lengths[step == s].min()), int(lengths[step == s].max())) for s in range(20))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
+    assert np.diff(step[np.argsort(lengths, kind="stable")]).min() < 0  # and which step has which is random

@@ -6,9 +6,10 @@ steps of two data sets that are shuffled alike have the same samples but for whe
 ``balanced``: every octave of sample length is dealt evenly over the steps, from the longest down. A step is to get of
 an octave what it has room for, times the octave's share of all that is still to be dealt; so one that got a long sample
 more than another gets that much less of what is shorter. Short samples go each to the step that lacks most. Long ones
-are handed out sorted, one step after another, so that the few that a step gets are of like length and fill a micro-step
-side by side: the mix by octaves is the same, and the price is half or less (32 GPUs, set `mix-128k`: 3.6 % in place of
-6.8 % at a global batch of 0.5M tokens, 0.3 % in place of 2.7 % at 2M).
+may be handed out sorted, one step after another, so that the few that a step gets are of like length and fill a
+micro-step side by side: the mix by octaves is the same (32 H100, 10,000 samples of `mix-128k`: 3.8 % slower than the
+fastest plan in place of 7.0 % at a global batch of 0.5M tokens, .5 % in place of 2.6 % at 2M). Where a step is one
+micro-step, that is worse: between slow nodes, 9.8 % slower in place of 2.2 % faster.
 
 The curriculum (paper, Section 4.3) comes first in both: so many steps of samples that need no long group.
 

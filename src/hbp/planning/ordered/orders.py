@@ -6,11 +6,12 @@ a global batch of one or two micro-steps, a step is of one kind.
 ``random``: a step holds what a shuffle puts there, as with naive packing; only inside the step are samples free to be
 packed, at the degrees and in the micro-steps that finish soonest.
 
-``balanced``: the plan whose steps are nearest to the data's own mix among three that are at most :data:`PRICE` slower
-than the fastest, which is one of them:
+``balanced``: the plan whose steps are nearest to the data's own mix among those of these that are at most
+:data:`PRICE` slower than the fastest, which is one of them; of plans that are as near as each other the fastest:
 
 - samples are dealt to steps by length and each step is packed apart (:mod:`hbp.planning.ordered.draw`,
-  :mod:`hbp.planning.ordered.step_packing`);
+  :mod:`hbp.planning.ordered.step_packing`). The long samples of a step are of like length, for steps of several
+  micro-steps, or as different as they come, which suits steps of one micro-step: both are tried;
 - micro-steps of long packs as ``fastest`` makes them, which cost nothing, are dealt evenly over the steps, and so are
   all other samples as the steps have room for them.
 
@@ -41,6 +42,8 @@ from hbp.planning.strategy import Outcome, Problem
 
 PRICE = 0.05
 """Share of the fastest plan's predicted time that `balanced` may take longer."""
+AS_NEAR = 0.01
+"""Drift by which one plan has to be nearer to the data's mix than another for that to be worth seconds."""
 ALIKE = 1 / 2
 """Of a rank's tokens of a step: samples over this are dealt in company of like length."""
 
@@ -96,16 +99,18 @@ def balanced(problem: Problem, groups: Sequence[Group]) -> Outcome:
     """The least drift at a price of :data:`PRICE` at most (module docstring)."""
     fastest = _fastest(problem, groups)
     known = worth(problem, fastest)
-    drawn, wanted = draw(problem, groups), known.n_steps
-    best, least = fastest, known.drift
+    drawn, wanted = draw(problem, groups), wanted_steps(_tokens(problem), problem.global_batch_tokens)
+    found = [(known, fastest)]
     for outcome in _candidates(problem, groups, drawn):
-        found = worth(problem, outcome)
-        keeps = close(found.n_steps, wanted_steps(_tokens(problem), problem.global_batch_tokens))
-        if found.seconds <= known.seconds * (1 + PRICE) and found.drift < least and (keeps or found.n_steps == wanted):
-            best, least = outcome, found.drift
-    if best is fastest:
+        own = worth(problem, outcome)
+        keeps = close(own.n_steps, wanted) or own.n_steps == known.n_steps
+        if keeps and own.seconds <= known.seconds * (1 + PRICE) and own.drift <= known.drift:
+            found.append((own, outcome))
+    least = min(own.drift for own, _ in found)
+    _, best = min(((own.seconds, i) for i, (own, _) in enumerate(found) if own.drift <= least + AS_NEAR))
+    if best == 0:
         return replace(fastest, details={**fastest.details, "price": 0.0})
-    return _priced(problem, best, known.seconds, drawn.shuffle)
+    return _priced(problem, found[best][1], known.seconds, drawn.shuffle)
 
 
 def _tokens(problem: Problem) -> int:
@@ -127,11 +132,12 @@ def _priced(problem: Problem, outcome: Outcome, fastest_s: float, shuffle: Int) 
 def _candidates(problem: Problem, groups: Sequence[Group], drawn: Drawn) -> Iterator[Outcome]:
     """Plans whose steps are dealt evenly."""
     costs = StepCosts(problem.cost, int(problem.own_lengths.max()), problem.longest)
-    for long_groups in ((), groups):
-        yield outcome_of(problem, _dealt(problem, long_groups, drawn, costs), groups, drawn.short_steps)
+    alike = ALIKE * problem.global_batch_tokens / problem.world_size
+    for long_groups, over in (((), alike), ((), np.inf), (groups, alike)):
+        yield outcome_of(problem, _dealt(problem, long_groups, over, drawn, costs), groups, drawn.short_steps)
 
 
-def _dealt(problem: Problem, groups: Sequence[Group], drawn: Drawn, costs: StepCosts) -> Laid:
+def _dealt(problem: Problem, groups: Sequence[Group], alike: float, drawn: Drawn, costs: StepCosts) -> Laid:
     """Micro-steps of long packs of these groups dealt to steps, and the other samples as the steps have room for them.
 
     With no groups there are none of these micro-steps.
@@ -139,7 +145,6 @@ def _dealt(problem: Problem, groups: Sequence[Group], drawn: Drawn, costs: StepC
     own, rng = problem.own_lengths, copy.deepcopy(problem.rng)
     parts: list[tuple[Int, Laid]] = []
     batch, others = float(problem.global_batch_tokens), drawn.rest
-    alike = ALIKE * batch / problem.world_size
     if drawn.early_steps:
         step = deal_evenly(own[drawn.early], np.full(drawn.early_steps, batch), alike, rng)
         parts.append((drawn.early, pack_steps(own[drawn.early], step, costs)))
