@@ -22,7 +22,7 @@ def test_degree_that_does_not_divide_the_heads():
 def test_degree_is_split_between_heads_and_gathered_keys():
     documents = make_documents((8,), CPU)
     assert PackLayout(documents, 4, mock.sentinel.group).ulysses_degree == 4
-    assert PackLayout(documents, 4, mock.sentinel.group, Gather(2, mock.sentinel.across, ())).ulysses_degree == 2
+    assert PackLayout(documents, 4, mock.sentinel.group, Gather(2, mock.sentinel.across, (), ())).ulysses_degree == 2
 
 
 def test_kernels_are_registered_by_name():
