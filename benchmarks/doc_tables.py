@@ -412,12 +412,11 @@ def models_refused() -> str:
 def models_time() -> str:
     data = json.loads((RESULTS / "models-time.json").read_text())
     rows = [row for row in data["rows"] if row["properties"]]
-    busy, wall = ([row[key] for row in rows] for key in ("processor_s", "seconds"))
-    slowest = max(rows, key=lambda row: row["processor_s"])
+    slowest = max(rows, key=lambda row: row["seconds"])
     return (
-        f"It takes {min(busy):.0f} to {max(busy):.0f} processor seconds for the families below (most: "
-        f"`{slowest['model_type']}`), {min(wall):.0f} to {max(wall):.0f} s on the clock when it was measured "
-        f"(`{data['command']}`, {data['device']}, {data['date']}).\n"
+        f"`hbp check` took {min(row['seconds'] for row in rows):.0f} to {slowest['seconds']:.0f} s for "
+        f"{len(rows)} of the families below (longest: `{slowest['model_type']}`; `{data['command']}`, "
+        f"{data['device']}, {data['date']}{data.get('note', '')}).\n"
     )
 
 

@@ -2,8 +2,7 @@
 
 One row is what ``hbp check MODEL --json`` prints. Each is a tiny instance of the model's own configuration, on four
 gloo processes of the CPU, held against plain transformers. `--quick` takes two families. `--time` runs the command
-itself, family by family, and keeps how long each took: wall seconds, and processor seconds of all its processes, which
-other programs on the machine do not lengthen.
+itself, family by family, and keeps how many seconds each took.
 
     python benchmarks/models.py [--quick] [--time] [--json] [--out FILE]
 """
@@ -15,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -56,18 +54,17 @@ QUICK = ("llama-3.1-8b", "gpt-oss-20b")
 
 
 def check_each(names: Sequence[str]) -> list[dict[str, Any]]:
-    """What `hbp check` prints of each model, by a command for each, with its `seconds` and `processor_s`."""
+    """What `hbp check` prints of each model, by a command for each, with its `seconds`."""
     rows = []
     for name in names:
-        began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        began = time.monotonic()
         command = [sys.executable, "-m", "hbp", "check", name, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = time.monotonic() - began
         if done.returncode not in (0, 1, 2) or not done.stdout.startswith("{"):
             sys.exit(f"{' '.join(command)}: {done.stderr[-2000:]}")
-        busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        rows.append({**json.loads(done.stdout), "seconds": round(seconds, 1), "processor_s": round(busy, 1)})
-        say(f"{name}: {seconds:.0f} s, {busy:.0f} processor s")
+        rows.append({**json.loads(done.stdout), "seconds": round(seconds, 1)})
+        say(f"{name}: {seconds:.0f} s")
     return rows
 
 
