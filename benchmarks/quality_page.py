@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from quality_plans import DEFAULT, UNPACKED
 from quality_stats import FIGURES, interval, no_worse, of_setting, paired
 
@@ -97,7 +98,7 @@ def number(value: float, half: float, figure: str, *, signed: bool = False) -> s
     scale, digits, unit = (100, 1, " %") if figure in PERCENT else (1, 3, "")
     sign = "+" if signed else ""
     width = f" ± {scale * half:.{digits}f}" if np.isfinite(half) else ""
-    return f"{scale * value:{sign}.{digits}f}{width}{unit}"
+    return f"{scale * value:{sign}.{digits}f}".replace("-", "−") + width + unit
 
 
 def names(rows: Sequence[Row], data: str, wanted: Callable[[Row], bool]) -> list[str]:
@@ -276,8 +277,6 @@ def curves(rows: Sequence[Row]) -> str:
                     axis.plot(x, y, color=COLOURS[name], label=name, marker="o", ms=3.5)
                 axis.set_title(f"{size} samples")
                 axis.set_xlabel("tokens" if along == "tokens" else "predicted seconds on the cluster")
-                if along == "seconds":
-                    axis.set_xscale("symlog", linthresh=10)
                 _plain_ticks(axis)
             row[0].set_ylabel("held-out loss")
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -286,7 +285,7 @@ def curves(rows: Sequence[Row]) -> str:
 
 
 def _plain_ticks(axis: Axes) -> None:
-    axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{x / 1000:g}K" if x >= 1000 else f"{x:g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}K" if x >= 1000 else f"{x:g}"))
 
 
 def first(rows: Sequence[Row], setting: str) -> Row:
@@ -299,12 +298,14 @@ def norms(rows: Sequence[Row], shown: Sequence[str]) -> str:
     """Gradient norms before clipping, step by step, one panel a loss (the paper's Figure 5)."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.9), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, len(shown)))
+        axes = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
         for axis, name in zip(axes, shown, strict=True):
             norm = first(rows, name)["trace"]["norm"]
             axis.plot(range(1, len(norm) + 1), norm, color=PALETTE[2], linewidth=1.2)
             axis.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_title("ave-token" if name == DEFAULT else name)
             axis.set_xlabel("step")
         axes[0].set_ylabel("gradient norm")
