@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from quality_plans import DEFAULT, UNPACKED
 from quality_stats import FIGURES, interval, no_worse, of_setting, paired
 
@@ -22,6 +23,12 @@ Row = dict[str, Any]
 MIX, STDLIB = "mix", "stdlib"
 NOTHING = "Not measured yet.\n"
 COLOURS = {UNPACKED: INK, "naive packing": PALETTE[1], "hbp, as published": PALETTE[0], DEFAULT: PALETTE[2]}
+PICTURES = {
+    "curves": "Held-out loss over tokens and seconds",
+    "cosine": "Cosine of a step's gradient with the whole set's",
+    "norms": "Gradient norms by loss",
+    "curriculum": "Loss with and without a curriculum",
+}
 SHORT_SECONDS = ("unpacked, ours' seconds", "naive packing, ours' seconds")
 PERCENT = ("short_accuracy", "long_accuracy")
 HEADER = ("short, accuracy", "long, accuracy", "short, loss", "long, loss")
@@ -29,11 +36,13 @@ HEADER = ("short, accuracy", "long, accuracy", "short, loss", "long, loss")
 
 def draw(rows: Sequence[Row], gradients: Sequence[Row], docs: Path) -> None:
     """Write the pictures into `docs` and the numbers into its page."""
-    for name, picture in pictures(rows, gradients).items():
+    drawn = pictures(rows, gradients)
+    for name, picture in drawn.items():
         (docs / f"quality-{name}.svg").write_text(standalone(picture))
     page = docs / "quality.md"
     text = page.read_text()
-    for name, table in tables(rows, gradients).items():
+    shown = {f"picture {name}": f"![{what}](quality-{name}.svg)\n" * (name in drawn) for name, what in PICTURES.items()}
+    for name, table in {**tables(rows, gradients), **shown}.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}{m[2]}", text, flags=re.DOTALL)
         assert found == 1, name
@@ -61,6 +70,8 @@ def tables(rows: Sequence[Row], gradients: Sequence[Row]) -> dict[str, str]:
     return {
         "main": figures_table(rows, MIX, lambda row: row["question"] == "main"),
         "goals": goals_table(rows),
+        "findings": findings(rows),
+        "claims": claims_table(rows),
         "tasks": tasks_table(rows),
         "order": order_table(rows, gradients),
         "loss": figures_table(rows, MIX, beside_ours("loss"), norms=True),
@@ -87,7 +98,7 @@ def number(value: float, half: float, figure: str, *, signed: bool = False) -> s
     scale, digits, unit = (100, 1, " %") if figure in PERCENT else (1, 3, "")
     sign = "+" if signed else ""
     width = f" ± {scale * half:.{digits}f}" if np.isfinite(half) else ""
-    return f"{scale * value:{sign}.{digits}f}{width}{unit}"
+    return f"{scale * value:{sign}.{digits}f}".replace("-", "−") + width + unit
 
 
 def names(rows: Sequence[Row], data: str, wanted: Callable[[Row], bool]) -> list[str]:
@@ -143,6 +154,51 @@ def goals_table(rows: Sequence[Row]) -> str:
             if len(cells) == len(FIGURES):
                 lines.append([data, f"{mine} − {other.split(',')[0]}", equal, *cells])
     return table(["set", "difference", "at equal", *HEADER], lines) if lines else NOTHING
+
+
+def findings(rows: Sequence[Row]) -> str:
+    """Which settings differ from the defaults by more than chance, and in what; one line a question."""
+    lines = []
+    for question in ("order", "curriculum", "loss", "rate"):
+        told = []
+        for name in dict.fromkeys(row["setting"] for row in rows if row["set"] == MIX and row["question"] == question):
+            for figure, label in zip(FIGURES, HEADER, strict=True):
+                got = paired(rows, MIX, name, DEFAULT, figure)
+                if got is not None and np.isfinite(got.half) and abs(got.mean) > got.half:
+                    better = (got.mean < 0) == figure.endswith("loss")
+                    amount = number(got.mean, got.half, figure, signed=True)
+                    told.append(f"{name} is {'better' if better else 'worse'} in {label} ({amount})")
+        seen = any(row["question"] == question for row in rows)
+        lines += [
+            f"- {question}: {'; '.join(told) or 'no setting differs from the defaults by more than chance'}."
+        ] * seen
+    return "\n".join(lines) + "\n" if lines else NOTHING
+
+
+CLAIMS = (
+    ("a curriculum helps (Tables 7, 8; Figure 4)", DEFAULT, "curriculum off"),
+    ("100 first steps already help", "curriculum 100", "curriculum off"),
+    ("Ave-Token over Token-Mean (Table 10)", DEFAULT, "token-mean"),
+    ("Ave-Token over Sample-Mean (Table 10)", DEFAULT, "sample-mean"),
+    ("Ave-Token over Sum (Table 10)", DEFAULT, "sum"),
+    ("HBP learns as well as naive packing with Token-Mean (Table 5)", "hbp, as published", "naive packing, token-mean"),
+)
+"""What the paper says: the first setting learns no worse, or better, than the second."""
+
+
+def claims_table(rows: Sequence[Row]) -> str:
+    """The paper's claims about learning, as differences here."""
+    lines = []
+    for claim, mine, other in CLAIMS:
+        got = [paired(rows, MIX, mine, other, figure) for figure in FIGURES]
+        cells = [number(g.mean, g.half, f, signed=True) for g, f in zip(got, FIGURES, strict=True) if g is not None]
+        if len(cells) == len(FIGURES):
+            sure = [
+                (g.mean < 0) == f.endswith("loss") for g, f in zip(got, FIGURES, strict=True) if abs(g.mean) > g.half
+            ]
+            verdict = "not shown: within chance" if not sure else "holds" if all(sure) else "**does not hold**"
+            lines.append([claim, f"{mine} − {other}", *cells, verdict if all(sure) or not any(sure) else "in part"])
+    return table(["claim", "difference", *HEADER, "here"], lines) if lines else NOTHING
 
 
 def tasks_table(rows: Sequence[Row]) -> str:
@@ -221,8 +277,6 @@ def curves(rows: Sequence[Row]) -> str:
                     axis.plot(x, y, color=COLOURS[name], label=name, marker="o", ms=3.5)
                 axis.set_title(f"{size} samples")
                 axis.set_xlabel("tokens" if along == "tokens" else "predicted seconds on the cluster")
-                if along == "seconds":
-                    axis.set_xscale("symlog", linthresh=10)
                 _plain_ticks(axis)
             row[0].set_ylabel("held-out loss")
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -231,7 +285,7 @@ def curves(rows: Sequence[Row]) -> str:
 
 
 def _plain_ticks(axis: Axes) -> None:
-    axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{x / 1000:g}K" if x >= 1000 else f"{x:g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}K" if x >= 1000 else f"{x:g}"))
 
 
 def first(rows: Sequence[Row], setting: str) -> Row:
@@ -244,12 +298,14 @@ def norms(rows: Sequence[Row], shown: Sequence[str]) -> str:
     """Gradient norms before clipping, step by step, one panel a loss (the paper's Figure 5)."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.9), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, len(shown)))
+        axes = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
         for axis, name in zip(axes, shown, strict=True):
             norm = first(rows, name)["trace"]["norm"]
             axis.plot(range(1, len(norm) + 1), norm, color=PALETTE[2], linewidth=1.2)
             axis.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_title("ave-token" if name == DEFAULT else name)
             axis.set_xlabel("step")
         axes[0].set_ylabel("gradient norm")

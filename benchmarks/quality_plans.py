@@ -141,7 +141,8 @@ def unpacked_plan(lengths: Lengths, batch: int, seed: int, cost: CostModel) -> P
         by_cost=False,
         counted=False,
     )
-    return to_plan(Outcome(schedule, groups), problem, UNPACKED, seed)
+    plan = to_plan(Outcome(schedule, groups), problem, "concat", seed)  # which has one setting and no order, as this
+    return dataclasses.replace(plan, info=dataclasses.replace(plan.info, strategy=UNPACKED))
 
 
 def scaled_down(plan: Plan) -> Plan:
