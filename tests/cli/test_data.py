@@ -61,9 +61,13 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
     out = json.loads(show(capsys, path, "--tokenizer", tokenizer, "--json", "--limit", "1", "--max-length", "40"))
     assert len(out["samples"]) == 1
+    left = json.loads(show(capsys, path, "--tokenizer", tokenizer, "--json", "--max-length", "40"))["samples"]
+    assert [s["id"] for s in left] == [0, 1, 3]  # the one that is left out is not what the model will see
     assert (out["counts"]["dropped"], out["counts"]["dropped_tokens"]) == (1, tokens[2])
     arguments = ["--max-length", "40", "--set", "too_long=truncate"]
-    out = json.loads(show(capsys, path, "--tokenizer", tokenizer, "--json", *arguments))["counts"]
+    cut = json.loads(show(capsys, path, "--tokenizer", tokenizer, "--json", *arguments))
+    assert [len(s["input_ids"]) for s in cut["samples"]] == [min(n, 40) for n in tokens]  # as they are trained on
+    out = cut["counts"]
     assert (out["dropped"], out["truncated"], out["dropped_tokens"]) == (0, 1, tokens[2] - 40)
     assert out["tokens"] == sum(tokens) - tokens[2] + 40
 

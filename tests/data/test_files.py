@@ -168,6 +168,7 @@ def test_what_is_not_json_or_not_text_says_so() -> None:
     [
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         ("a.jsonl.gz", b"plain text", "cannot be read"),
+        ("a.jsonl.gz", b"", "cannot be read (it is empty"),
         ("a.jsonl.gz", gzip.compress(lines(RECORDS))[:-12], "cannot be read"),
         ("a.jsonl.gz", gzip.compress(lines(RECORDS))[:40] + b"\0" * 99, "cannot be read"),
         ("a.jsonl.zst", zstd(lines(RECORDS))[:-3], "cannot be read"),

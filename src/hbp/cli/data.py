@@ -47,12 +47,16 @@ def run_data(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp data`: tokenize, through the cache, and show."""
     from hbp.data.build import load
     from hbp.data.look import count, layout_of, runs_of, sample_json, spread, total
+    from hbp.data.samples import cut_to
 
     if args.limit < 0:
         raise HbpError(f"--limit {args.limit}: give at least 0")
     store, config = _store(args)
     by_source = count(store, config.max_length, config.too_long)
-    every, shown = total(by_source), spread(store, args.limit)
+    every = total(by_source)
+    if config.max_length is not None and config.too_long != "drop":
+        store = cut_to(store, config.max_length, config.too_long)
+    shown = spread(store, args.limit, config.max_length)
     highest = max(source.highest_id for source in store.sources)
     if highest >= store.vocab_size:
         print(f"hbp: token ids go up to {highest}, the tokenizer's to {store.vocab_size - 1}", file=sys.stderr)

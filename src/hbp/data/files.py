@@ -272,6 +272,8 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """
     try:
         with path.open("rb") as raw:
+            if path.suffix in COMPRESSED and not path.stat().st_size:
+                raise EOFError("it is empty, which no compressed file is")
             stream = _unpacked(raw, path.suffix)
             start = stream.read(READ_BYTES).removeprefix(codecs.BOM_UTF8)
             is_array = start.lstrip().startswith(b"[") and ".json" in path.suffixes

@@ -155,10 +155,12 @@ def sample_json(store: TokenStore, index: int, tokenizer: Any) -> dict[str, Any]
     }
 
 
-def spread(store: TokenStore, limit: int) -> Sequence[int]:
-    """Which samples to show: the first of each source, as many of each as the limit allows."""
+def spread(store: TokenStore, limit: int, max_length: int | None = None) -> Sequence[int]:
+    """Which samples to show: of those used the first of each source, as many of each as the limit allows."""
+    used = np.flatnonzero(store.lengths <= (max_length or np.inf))
     if len(store.sources) == 1 or not limit:
-        return range(min(limit, len(store)))
-    each = [np.flatnonzero(store.source == n)[:limit].tolist() for n in range(len(store.sources))]
+        return used[:limit].tolist()
+    source = store.source[used]
+    each = [used[source == n][:limit].tolist() for n in range(len(store.sources))]
     in_turn = [ids[k] for k in range(limit) for ids in each if k < len(ids)]
     return sorted(in_turn[:limit])

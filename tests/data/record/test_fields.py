@@ -146,6 +146,13 @@ def test_parts_of_text_are_text(family: str) -> None:
     assert text(FAMILIES[family], {"messages": [{"role": "user", "content": parts}, A]}) == wanted
 
 
+def test_what_a_template_in_the_stock_ones_place_refuses_says_so() -> None:
+    refuses = "{{ raise_exception('no') }}{% for m in messages %}{% endfor %}"
+    said = refusal(FAMILIES["chatml"], {"messages": [U, A]}, conversations=refuses)
+    assert said.startswith("is refused by the chat template (no)") and "data.chat_template=own" in said
+    assert outcome(FAMILIES["chatml"], {"prompt": [U], "completion": [A]}, conversations=refuses).error is None
+
+
 def test_a_template_of_parts_gets_parts() -> None:
     template = (
         "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"

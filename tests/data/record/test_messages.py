@@ -49,6 +49,7 @@ def test_a_sharegpt_call_becomes_a_tool_call() -> None:
 def test_unknown_roles_are_refused_and_can_be_named(turn: Any) -> None:
     name = turn.get("role", turn.get("from"))
     assert f"has the unknown role {name!r}; known are" in refusal(turn)
+    assert "which data.roles calls 'asistant'; known are system" in refusal(turn, roles={name: "asistant"})
     assert one(turn, roles={name: "assistant"}) == ({"role": "assistant", "content": "x"}, True)
 
 

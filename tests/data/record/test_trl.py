@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 from chat_families import FAMILIES, byte_level, metaspace, unmarked
 
 from hbp.data.build import recipe_of
-from hbp.data.record import encode_records, load_tokenizer
+from hbp.data.record import encode_records, load_tokenizer, training_version
 
 SHIPPED = Path(pytest.importorskip("trl").__path__[0]) / "chat_templates"
 OF_PARTS = {"idefics3_training", "smolvlm_training", "llava_next_training"}
@@ -172,6 +172,17 @@ def test_template_by_name(tmp_path: Path) -> None:
         assert load_tokenizer(str(tmp_path / stock), "training").chat_template == wanted
         assert load_tokenizer(str(tmp_path / stock), f"{stock}_training").chat_template == wanted
         assert load_tokenizer(str(tmp_path / stock)).chat_template == tokenizer.chat_template
+
+
+def test_every_stock_template_has_the_version_that_trl_takes() -> None:
+    from trl.chat_template_utils import get_training_chat_template
+
+    tokenizer = byte_level()
+    stock = [SHIPPED / f"{name.removesuffix('_training')}.jinja" for name in TRAINING]
+    assert len(stock) > 12
+    for path in stock:
+        tokenizer.chat_template = path.read_text()
+        assert training_version(tokenizer) == (f"{path.stem}_training", get_training_chat_template(tokenizer))
 
 
 @pytest.mark.parametrize("stock", ["qwen3", "deepseek_r1_distill", "qwen2_5"])

@@ -43,8 +43,12 @@ def layouts(sample: Sample, tokenizer: Any, reading: Reading) -> tuple[list[Layo
     """
     try:
         return _layouts(sample, tokenizer, reading)
-    except HbpError:
-        raise
+    except HbpError as error:
+        if reading.conversations is None or not isinstance(sample, Talk) or "chat template" not in str(error):
+            raise
+        raise HbpError(
+            f"{error}; the template is TRL's version of the stock one, data.chat_template=own keeps that"
+        ) from None
     except Exception as error:  # a template may refuse a part of a conversation of which it takes the whole
         raise HbpError(f"is refused by the chat template ({_reason(error)})") from None
 

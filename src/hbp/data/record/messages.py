@@ -163,6 +163,10 @@ def _message(turn: Any, roles: Mapping[str, str], sharegpt: bool) -> tuple[Messa
 
 def _role(name: str, roles: Mapping[str, str], spelled: bool) -> str:
     if name in roles:
+        if roles[name] not in ROLES:
+            raise HbpError(
+                f"has the role {name!r}, which data.roles calls {roles[name]!r}; known are {', '.join(ROLES)}"
+            )
         return roles[name]
     if spelled and name.lower() in SPELLINGS:
         return SPELLINGS[name.lower()]
