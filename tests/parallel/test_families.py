@@ -21,6 +21,7 @@ from hbp.parallel.mesh import make_mesh
 from hbp.parallel.varlen import make_documents
 from hbp.train import batch as batch_module
 from hbp.train.check.compare import TOLERANCE, findings, model_config, write_pairs
+from hbp.train.check.families import PROVEN_FAMILIES
 from hbp.train.check.properties import (
     CPU,
     MIXED,
@@ -36,7 +37,7 @@ from hbp.train.check.properties import (
 from hbp.train.check.ranks import run_ranks
 from hbp.train.check.reference import Run, alone, worst
 from hbp.train.check.tiny import write_tiny
-from hbp.train.model import PROVEN_FAMILIES, load_sharded, read_config
+from hbp.train.model import load_sharded, read_config
 
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1, "aux_loss_alpha": 0.1}
 """Router losses, where the family has them"""

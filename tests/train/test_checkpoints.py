@@ -20,9 +20,10 @@ from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
 from hbp.train.batch import micro_batch_of
 from hbp.train.check.compare import model_config
+from hbp.train.check.families import PROVEN_FAMILIES
 from hbp.train.check.tiny import tiny_config, write_tiny
 from hbp.train.export import export_model, source_dtype
-from hbp.train.model import PROVEN_FAMILIES, load_sharded
+from hbp.train.model import load_sharded
 from hbp.train.weights.stored import BIN, BIN_INDEX, WEIGHTS
 
 IDS = np.random.default_rng(0).integers(0, 64, 40).astype(np.int32)

@@ -36,7 +36,8 @@ from hbp.parallel.ulysses import ATTENTION_NAMES, register_attention
 from hbp.parallel.varlen import check_features
 from hbp.plan import Plan
 from hbp.train.batch import MicroBatch
-from hbp.train.model import PROVEN_FAMILIES, attention_features, check_trainable, set_gc_layers
+from hbp.train.check.families import PROVEN_FAMILIES, check_trainable
+from hbp.train.model import attention_features, set_gc_layers
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

@@ -6,8 +6,8 @@ chunks, so the full logits never exist. One world mesh shards everything; nothin
 The model is sharded before a checkpoint is read or fresh values are drawn, so that no rank ever holds the whole
 (:mod:`hbp.train.weights`).
 
-Any family that transformers knows may come. Those of :data:`PROVEN_FAMILIES` are held against plain transformers in the
-tests; another has to pass the same comparison before it is trained (:mod:`hbp.train.check`).
+Any family that transformers knows may come. The proven ones (:mod:`hbp.train.check.families`) are held against plain
+transformers in the tests; another has to pass the same comparison before it is trained (:mod:`hbp.train.check`).
 
 Activations may be offloaded (:func:`offloaded_activations`): what autograd keeps for backward waits in host memory.
 Offloading the inputs of recomputed layers leaves almost nothing on the device between forward and backward, at the cost
@@ -37,36 +37,12 @@ from torch.distributed.tensor import DTensor, Shard
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
 from hbp.parallel.varlen import check_features
+from hbp.train.check.families import check_trainable
 from hbp.train.loss import RouterLoss, summed_cross_entropy
 from hbp.train.weights.load import draw_shards, load_shards, settle_ties
 from hbp.train.weights.nf4 import pack_base, packed_layers
 from hbp.train.weights.stored import checkpoint_folder
 
-PROVEN_FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gemma2",
-    "gemma3_text",
-    "glm",
-    "glm4",
-    "gpt_oss",
-    "granite",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2_moe",
-    "smollm3",
-)
-"""Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on what else is in the pack."""
-RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
-"""Kinds of layers that carry a state from token to token, past the ends of documents and ranks."""
 SMALL_BYTES = 1 << 20
 """A tensor of fewer stays on the device."""
 
@@ -206,49 +182,6 @@ def finish_logits(config: Any) -> Callable[[Tensor], Tensor] | None:
         return torch.tanh(scaled / cap) * cap if cap else scaled
 
     return finish
-
-
-def check_trainable(config: Any) -> None:
-    """Refuse a model of which it is known that it would not train as its documents alone do.
-
-    Args:
-        config: transformers configuration.
-
-    Raises:
-        HbpError: names the family or the setting.
-    """
-    for kind in getattr(config, "layer_types", None) or ():
-        if kind in RECURRENT_LAYERS:
-            raise HbpError(
-                f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack "
-                "into the next and is not carried from rank to rank; train a model whose layers all attend"
-            )
-    if config.get_text_config() is not config:
-        raise HbpError(
-            f"{config.model_type} models take more than text; give the configuration and weights of their text model "
-            f"({config.get_text_config().model_type}) alone"
-        )
-    for rope in _rope_kinds(config):
-        if rope in LENGTH_DEPENDENT_ROPE:
-            raise HbpError(
-                f"the model's rotary embedding is {rope!r}, which depends on the longest document of a pack; "
-                "set rope_parameters to yarn, llama3, linear or default"
-            )
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise HbpError(
-            f"the model is quantized ({method}); give its weights in bfloat16 or float32 (model.quantize packs them)"
-        )
-    for name in ("attention_dropout", "attn_pdrop", "attn_dropout"):
-        if getattr(config, name, 0):
-            raise HbpError(f"the model's {name} is {getattr(config, name)}; set it to 0 in its config.json")
-
-
-def _rope_kinds(config: Any) -> set[str]:
-    """Of all layers; Gemma 3 has one for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return {each.get("rope_type", "default") for each in nested or [parameters]}
 
 
 def is_configuration_alone(name_or_folder: str) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hbp.errors import HbpError
+from hbp.train.check.families import PROVEN_FAMILIES, check_trainable
 from hbp.train.check.properties import (
     NAMES,
     NEIGHBOUR,
@@ -186,8 +187,6 @@ def check_models(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _refusal(config: Any) -> str | None:
-    from hbp.train.model import check_trainable
-
     config.quantization_config = None  # of the weights, not of the family
     try:
         check_trainable(config)
@@ -210,7 +209,6 @@ def require_checked(name: str, config: Any, record: Path) -> None:
     import transformers
 
     from hbp.progress import say
-    from hbp.train.model import PROVEN_FAMILIES
 
     if config.model_type in PROVEN_FAMILIES:
         return

@@ -1,0 +1,80 @@
+"""Which families train here: those shown to, and what is known not to.
+
+The proven are held against plain transformers in the tests; another has to pass the same comparison before it is
+trained (:mod:`hbp.train.check.compare`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hbp.errors import HbpError
+
+PROVEN_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2_moe",
+    "smollm3",
+)
+"""Shown to train as their documents alone do (``tests/parallel/test_families.py``)."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on what else is in the pack."""
+RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid")
+"""Kinds of layers that carry a state from token to token, past the ends of documents and ranks."""
+
+
+def check_trainable(config: Any) -> None:
+    """Refuse a model of which it is known that it would not train as its documents alone do.
+
+    Args:
+        config: transformers configuration.
+
+    Raises:
+        HbpError: names the family or the setting.
+    """
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind in RECURRENT_LAYERS:
+            raise HbpError(
+                f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack "
+                "into the next and is not carried from rank to rank; train a model whose layers all attend"
+            )
+    if config.get_text_config() is not config:
+        raise HbpError(
+            f"{config.model_type} models take more than text; give the configuration and weights of their text model "
+            f"({config.get_text_config().model_type}) alone"
+        )
+    for rope in _rope_kinds(config):
+        if rope in LENGTH_DEPENDENT_ROPE:
+            raise HbpError(
+                f"the model's rotary embedding is {rope!r}, which depends on the longest document of a pack; "
+                "set rope_parameters to yarn, llama3, linear or default"
+            )
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise HbpError(
+            f"the model is quantized ({method}); give its weights in bfloat16 or float32 (model.quantize packs them)"
+        )
+    for name in ("attention_dropout", "attn_pdrop", "attn_dropout"):
+        if getattr(config, name, 0):
+            raise HbpError(f"the model's {name} is {getattr(config, name)}; set it to 0 in its config.json")
+
+
+def _rope_kinds(config: Any) -> set[str]:
+    """Of all layers; Gemma 3 has one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type", "default") for each in nested or [parameters]}
