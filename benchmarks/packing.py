@@ -317,6 +317,7 @@ def order(quick: bool) -> Iterator[Row]:
             for kind in ORDERS:
                 plan = make_plan(lengths, cost, order=kind, **asked)
                 row = plan_row(plan, "order", name, RANKS, "h100-nvlink")
+                row["n_groups"] = len(row.pop("groups"))  # of packs made step by step, a hundred
                 yield {**row, "global_batch_tokens": batch, "order": kind, "steps": plan.n_steps}
 
 
