@@ -128,7 +128,8 @@ class CostModel:
             HbpError: they are described in our way, by a value that cannot be.
         """
         required = {field.name for field in fields(ClusterSpec) if field.default is MISSING}
-        ours = {field.name for field in fields(ModelSpec)} == model.keys()
+        names = {field.name for field in fields(ModelSpec)}
+        ours = names - {"packed_parameters"} <= model.keys() <= names  # which is left out where there are none
         if not ours or not required <= cluster.keys() <= {field.name for field in fields(ClusterSpec)}:
             return None
         try:
