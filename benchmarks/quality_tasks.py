@@ -3,10 +3,10 @@ library's text. Both in memory, as the trainer asks for samples.
 
 Every task asks for tokens that follow from the sample alone, so that an answer is right or wrong. Short: copy, sort,
 addition, associative recall. Long: one needle or several among filler, and counting marks. A short sample has eight to
-thirty answer tokens, a long one has one to three: what a loss that weighs by company gets wrong shows here most.
+forty answer tokens, a long one has one to three: what a loss that weighs by company gets wrong shows here most.
 
-What is recalled is an *item*, a token of one of eight kinds and one of eight values, asked for by its kind. So a model
-needs one look back to find it: a million parameters learn that in minutes, where pairs of key and value take hours.
+What is recalled is an *item*, a token of one of eight kinds and one of eight values, asked for by its kind: one look
+back finds it, where a pair of key and value takes two. The easier form, for models that are trained for a minute.
 """
 
 from __future__ import annotations
