@@ -132,6 +132,11 @@ def _line(record: StepRecord | EvalRecord) -> str:
     return json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n"
 
 
+def without_timeline(record: StepRecord) -> StepRecord:
+    """The same without the seconds of single micro-steps, which are for the report and most of a record's size."""
+    return dataclasses.replace(record, rank_wall_s=[], rank_busy_s=[])
+
+
 def by_group(records: Sequence[StepRecord]) -> dict[str, dict[str, float | None]]:
     """Speed, utilisation, skew and memory of each packing group's steps."""
     table: dict[str, dict[str, float | None]] = {}

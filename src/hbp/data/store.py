@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hbp.data.record import Encoded
-from hbp.disk import let_faults_through
+from hbp.disk import let_faults_through, patiently
 from hbp.errors import HbpError
 
 FORMAT = 2
@@ -425,7 +425,7 @@ def open_store(folder: str | Path) -> TokenStore:
         if not (folder / name).exists():
             raise HbpError(f"{folder} is not a token store ({name} is missing)")
     try:
-        meta = json.loads((folder / "store.json").read_text())
+        meta = json.loads(patiently((folder / "store.json").read_text))
         if meta["format"] != FORMAT:
             raise HbpError(f"{folder} has store format {meta['format']}, this hbp reads {FORMAT}; delete it")
         n_samples, shards = int(meta["n_samples"]), tuple(ShardEntry(**entry) for entry in meta["shards"])

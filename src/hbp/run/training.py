@@ -35,7 +35,16 @@ from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_pa
 from hbp.run.steps.less_memory import count_on_less, ran_out
 from hbp.run.steps.odd import OddSteps, finite_or_none
 from hbp.run.steps.saving import Saving
-from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log, sync_log
+from hbp.run_log import (
+    EvalRecord,
+    StepRecord,
+    append_record,
+    by_group,
+    read_log,
+    rewrite_log,
+    sync_log,
+    without_timeline,
+)
 from hbp.simulator import plan_cost_model, step_seconds
 from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, list_checkpoints, load_checkpoint
 from hbp.train.export import export_model, source_dtype
@@ -171,7 +180,7 @@ def train_strategy(
             raise _stopped(run, why)
         while True:
             new = _train_part(run, part, first_step, before_s=_seconds(records[-1]))
-            records[-1] += new
+            records[-1] += map(without_timeline, new)
             if run.saving and new and (why := _why_it_ends(run, new[-1].signal)):
                 raise _stopped(run, why)
             following = next_part(part, learner.model)
@@ -259,11 +268,12 @@ def _take_up_logs(folder: Path, part: Part, checkpoint: Checkpoint | None) -> li
         for later in folder.glob("part-*"):  # of a way that the run is not going again
             if later.name[5:].isdecimal() and int(later.name[5:]) > part.number:
                 shutil.rmtree(later)
+    slim = [[*map(without_timeline, own)] for own in done]
     if part.number == at.part:
         dist.barrier()
-        return done
+        return slim
     _begin_part(part)
-    return [*done, []]
+    return [*slim, []]
 
 
 def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list[StepRecord]:
@@ -427,17 +437,20 @@ def _seconds(records: Sequence[StepRecord]) -> float:
 
 def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[StepRecord]]) -> dict[str, Any]:
     """Of all parts together; groups and metrics are those of the first plan."""
-    plans = [*(read_plan(part_folder(folder, number) / "plan") for number in range(part.number)), part.plan]
-    each = [_part_result(plan, own) for plan, own in zip(plans, parts, strict=True)]
+
+    def plan_of(number: int) -> Plan:  # one at a time: there may be a thousand
+        return part.plan if number == part.number else read_plan(part_folder(folder, number) / "plan")
+
+    each, first = [_part_result(plan_of(number), own) for number, own in enumerate(parts)], plan_of(0)
     records = [record for own in parts for record in own]
     seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
     learnt = [(record.loss, record.loss_tokens) for record in records if record.loss is not None]
-    info = plans[0].info
+    info = first.info
     return {
         "strategy": info.strategy,
         "world_size": part.plan.info.world_size,
         "device": device_name(engine.device),
-        "samples": len(plans[0].sample_ids),
+        "samples": len(first.sample_ids),
         "dropped": len(info.dropped),
         "epochs": engine.config.train.epochs,
         "tokens": tokens,
