@@ -12,10 +12,12 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fault_rows import summary
 from goals import exact, verdicts
 
 from hbp.cost.known_models import KNOWN_MODELS
@@ -441,6 +443,60 @@ def models_known() -> str:
     return "\n".join(["| family | names |", "|---|---|", *rows]) + "\n"
 
 
+def faults() -> str:
+    data = json.loads((RESULTS / "faults.json").read_text())
+    modes = summary(data["rows"])
+    numbers = ("runs", "kills", "attempts", "injected", "hangs", "wrong")
+    cells = [
+        (f"`{row['mode']}`", *(f"{row[name]:,}" for name in numbers), f"{row['slowest_end_s']:.1f}") for row in modes
+    ]
+    totals = [f"**{sum(row[name] for row in modes):,}**" for name in numbers]
+    cells.append(("**all**", *totals, f"**{max(row['slowest_end_s'] for row in modes):.1f}**"))
+    header = ("mode", "runs", "kills", "starts", "faults", "hangs", "wrong", "slowest end, s")
+    worlds = sorted({row["world"] for row in data["rows"]})
+    seconds = sum(row["seconds"] for row in data["rows"])
+    source = f"*`{data['command']}`, {data['device']}, torch {data['torch']}, {data['date']}; runs of "
+    source += f"{', '.join(worlds)} ranks, {seconds / 60:.0f} minutes in all; raw rows in "
+    return table(header, cells) + "\n" + source + "`benchmarks/results/faults.json`.*\n"
+
+
+def faults_phases() -> str:
+    modes = summary(json.loads((RESULTS / "faults.json").read_text())["rows"])
+    phases: Counter[str] = sum((Counter(row["phases"]) for row in modes), Counter())
+    ways: Counter[str] = sum((Counter(row["by"]) for row in modes), Counter())
+    kills = sum(count for way, count in ways.items() if way.startswith("SIGKILL"))
+    said = ", ".join(f"{phase} {count}" for phase, count in phases.most_common())
+    return f"{said}. {kills} were SIGKILL, {ways.total() - kills} SIGTERM, SIGUSR1, SIGINT or SIGHUP.\n"
+
+
+def soak() -> str:
+    if not (RESULTS / "soak.json").exists():
+        return "Not measured yet.\n"
+    data = json.loads((RESULTS / "soak.json").read_text())
+    first, last = data["samples"][len(data["samples"]) // 2], data["samples"][-1]
+    cells = [
+        (
+            f"rank {rank}",
+            f"{first['memory_mib'][rank]:.0f}",
+            f"{last['memory_mib'][rank]:.0f}",
+            f"{data['growth']['memory_kib_per_epoch'][rank]:.1f}",
+            f"{last['files'][rank]:.0f}",
+            f"{data['growth']['files_per_hour'][rank]:.1f}",
+            f"{last['threads'][rank]:.0f}",
+            f"{data['growth']['threads_per_hour'][rank]:.1f}",
+        )
+        for rank in range(len(last["files"]))
+    ]
+    header = ("", "MiB half-way", "at the end", "KiB an epoch", "files", "more an hour", "threads", "more an hour")
+    once = "each sample exactly once an epoch" if data["each_sample_once"] else "**samples lost or trained twice**"
+    source = (
+        f"*`{data['command']}`: {data['minutes']:.0f} minutes, {data['epochs']:,} epochs, {data['steps']:,} steps, "
+    )
+    source += f"{once}; growth by a line through the second half. {data['device']}, {data['date']}.*\n"
+    picture = "\n![Memory, open files and threads of each rank over time](soak.svg)\n"
+    return table(header, cells) + "\n" + source + picture
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "packing-fitting": packing_fitting,
     "packing-plans": packing_plans,
@@ -461,6 +517,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "models-time": models_time,
     "models-oldest": models_oldest,
     "models-known": models_known,
+    "faults": faults,
+    "faults-phases": faults_phases,
+    "soak": soak,
 }
 
 

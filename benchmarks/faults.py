@@ -1,45 +1,44 @@
 """Kill a run of several ranks at random moments, go on with it, and hold what came out against a run left alone.
 
-    python benchmarks/faults.py --quick --json          # two kills, under a minute on an idle machine
-    python benchmarks/faults.py --kills 300             # the long form: every mode, 300 kills in all
+    python benchmarks/faults.py --quick --json                       # a few kills, under a minute on an idle machine
+    python benchmarks/faults.py --kills 300 --out benchmarks/results/faults.json     # the long form: every mode
     python benchmarks/faults.py --modes lora,elastic --kills 40 --seed 7
+    python benchmarks/faults.py --soak 120                           # one long run: memory, files, threads (soak.py)
 
 Ranks are forked from this process, which has imported everything, so that a start costs a second. An attempt is killed
-(SIGKILL to one rank, two, or all) or signalled (SIGTERM, SIGUSR1, SIGINT, SIGHUP to one rank or all) at a random moment
-of its life, loading, planning, saving and exporting included, and the same command follows until the run is finished.
-Then: every sample was trained on exactly once an epoch, by plans and logs; and, but for `elastic`, losses, gradient
-norms and exported weights equal those of the run that was left alone, bit for bit.
+(SIGKILL to one rank, two, or all) or signalled (SIGTERM, SIGUSR1, SIGINT, SIGHUP to one rank or all) a moment after it
+has entered a phase that is drawn (a micro-step, an update, a save or its end, loading, planning, evaluation, export,
+the report) or at a drawn time after its start, and the same command follows, to be killed again, until the run is
+finished. After a death the other ranks are ended as torchrun would, or have to notice by themselves, by turns. Then:
+every sample was trained on exactly once an epoch, by plans and logs (and by `hbp audit`); and, but for `elastic`,
+losses, gradient norms and exported weights equal those of the run that was left alone, bit for bit.
 
 | mode | what differs |
 |---|---|
 | full | nothing: the whole model is trained |
 | lora | adapters with dropout, so that random states count |
-| elastic | every attempt runs on 1 to 4 ranks |
+| elastic | every attempt runs on 1 to 3 ranks |
 | slow-disk | saves take most of the time, so that kills land in them |
-| full-disk | one write of a save in five finds no space |
-| torn-files | after an attempt a file of the newest checkpoint is cut or half zeros; a half-written save lies there |
-| read-errors | one read of a checkpoint file in ten fails (EIO); the attempt may end with code 1, nothing may be lost |
+| full-disk | one save in five, and one file in a hundred, finds no space |
+| torn-files | after an attempt a file of the newest checkpoint, or run.json, is cut or half zeros; half a save lies |
+| read-errors | one reading of a file in twenty fails (EIO), or every one of some file: code 1, and nothing is lost |
 
-An attempt that has not ended 120 s after its kill counts as a hang.
+Wrong are, too: an attempt that has not ended 120 s after its kill; one that calls a fault wrong input (code 2); and a
+mode whose faults were never injected. With `--out`, runs that are in the file already are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,32 +47,36 @@ import torch
 import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama
 import yaml
+from fault_ranks import PHASES, Attempt, one_thread, start, tear
+from fault_rows import MODES, Kept, Row, about, summary
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-import hbp.report.page
-import hbp.run.job  # noqa: F401  so too
-import hbp.train.checkpoint as checkpoint
-import hbp.train.loop as loop
-from hbp.cli.main import main as hbp_main
 from hbp.data.stdlib_sft import train_tokenizer
 from hbp.plan import read_plan
+from hbp.run.audit import audit_run
 from hbp.run_log import StepRecord, read_log
 
-MODES = ("full", "lora", "elastic", "slow-disk", "full-disk", "torn-files", "read-errors")
-QUICK_RANKS = 2
-RANKS, EPOCHS, HANG_S, MOST_TRIES = 4, 2, 120.0, 16
+INJECTING = ("slow-disk", "full-disk", "torn-files", "read-errors")
+WORLDS, ELASTIC_WORLDS = (2, 1, 2), (1, 2, 3)
+"""Ranks of a mode's runs, by turns."""
+EPOCHS, SAMPLES, HANG_S = 2, 40, 120.0
+KILLS_OF_A_RUN, MOST_TRIES = 10, 24
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "loss_tokens", "group")
-FINISHED, TO_BE_CONTINUED = 0, 85
+FINISHED, TO_BE_CONTINUED, WRONG_INPUT = 0, 85, 2
+WHEN = {
+    "start": 6, "planning": 2, "loading": 6, "micro-step": 40, "update": 12, "saving": 14, "end of a save": 12,
+    "evaluation": 4, "export": 2, "report": 2,
+}  # fmt: skip
+"""Kills are meant for these phases so often, relative to each other."""
 LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 512,
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320, "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }  # fmt: skip
 
 
-def write_job(folder: Path, samples: int) -> Path:
+def write_job(folder: Path, samples: int = SAMPLES, **train: Any) -> Path:
     """Data, tokenizer, weights and ``cfg.yaml`` in a folder; the configuration's path."""
     folder.mkdir(parents=True)
     rng, words = np.random.default_rng(0), ("pack", "rank", "step", "token", "plan", "group", "wait")
@@ -87,120 +90,14 @@ def write_job(folder: Path, samples: int) -> Path:
     config = transformers.AutoConfig.for_model(**LLAMA)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     sections = {
-        "data": {"source": str(folder / "data.jsonl"), "tokenizer": str(folder / "tokenizer"), "eval_samples": 6},
+        "data": {"source": str(folder / "data.jsonl"), "tokenizer": str(folder / "tokenizer"), "eval_samples": 4},
         "model": {"path": str(folder / "model")},
         "cluster": {"profile": False},
         "plan": {"strategy": "hbp", "global_batch_tokens": 300},
-        "train": {"lr": 1e-2, "epochs": EPOCHS, "save_steps": 2, "eval_steps": 3},
+        "train": {"lr": 1e-2, "epochs": EPOCHS, "save_steps": 2, "eval_steps": 5, **train},
     }
     (folder / "cfg.yaml").write_text(yaml.safe_dump(sections))
     return folder / "cfg.yaml"
-
-
-@dataclass
-class Attempt:
-    """Ranks that are running, and what those that have ended ended with."""
-
-    pids: list[int]
-    log: Path
-    codes: dict[int, int] = field(default_factory=dict)
-
-    def wait(self, seconds: float) -> bool:
-        """Whether all have ended within this time."""
-        until = time.monotonic() + seconds
-        while len(self.codes) < len(self.pids):
-            for pid in set(self.pids) - self.codes.keys():
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    self.codes[pid] = os.waitstatus_to_exitcode(status)
-            if time.monotonic() > until:
-                break
-            time.sleep(0.02)
-        return len(self.codes) == len(self.pids)
-
-    def send(self, number: int, ranks: Sequence[int]) -> None:
-        """A signal to those of these ranks that are running."""
-        for pid in {self.pids[rank] for rank in ranks} - self.codes.keys():
-            os.kill(pid, number)
-
-    def result(self) -> list[int | None]:
-        """Of each rank."""
-        return [self.codes.get(pid) for pid in self.pids]
-
-
-def start(config: Path, world: int, overrides: Sequence[str], log: Path, interfere: Callable[[int], None]) -> Attempt:
-    """One attempt at a run, its ranks forked from here; they meet as those of torchrun do."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            os.setpgid(0, 0)
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            meet = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_PORT": port}
-            os.environ.update({"MASTER_ADDR": "localhost", **{name: str(value) for name, value in meet.items()}})
-            interfere(rank)
-            code = hbp_main(["train", str(config), *overrides])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return Attempt(pids, log)
-
-
-def interference(mode: str, seed: int) -> Callable[[int], None]:
-    """What a mode does to each rank of an attempt, before it begins."""
-
-    def interfere(rank: int) -> None:
-        chance, plain = random.Random(seed * 10 + rank), loop.forward_backward
-
-        def slowly(*arguments: Any) -> Any:
-            time.sleep(0.03)
-            return plain(*arguments)
-
-        loop.forward_backward = slowly  # type: ignore[assignment]
-        write = FileSystemWriter.write_data
-
-        def write_data(writer: Any, *arguments: Any) -> Any:
-            if mode == "full-disk" and chance.random() < 0.2:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(writer.path))
-            time.sleep(chance.uniform(0, 0.6) if mode == "slow-disk" else 0.0)
-            return write(writer, *arguments)
-
-        FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
-        checksum = checkpoint._crc32
-
-        def read(path: Path) -> int:
-            if mode == "read-errors" and chance.random() < 0.1:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-            return checksum(path)
-
-        checkpoint._crc32 = read
-
-    return interfere
-
-
-def tear(checkpoints: Path, chance: random.Random) -> None:
-    """Damage the newest checkpoint as a power cut may, or leave a half-written one; never the only one."""
-    whole = checkpoint.list_checkpoints(checkpoints)
-    if whole:
-        shutil.copytree(whole[0], checkpoints / "step-00009999.partial", dirs_exist_ok=True)
-    if len(whole) < 2:
-        return
-    file = chance.choice([path for path in sorted(whole[0].rglob("*")) if path.is_file()])
-    data = file.read_bytes()
-    at = len(data) // 2
-    file.write_bytes(chance.choice([data[:at], b"", data[:at] + bytes(len(data) - at)]))
 
 
 def parts_of(run: Path) -> list[Path]:
@@ -222,6 +119,7 @@ def audit(run: Path) -> list[list[list[Any]]]:
     assert sorted(trained) == list(range(EPOCHS)), f"epochs {sorted(trained)}"
     for epoch, got in trained.items():
         assert sorted(got) == every, f"epoch {epoch}: {len(got)} of {len(every)} samples"
+    assert all(epoch.holds and not epoch.under_way for epoch in audit_run(run)), "hbp audit finds it wrong"
     return [[[getattr(r, name) for name in EXACT] for r in read_log(part, StepRecord)] for part in parts_of(run)]
 
 
@@ -231,126 +129,187 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@dataclass
-class Tally:
-    """What became of a mode's runs."""
+@dataclass(frozen=True)
+class Alone:
+    """A run that was left alone."""
 
-    mode: str
-    kills: int = 0
-    by: Counter[str] = field(default_factory=Counter)
-    runs: int = 0
-    hangs: int = 0
-    slowest_end_s: float = 0.0
-    codes: Counter[str] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
+    run: Path
+    steps: list[list[list[Any]]]
+    begins_s: float
+    """Until its first micro-step."""
 
 
-def disturb(attempt: Attempt, chance: random.Random, world: int) -> str:
+class Bench:
+    """The folder in which everything happens, and the runs that were left alone in it."""
+
+    def __init__(self, root: Path, samples: int) -> None:
+        self.root, self.config = root, write_job(root / "job", samples)
+        self.alone: dict[tuple[bool, int], Alone] = {}
+
+    def arguments(self, run: Path, mode: str) -> list[str]:
+        """Of the command line."""
+        adapters = ["lora.rank=4", "lora.dropout=0.3"] if mode == "lora" else []
+        return ["train", str(self.config), f"run_dir={run}", *adapters]
+
+    def left_alone(self, mode: str, world: int) -> Alone:
+        """The run that this mode's are held against, which enters every phase but loading."""
+        kind = (mode == "lora", world)
+        if kind not in self.alone:
+            run, log = self.root / f"alone-{mode}-{world}", self.root / f"alone-{mode}-{world}.txt"
+            began = time.monotonic()
+            attempt = start(self.arguments(run, mode), world, log, "full", 0, run)
+            attempt.wait(HANG_S, lambda: attempt.entered("micro-step") > 0)
+            begins_s = time.monotonic() - began
+            assert attempt.wait(5 * HANG_S), "the run that was left alone hangs"
+            assert set(attempt.result()) == {FINISHED}, log.read_text()[-3000:]
+            missed = [phase for phase in PHASES if not attempt.entered(phase) and phase != "loading"]
+            assert not missed, f"no rank entered {missed}: are the hooks where they were?"
+            self.alone[kind] = Alone(run, audit(run), begins_s)
+        return self.alone[kind]
+
+
+def disturb(attempt: Attempt, chance: random.Random) -> str:
     """Kill or signal it; what was done, for people."""
+    world = len(attempt.pids)
     one = chance.randrange(world)
     kind = chance.choice(["kill one", "kill two", "kill all", "signal one", "signal all"])
     ranks = {"one": [one], "two": list({one, chance.randrange(world)}), "all": list(range(world))}[kind.split()[1]]
     number = signal.SIGKILL if kind.startswith("kill") else chance.choice(SIGNALS)
     attempt.send(number, ranks)
-    return f"{signal.Signals(number).name} to {kind.split()[1]}"
+    return f"{signal.Signals(number).name} to {kind.split()[1] if world > 1 else 'the only one'}"
 
 
-def kill_and_go_on(mode: str, kills: int, seed: int, root: Path, samples: int, ranks: int) -> Tally:
-    """Runs of one mode, disturbed until there were so many kills, each gone on with to its end."""
-    chance, tally = random.Random(f"{mode} {seed}"), Tally(mode)
-    config = write_job(root / mode / "job", samples)
-    options = ["lora.rank=4", "lora.dropout=0.3"] if mode == "lora" else []
-    reference, began = root / mode / "left-alone", time.monotonic()
-    alone = start(config, ranks, [f"run_dir={reference}", *options], root / mode / "alone.txt", interference("full", 0))
-    assert alone.wait(600), "the run that was left alone hangs"
-    assert set(alone.result()) == {FINISHED}, alone.log.read_text()[-3000:]
-    whole_s, want = time.monotonic() - began, audit(reference)
-    while tally.kills < kills:
-        run, tally.runs = root / mode / f"run-{tally.runs}", tally.runs + 1
-        for number in range(MOST_TRIES + 1):
-            world = chance.choice([1, 2, 3, 4]) if mode == "elastic" else ranks
-            log = run.with_name(f"{run.name}-{number}.txt")
-            attempt = start(
-                config, world, [f"run_dir={run}", *options], log, interference(mode, chance.randrange(2**31))
-            )
-            disturbed = tally.kills < kills and number < MOST_TRIES - 2
-            if disturbed and not attempt.wait(chance.uniform(0.2, 1.05 * whole_s)):
-                tally.kills += 1
-                tally.by[disturb(attempt, chance, world)] += 1
-                ended = time.monotonic()
-                hangs = not attempt.wait(HANG_S)
-                tally.slowest_end_s = max(tally.slowest_end_s, time.monotonic() - ended)
-            else:
-                hangs = not attempt.wait(HANG_S + 3 * whole_s)
-            if hangs:
-                tally.hangs += 1
-                tally.bad.append(f"{log.name}: hangs")
-                attempt.send(signal.SIGKILL, range(world))
-                attempt.wait(10)
-            codes = attempt.result()
-            tally.codes[" ".join(sorted({str(code) for code in codes}))] += 1
-            if set(codes) == {FINISHED}:
-                break
-            if mode == "torn-files":
-                tear(run / "hbp" / "checkpoints", chance)
+def wait_for_moment(attempt: Attempt, phase: str, chance: random.Random, begins_s: float) -> bool:
+    """Whether the moment to kill came before the attempt ended."""
+    if phase == "start":
+        return not attempt.wait(chance.uniform(0, 1.2 * begins_s))
+    if phase == "loading":
+        times = 1
+    else:
+        times = chance.randint(1, {"micro-step": 8, "update": 5, "saving": 2, "end of a save": 2}.get(phase, 1))
+    ended = attempt.wait(HANG_S, lambda: attempt.entered(phase) >= times)
+    return not ended and not attempt.wait(chance.choice([0.0, chance.uniform(0, 0.05)]))
+
+
+def kill_and_go_on(bench: Bench, mode: str, number: int, seed: int, kills: int) -> Row:
+    """One run, disturbed up to so many times, gone on with to its end, and held against one that was left alone."""
+    chance = random.Random(f"{mode} {seed} {number}")
+    world = WORLDS[number % len(WORLDS)]
+    row = Row(mode, number, seed, "1–3" if mode == "elastic" else str(world))
+    alone = bench.left_alone(mode, world)
+    run, began = bench.root / f"{mode}-{seed}-{number}", time.monotonic()
+    for row.attempts in range(1, MOST_TRIES + 1):
+        ranks = chance.choice(ELASTIC_WORLDS) if mode == "elastic" else world
+        log = run.with_name(f"{run.name}-{row.attempts}.txt")
+        attempt = start(bench.arguments(run, mode), ranks, log, mode, chance.randrange(2**31), run)
+        attempt.launcher = chance.random() < 0.5
+        phase = chance.choices(list(WHEN), list(WHEN.values()))[0]
+        if phase == "loading" and not (run / "hbp" / "checkpoints").is_dir():
+            phase = "micro-step"  # nothing will be loaded
+        if row.kills < kills and wait_for_moment(attempt, phase, chance, alone.begins_s):
+            row.kills, disturbed = row.kills + 1, time.monotonic()
+            row.by[disturb(attempt, chance)] += 1
+            row.phases[phase] += 1
+            hangs = not attempt.wait(HANG_S)
+            row.slowest_end_s = max(row.slowest_end_s, round(time.monotonic() - disturbed, 1))
         else:
-            tally.bad.append(f"{run.name}: not finished after {MOST_TRIES} attempts")
-            continue
-        tally.bad += compare(run, reference, want, mode)
-        print(f"{mode}: {run.name} finished, {tally.kills} kills, {len(tally.bad)} bad", file=sys.stderr, flush=True)
+            hangs = not attempt.wait(2 * HANG_S)
+        codes = attempt.result()
+        row.codes[" ".join(sorted(map(str, codes)))] += 1
+        row.injected += attempt.injected()
+        if hangs or WRONG_INPUT in codes:
+            row.hangs += hangs
+            row.bad.append(f"{log.name}: {'hangs' if hangs else 'wrong input'}: {log.read_text()[-2000:]}")
+            attempt.send(signal.SIGKILL, range(ranks))
+            attempt.wait(10)
+        if set(codes) == {FINISHED}:
+            row.bad += compare(run, alone, mode)
+            break
+        row.injected += tear(run, chance) if mode == "torn-files" else 0
+    else:
+        row.bad.append(f"{run.name}: not finished after {MOST_TRIES} attempts: {log.read_text()[-2000:]}")
+    row.seconds = round(time.monotonic() - began, 1)
+    if not row.bad:
         shutil.rmtree(run, ignore_errors=True)
-    return tally
+    return row
 
 
-def compare(run: Path, reference: Path, want: list[list[list[Any]]], mode: str) -> list[str]:
+def compare(run: Path, alone: Alone, mode: str) -> list[str]:
     """What is wrong with a finished run."""
     try:
         got = audit(run)
         if mode != "elastic":
-            assert got == want, "steps differ from those of the run that was left alone"
-            mine, theirs = weights(run), weights(reference)
+            assert got == alone.steps, "steps differ from those of the run that was left alone"
+            mine, theirs = weights(run), weights(alone.run)
             same = mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
             assert same, "weights differ from those of the run that was left alone"
+        damaged = list((run / "hbp" / "checkpoints").glob("*.damaged*"))
+        assert mode == "torn-files" or not damaged, f"{damaged} are called damaged"
     except (AssertionError, OSError, ValueError) as wrong:
         return [f"{run.name}: {wrong}"]
     return []
 
 
+def run_modes(modes: Sequence[str], kills: int, args: argparse.Namespace) -> Kept:
+    """Runs of the modes by turns, until each has seen so many kills."""
+    kept = Kept(args.out)
+    with tempfile.TemporaryDirectory(prefix="hbp-faults-") as root, one_thread():
+        bench, number = Bench(Path(root), SAMPLES), 0
+        while True:
+            mine = [row for row in kept.rows() if row["seed"] == args.seed]
+            done = {(row["mode"], row["number"]) for row in mine}
+            missing = {mode: kills - sum(row["kills"] for row in mine if row["mode"] == mode) for mode in modes}
+            if all(left <= 0 for left in missing.values()):
+                return kept
+            for mode in [mode for mode in modes if missing[mode] > 0 and (mode, number) not in done]:
+                row = kill_and_go_on(bench, mode, number, args.seed, min(missing[mode], KILLS_OF_A_RUN))
+                kept.add(row)
+                said = f"{mode} {number}: {row.kills} kills in {row.seconds:.0f} s, {len(row.bad)} wrong"
+                print("\n".join([said, *row.bad]), file=sys.stderr, flush=True)
+            number += 1
+
+
 def main() -> None:
     """Run the modes; a table, or one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two kills of a small run")
+    parser.add_argument("--quick", action="store_true", help="four kills, in two modes")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--modes", default=",".join(MODES), help="of " + ", ".join(MODES))
     parser.add_argument("--kills", type=int, default=300, help="in all modes together")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="add each run to this JSON file, and leave out those that are in it")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: one run for so long (soak.py)")
     args = parser.parse_args()
-    modes = ["full"] if args.quick else args.modes.split(",")
+    if args.soak is not None:
+        import soak
+
+        soak.run(args.soak, args.out)
+        return
+    modes = ["full", "read-errors"] if args.quick else args.modes.split(",")
     if unknown := set(modes) - set(MODES):
         parser.error(f"no mode {unknown.pop()!r}: give some of {', '.join(MODES)}")
-    kills = 2 if args.quick else -(-args.kills // len(modes))
-    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    torch.set_num_threads(1)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as root:
-        size = (50, QUICK_RANKS) if args.quick else (110, RANKS)
-        tallies = [kill_and_go_on(mode, kills, args.seed, Path(root), *size) for mode in modes]
-    rows = [{**vars(tally), "by": dict(tally.by), "codes": dict(tally.codes)} for tally in tallies]
+    rows = run_modes(modes, 2 if args.quick else -(-args.kills // len(modes)), args).rows()
+    table = summary(rows)
+    idle = [row["mode"] for row in table if row["mode"] in INJECTING and not row["injected"]]
     result = {
-        "kills": sum(tally.kills for tally in tallies),
-        "hangs": sum(tally.hangs for tally in tallies),
-        "bad": sum(len(tally.bad) for tally in tallies),
+        "command": "python benchmarks/faults.py" + (" --quick" if args.quick else ""),
+        **about(),
+        "kills": sum(row["kills"] for row in table),
+        "hangs": sum(row["hangs"] for row in table),
+        "wrong": sum(row["wrong"] for row in table) + len(idle),
+        "without_a_fault": idle,
         "seconds": round(time.monotonic() - began, 1),
-        "rows": rows,
+        "rows": table,
     }
     if args.json:
         print(json.dumps(result))
     else:
-        print("| mode | kills | runs | hangs | wrong | slowest end, s |\n|---|--:|--:|--:|--:|--:|")
-        for tally in tallies:
-            ended = f"{tally.slowest_end_s:.1f}"
-            print(f"| {tally.mode} | {tally.kills} | {tally.runs} | {tally.hangs} | {len(tally.bad)} | {ended} |")
-    sys.exit(1 if result["bad"] else 0)
+        print("| mode | runs | kills | faults injected | hangs | wrong | slowest end, s |\n|---|" + "--:|" * 6)
+        for row in table:
+            cells = [row[name] for name in ("mode", "runs", "kills", "injected", "hangs", "wrong", "slowest_end_s")]
+            print("| " + " | ".join(map(str, cells)) + " |")
+    sys.exit(1 if result["wrong"] or result["hangs"] else 0)
 
 
 if __name__ == "__main__":

@@ -139,3 +139,12 @@ def test_rehearse() -> None:
         assert row["micro_steps"].startswith("1 of ")
     assert abs(checked["memory_error"]) < 0.02
     assert checked["processor_s"] > 0 and checked["rehearsed_s"] > 0
+
+
+def test_faults() -> None:
+    """Its hooks are where they were: it ends with an error if a phase was never entered or a mode did nothing."""
+    result = run("faults.py")
+    assert (result["wrong"], result["hangs"], result["without_a_fault"]) == (0, 0, [])
+    assert {row["mode"] for row in result["rows"]} == {"full", "read-errors"}
+    assert result["kills"] >= 2
+    assert all(sum(row["codes"].values()) == row["attempts"] >= row["kills"] for row in result["rows"])

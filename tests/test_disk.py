@@ -6,11 +6,15 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hbp import disk
-from hbp.disk import beside, content_hash, free_name, patiently, write_whole
+from hbp.data.store import open_store
+from hbp.disk import beside, content_hash, free_name, is_disk_fault, patiently, write_whole
+from hbp.errors import HbpError
+from hbp.plan import read_info, read_plan
 
 
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path: Path) -> None:
@@ -73,3 +77,35 @@ def test_content_alone_decides_the_hash(tmp_path: Path, whole: int, monkeypatch:
         assert content_hash(other) != before
     other.write_bytes(one.read_bytes() + b"x")
     assert content_hash(other) != before
+
+
+def test_a_fault_of_the_disk_is_known_behind_what_was_made_of_it() -> None:
+    """It may have been told as a file that cannot be read; what is only not there is no fault."""
+    for number, fault in ((errno.EIO, True), (errno.ENOSPC, True), (errno.ENOENT, False), (errno.EACCES, False)):
+        try:
+            try:
+                raise OSError(number, os.strerror(number), "a.json")
+            except OSError as error:
+                raise HbpError("cannot read a.json") from (error if number == errno.EIO else None)
+        except HbpError as error:
+            assert is_disk_fault(error) is fault
+    assert not is_disk_fault(None)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan and a token store: the error of the disk comes out, after the file was tried again."""
+    monkeypatch.setattr(disk, "PAUSE_S", 0.0)
+    for name in ("store.json", "index.parquet", "shards"):
+        (tmp_path / name).touch()
+    opened: list[Path] = []
+
+    def failing(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "open", failing)
+    for read in (read_plan, read_info, open_store):
+        opened.clear()
+        with pytest.raises(OSError, match="Input/output error"):
+            read(tmp_path)
+        assert len(opened) == disk.TRIES

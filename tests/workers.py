@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,8 +16,13 @@ from hbp.train.check import ranks
 
 torch.set_num_threads(1)  # these models are too small for more
 CPU = torch.device("cpu")
-PRELOADED = ["hbp.run.job", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
-"""Imported once, by the server that ranks fork from: five seconds of processor time a rank."""
+PRELOADED = [
+    "hbp.run.job",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "warm",
+]
+"""Imported once, by the server that ranks fork from: seven seconds of processor time a rank."""
 LLAMA = {  # grouped queries, tied embeddings
     "model_type": "llama",
     "hidden_size": 32,
@@ -85,7 +92,9 @@ FAMILIES = {
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 300) -> list[Any]:
     """As :func:`hbp.train.check.ranks.run_ranks`, in processes that have imported :data:`PRELOADED`."""
-    return ranks.run_ranks(function, world, *args, timeout=timeout, preloaded=PRELOADED)
+    here = str(Path(__file__).parent)  # which the server that they fork from would not look into
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"):
+        return ranks.run_ranks(function, world, *args, timeout=timeout, preloaded=PRELOADED)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> str:

@@ -44,6 +44,11 @@ REPLANNED = on_resume("what is left is planned again")
 FROM_THERE = on_resume("holds from there on")
 
 
+def _free(default: Any, meaning: str, **limits: Any) -> Any:
+    """An option that is :data:`FREE`."""
+    return Field(default, description=meaning, json_schema_extra=FREE, **limits)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -250,23 +255,17 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(
         1.0, gt=0, description="gradients are clipped to this norm", json_schema_extra=FROM_THERE
     )
-    max_skipped: int = Field(
-        3,
-        ge=1,
-        description="a step whose loss or gradient norm is not finite is skipped; so many in a row end the run",
-        json_schema_extra=FREE,
+    max_skipped: int = _free(
+        3, "a step whose loss or gradient norm is not finite is skipped; so many in a row end the run", ge=1
     )
-    max_minutes: float | None = Field(
-        None,
-        gt=0,
-        description="save and end this job (exit code 85) after so many minutes; none: no limit",
-        json_schema_extra=FREE,
+    on_oom: Literal["replan", "stop"] = _free(
+        "replan", "a step runs out of memory: plan what is left for less, and go on from the last checkpoint; or end"
     )
-    max_steps: int | None = Field(
-        None,
-        ge=1,
-        description="save and end (exit code 85) after so many steps of the whole run; none: no limit",
-        json_schema_extra=FREE,
+    max_minutes: float | None = _free(
+        None, "save and end this job (exit code 85) after so many minutes; none: no limit", gt=0
+    )
+    max_steps: int | None = _free(
+        None, "save and end (exit code 85) after so many steps of the whole run; none: no limit", ge=1
     )
     export: bool = Field(True, description="write the trained model as a Hugging Face folder", json_schema_extra=FREE)
     push_to_hub: str | None = Field(

@@ -11,11 +11,15 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
+
+from hbp import __version__
 
 PARTIAL = ".partial"
 TRIES = 4
@@ -23,6 +27,8 @@ PAUSE_S = 0.25
 WHOLE_BYTES = 1 << 28
 """Files up to here are hashed whole, larger ones by their size and blocks that are spread over them."""
 BLOCKS, BLOCK_BYTES = 64, 1 << 20
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""What a file system does of its own: it says nothing of what a file holds, and is no wrong input."""
 NOTHING_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 Result = TypeVar("Result")
@@ -86,6 +92,21 @@ def patiently(read: Callable[[], Result]) -> Result:
     raise AssertionError("a loop of no tries")
 
 
+def let_faults_through(error: BaseException) -> None:
+    """Raise an error again that is one of the :data:`FAULTS`: what cannot be read is not damaged."""
+    if isinstance(error, OSError) and error.errno in FAULTS:
+        raise error
+
+
+def is_disk_fault(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised for, is one of the :data:`FAULTS`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FAULTS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def free_name(path: Path) -> Path:
     """The path itself if nothing is there, else the first of ``NAME-2``, ``NAME-3``, … that is free."""
     if not os.path.lexists(path):
@@ -117,3 +138,12 @@ def content_hash(path: Path) -> str:
         return digest.hexdigest()
 
     return patiently(read)
+
+
+def versions_of(*libraries: str) -> dict[str, str]:
+    """Of this code, Python and these libraries, those that are installed: kept with what they made."""
+    found = {"hbp": __version__, "python": platform.python_version()}
+    for name in libraries:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,8 +1,10 @@
 """The errors that users are meant to read, and how they travel from a rank to the process that started it."""
 
+import contextlib
 import difflib
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,11 +30,15 @@ class RankFailed(Exception):
     """A rank ended by a signal or a fault, or training that went wrong; the message says what. Exit code 1."""
 
 
+class OutOfMemory(RankFailed):
+    """A step ran out of memory, and the run's state says that plans are to count on less; to be started again."""
+
+
 class Stopped(Exception):
     """A signal or a limit ended the run, its state is saved; the same command goes on. Exit code 85."""
 
 
-REPORTED = {"HbpError": HbpError, "RankFailed": RankFailed, "Stopped": Stopped}
+REPORTED = {"HbpError": HbpError, "RankFailed": RankFailed, "OutOfMemory": OutOfMemory, "Stopped": Stopped}
 
 
 def report_to_parent(error: Exception) -> bool:
@@ -48,6 +54,28 @@ def report_to_parent(error: Exception) -> bool:
     except FileExistsError:
         pass
     return True
+
+
+def said_by_another_rank(message: str) -> bool:
+    """Whether another rank of this machine has said it already; under torchrun, all are refused for the same reason.
+
+    torchrun gives its ranks files to report in, each in a folder of its own, and these are in one of the attempt's.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if own is None:
+        return os.environ.get("RANK", "0") != "0" and "SLURM_PROCID" in os.environ
+    said = Path(own).parent.parent / "hbp-said"
+    try:
+        with said.open("x") as file:
+            file.write(message)
+        return False
+    except FileExistsError:
+        time.sleep(0.05)  # it may be on its way
+        with contextlib.suppress(OSError):
+            return said.read_text() == message
+        return False
+    except OSError:
+        return False
 
 
 def reported_by_rank() -> Exception | None:

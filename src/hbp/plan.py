@@ -38,7 +38,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hbp.disk import beside, write_whole
+from hbp.disk import beside, let_faults_through, patiently, write_whole
 from hbp.errors import HbpError
 from hbp.plan_info import (
     JSON_NAME,
@@ -340,11 +340,12 @@ def read_plan(folder: Path) -> Plan:
     """
     data, path = read_json(folder), folder / PARQUET_NAME
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = patiently(lambda: pq.read_table(path, page_checksum_verification=True))
         missing = set(SCHEMA.names).difference(table.column_names)
     except FileNotFoundError:
         raise HbpError(f"no {PARQUET_NAME} in {folder}; make a plan with `hbp plan --out {folder}`") from None
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name is not UTF-8
+        let_faults_through(error)
         raise HbpError(f"cannot read {path} ({one_line(error)}); make the plan again") from None
     if missing:
         raise HbpError(f"{path} lacks the columns {', '.join(sorted(missing))}; make the plan again with `hbp plan`")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from hbp.disk import let_faults_through, patiently
 from hbp.errors import HbpError
 
 SCHEMA_VERSION = 1
@@ -91,10 +92,11 @@ def read_json(folder: Path) -> dict[str, Any]:
     """
     path = folder / JSON_NAME
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(patiently(path.read_text))
     except FileNotFoundError:
         raise HbpError(f"no plan in {folder} ({JSON_NAME} is missing); make one with `hbp plan`") from None
     except (OSError, ValueError, RecursionError) as error:
+        let_faults_through(error)
         raise HbpError(f"cannot read {path} ({one_line(error)}); make the plan again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:

@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -22,7 +23,8 @@ def _speaks() -> bool:
 def say(line: str) -> None:
     """One line for people; of a rank, whose lines make the log of a run, with the time before it."""
     if _speaks():
-        print(f"{time_stamp()}hbp: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log that nobody reads, or that finds no space, is no reason to end a run
+            print(f"{time_stamp()}hbp: {line}", file=sys.stderr, flush=True)
 
 
 def time_stamp() -> str:
@@ -71,7 +73,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar:
-            self.bar.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self.bar.stop()
 
 
 class Counter:

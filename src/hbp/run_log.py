@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from hbp.disk import write_whole
+from hbp.disk import patiently, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def read_log(folder: Path, kind: type[Record]) -> list[Record]:
     """
     log, records = folder / kind.FILE, list[Record]()
     names = {field.name for field in dataclasses.fields(kind)}
-    for line in log.read_text().splitlines() if log.is_file() else ():
+    for line in patiently(log.read_text).splitlines() if log.is_file() else ():
         try:
             records.append(kind(**{name: value for name, value in json.loads(line).items() if name in names}))
         except (ValueError, TypeError, AttributeError):  # cut off with its run
@@ -111,6 +113,12 @@ def append_record(folder: Path, record: StepRecord | EvalRecord) -> None:
         log.write(_line(record))
 
 
+def sync_log(folder: Path, kind: type[Record]) -> None:
+    """Make what was logged outlast a power cut, as the checkpoint does that is about to be saved."""
+    with suppress(FileNotFoundError), (folder / kind.FILE).open("rb") as log:
+        os.fsync(log.fileno())
+
+
 def rewrite_log(folder: Path, kind: type[Record], records: Iterable[Record]) -> None:
     """These records and no others; no file for none."""
     lines = "".join(map(_line, records))
@@ -122,6 +130,11 @@ def rewrite_log(folder: Path, kind: type[Record], records: Iterable[Record]) -> 
 
 def _line(record: StepRecord | EvalRecord) -> str:
     return json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n"
+
+
+def without_timeline(record: StepRecord) -> StepRecord:
+    """The same without the seconds of single micro-steps, which are for the report and most of a record's size."""
+    return dataclasses.replace(record, rank_wall_s=[], rank_busy_s=[])
 
 
 def by_group(records: Sequence[StepRecord]) -> dict[str, dict[str, float | None]]:

@@ -1,19 +1,26 @@
 """The command line as programs and people meet it: output, exit codes, one-line errors, no torch for planning."""
 
+import errno
+import functools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from hbp.cli.main import main
+from hbp.cli.main import exit_code, main
 from hbp.cli.plan import _quick_enough
+from hbp.errors import ERROR_FILE, HbpError
 from hbp.planning.planner import STRATEGIES
 
 LENGTHS = np.random.default_rng(0).integers(20, 4000, 400).astype(np.int32)
+COMMANDS = ("plan", "compare", "simulate", "report")
 WITHOUT_TORCH = """
 import sys
 class Refuse:
@@ -21,7 +28,7 @@ class Refuse:
         if name.split(".")[0] in ("torch", "transformers", "datasets"):
             raise ImportError(f"the planning half imported {name}")
 sys.meta_path.insert(0, Refuse())
-from hbp.cli.main import main
+from hbp.cli.main import exit_code, main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -304,3 +311,107 @@ def test_built_in_model_has_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureF
     data = ["--data", str(tmp_path / "none.jsonl")]
     message = refused(capsys, "plan", *data, "--model", "llama-3.1-8b", "--gpus", "8", "--out", str(tmp_path / "p"))
     assert "--tokenizer" in message
+
+
+@pytest.mark.parametrize("command", ["", "plan --help", "--version", "plan", "compare", "simulate", "report"])
+@pytest.mark.parametrize("json_too", ["", " --json"])
+def test_output_that_nobody_reads_any_more_is_no_fault(
+    command: str,
+    json_too: str,
+    lengths: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As of ``| head``: 141, as a shell counts it, or what the command itself ends with; and no traceback."""
+    plan = ["plan", *planning(lengths), "--strategy", "bfd", "--out", str(tmp_path / "plan")]
+    words = {
+        "plan": plan,
+        "compare": ["compare", *planning(lengths), "--strategies", "bfd,ffd"],
+        "simulate": ["simulate", str(tmp_path / "plan")],
+        "report": ["report", str(tmp_path / "plan")],
+    }.get(command, command.split())
+    if command in ("simulate", "report"):
+        assert main(plan) == 0
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        try:
+            code = main([*words, *(json_too.split() if command in COMMANDS else [])])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        gone.flush()  # as at the end of the process: it raises nothing
+    assert code == (141 if command in COMMANDS or not command else 0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupted) == 130
+    assert capsys.readouterr().err == "hbp: interrupted\n"
+    monkeypatch.setenv(ERROR_FILE, "somewhere")  # a rank: whoever started it says so
+    assert exit_code(interrupted) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_that_a_compiler_made_something_else_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """numba raises a SystemError or a RuntimeError of its own, or Python loses it in a callback."""
+
+    class Cleanup:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def compiled(words: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise SystemError("returned a result with an exception set") from None
+        return 0
+
+    def lost(words: list[str]) -> int:
+        Cleanup()
+        time.sleep(60)
+        return 0
+
+    for command in (compiled, lost):
+        monkeypatch.setattr("hbp.cli.main._run", command)
+        assert main(["plan"]) == 130
+        assert capsys.readouterr().err == "hbp: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ranks_of_torchrun_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun gives each a file to report in; all are refused for the same reason, one for a reason of its own."""
+
+    def refuse(why: str) -> int:
+        raise HbpError(why)
+
+    for rank, why in enumerate(["no such option", "no such option", "no such option", "its disk is another"]):
+        own = tmp_path / "attempt_0" / str(rank) / "error.json"
+        own.parent.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(own))
+        assert exit_code(functools.partial(refuse, why)) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "hbp: error: no such option",
+        "hbp: error: its disk is another",
+    ]
+
+
+def test_a_fault_of_the_disk_is_no_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it was told as something that cannot be read."""
+
+    def failing() -> int:
+        try:
+            raise OSError(errno.EIO, "Input/output error", "a.jsonl")
+        except OSError as error:
+            raise HbpError(f"a.jsonl cannot be read ({error})") from None
+
+    assert exit_code(failing) == 1
+    assert capsys.readouterr().err.startswith("hbp: error: a.jsonl cannot be read ([Errno 5] Input/output error")

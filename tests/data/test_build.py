@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hbp.disk import versions_of
 from hbp.errors import HbpError
 
 pytest.importorskip("transformers")
@@ -116,6 +117,19 @@ def test_nothing_is_made_twice(source: Path, recipe: Recipe, tmp_path: Path, mad
     next((tmp_path / "store" / SHARDS).iterdir()).write_bytes(b"damaged")
     (tmp_path / "store" / "store.json").unlink()
     assert 0 < prepare()[1] < 10
+
+
+def test_a_store_says_what_made_it(source: Path, recipe: Recipe, tmp_path: Path, made: list[Any]) -> None:
+    """And is used as it is by other versions: what decides tokens is in the recipe."""
+    build_store(tmp_path / "store", [Source(str(source))], recipe)
+    path = tmp_path / "store" / "store.json"
+    kept = json.loads(path.read_text())
+    assert kept["versions"] == versions_of("tokenizers", "transformers", "pyarrow", "datasets")
+    assert kept["versions"].keys() >= {"hbp", "python", "tokenizers", "transformers", "pyarrow"}
+    path.write_text(json.dumps(kept | {"versions": {"hbp": "0.0.1"}}))
+    made.clear()
+    build_store(tmp_path / "store", [Source(str(source))], recipe)
+    assert not made
 
 
 def test_an_interrupted_build_goes_on(

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def lines(records: list[Any]) -> bytes:
 
 def zstd(data: bytes) -> bytes:
     return pa.compress(data, "zstd", asbytes=True)
+
+
+def packed(data: bytes, suffix: str) -> bytes:
+    kinds = {".gz": gzip.compress, ".zst": zstd, ".bz2": bz2.compress, ".xz": lzma.compress}
+    return kinds[suffix](data) if suffix in kinds else data
 
 
 def array(records: list[Any]) -> bytes:
@@ -137,15 +143,31 @@ def test_an_element_longer_than_what_is_read_at_a_time(tmp_path: Path, monkeypat
         assert read(tmp_path / name, 50) == RECORDS
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz", "a.jsonl.bz2", "a.json"])
 def test_a_line_over_the_limit_is_refused_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what a small compressed file unpacks to: never more than the limit is in memory."""
     monkeypatch.setattr(files, "LINE_BYTES", 3 << 20)
     long = json.dumps({"a": "x" * (9 << 20)}).encode()
     text = b"[" + long + b"]" if name == "a.json" else b'{"a": 1}\n' + long + b"\n"
-    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    (tmp_path / name).write_bytes(packed(text, Path(name).suffix))
     line = 1 if name == "a.json" else 2
     assert f"{tmp_path / name} line {line} is longer than 3 MiB" in refusal(tmp_path / name, 1)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_small_file_that_unpacks_to_much_is_never_in_memory(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 MiB in one line where a line may have 2: less than half of it is ever there (xz has a window of 8)."""
+    monkeypatch.setattr(files, "LINE_BYTES", 2 << 20)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed(b"x" * (40 << 20), suffix))
+    assert (tmp_path / f"a.jsonl{suffix}").stat().st_size < 64 << 10
+    tracemalloc.start()
+    try:
+        assert "line 1 is longer than 2 MiB" in refusal(tmp_path / f"a.jsonl{suffix}", 1)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_not_json_or_not_text_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_what_is_missing_of_an_unfinished_run_may_come_yet(run: Path) -> None:
     assert first.holds and second.holds and second.missing > 0
     rewrite_log(run / "bfd" / "part-1", StepRecord, [])
     assert [epoch.holds for epoch in audit_run(run)] == [False, True]  # an earlier epoch is over
+
+
+def test_a_step_that_was_skipped_has_trained_on_nothing(run: Path) -> None:
+    plan = read_plan(run / "bfd" / "part-2" / "plan")
+    lost = np.sort(IDS[np.concatenate([plan.samples(r)[0] for r in np.flatnonzero(plan.step == 1)])]).tolist()
+    log = read_log(run / "bfd" / "part-2", StepRecord)
+    skipped = dataclasses.replace(log[1], loss=None, grad_norm=None, skipped="loss nan")
+    rewrite_log(run / "bfd" / "part-2", StepRecord, [log[0], skipped, *log[2:]])
+    second = audit_run(run)[1]
+    assert (second.missing_ids, second.skipped_ids, second.trained) == (lost, lost, 9 - len(lost))
+    assert not second.holds
+    said = hbp_here("audit", str(run))
+    assert said.returncode == 1
+    assert f"{len(lost)} of them LOST TO SKIPPED STEPS" in said.stdout.splitlines()[1]
+    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"trained": False}))
+    assert not audit_run(run)[1].holds  # nor will they come, where the run is under way
 
 
 def test_a_part_that_trains_a_sample_again(run: Path) -> None:

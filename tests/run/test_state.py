@@ -206,8 +206,10 @@ def test_data_that_were_edited_are_refused_until_they_are_as_they_were(job: Path
     assert (refused.returncode, "its data or tokenizer has changed" in refused.stderr) == (2, True)
     assert contents(stopped) == before
     copy.write_text("".join(lines))
-    _, said = train(job, stopped.name, f"data.source={copy}", stop=1)
+    ended, said = train(job, stopped.name, f"data.source={copy}", "train.max_minutes=1e-4")
     assert "step 5, " in said
+    assert ended.startswith("train.max_minutes=0.0001: stopped after step 6, ")  # after the step that it was over in
+    assert list_checkpoints(stopped / "hbp" / "checkpoints")[0].name == "step-00000006"
 
 
 def test_another_learning_rate_holds_from_there_on(job: Path, stopped: Path) -> None:

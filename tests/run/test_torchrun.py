@@ -186,10 +186,18 @@ def test_a_signal_saves_and_exits(job, interfering, number, to):
     running = start(job, f"run_dir={run}")
     ranks = ranks_of(running, 2)
     wait_for(lambda: len(steps_of(run / "hbp")) >= 2)
+    assert listening_on([running.pid, *ranks]) == {"0100007F"}  # 127.0.0.1: nobody else is heard
     for process in {"launcher": [running.pid], "rank": ranks[1:], "all": [running.pid, *ranks]}[to]:
         os.kill(process, number)
     _, said = running.communicate(timeout=120)
     stopped_and_saved(running.returncode, said, number, run)
+
+
+def listening_on(pids: list[int]) -> set[str]:
+    """Addresses that these processes' sockets wait for connections on, as the kernel writes them."""
+    own = {str(file.readlink()) for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()}
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
 
 
 def stopped_and_saved(code: int, said: str, number: int, run: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
+import tracemalloc
 import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 from jobs import config_of, run_here, steps_of, write_job
@@ -90,6 +93,38 @@ def test_held_out_loss_by_source_adds_up_to_that_of_all(run):
     mean = sum(by_source[name] * n for name, n in tokens.items()) / sum(tokens.values())
     assert result["eval_loss"] == pytest.approx(mean)
     assert by_source["c"] != by_source["dee"]
+
+
+def held_at_each_part(rank: int, world: int, config: Config) -> tuple[list[int], list[Any]]:
+    """Bytes that are held when each part begins, of all that Python allocates; and the records that were kept."""
+    held, kept, begin, sums = list[int](), list[Any](), training._begin_part, training._result
+
+    def begin_part(part: Any) -> None:
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        begin(part)
+
+    def result(engine: Any, folder: Any, part: Any, records: Any) -> Any:
+        kept.extend(record for own in records for record in own)
+        return sums(engine, folder, part, records)
+
+    tracemalloc.start()
+    with mock.patch.object(training, "_begin_part", begin_part), mock.patch.object(training, "_result", result):
+        run_here(rank, world, config)
+    tracemalloc.stop()
+    return held, kept
+
+
+def test_what_a_rank_holds_does_not_grow_with_epochs(tmp_path):
+    """But for the few numbers of a step: no plan is held, no batches, nor what only the log is for."""
+    options = {"epochs": 7, "save_steps": None, "export": False}
+    job = write_job(tmp_path, 24, train=options, data={"eval_samples": 0})
+    ((held, kept),) = run_ranks(held_at_each_part, 1, config_of(job))
+    folder = job / "run" / "hbp"
+    logged = [record for part in (folder, *sorted(folder.glob("part-?"))) for record in read_log(part, StepRecord)]
+    assert len(held) == 7 and all(record.rank_wall_s for record in logged)
+    assert kept == [dataclasses.replace(record, rank_wall_s=[], rank_busy_s=[]) for record in logged]
+    assert float(np.median(np.diff(held[2:]))) < 1500 * len(logged) / 7 + 2000, held
 
 
 def probed(rank: int, world: int, config: Config) -> Any:

@@ -17,7 +17,8 @@ def add_parser(commands: Commands) -> None:
         help="prove that every sample was trained on exactly once an epoch",
         description="Count, epoch by epoch, which samples the plans and step logs of a run say that it trained on. "
         "Exit code 0 if none is missing and none was trained on twice (in the last epoch of an unfinished run, "
-        "if none was trained on twice), else 1.",
+        "if none was trained on twice or skipped), else 1. A step that was skipped, since its loss or gradients were "
+        "not finite, has trained on nothing: its samples are missing.",
     )
     parser.set_defaults(run=run_audit)
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a run")
@@ -43,13 +44,17 @@ def _line(
     dropped: int,
     missing_ids: list[int],
     twice_ids: list[int],
+    skipped: int,
+    skipped_ids: list[int],
     under_way: bool,
 ) -> str:
     """An epoch for people."""
     text = f"epoch {epoch + 1}: {trained:,} samples trained"
     text += f", {dropped:,} dropped by the plan" if dropped else ""
     rest = "still to come" if under_way else "MISSING"
-    for count, what, ids in ((missing, rest, missing_ids), (twice, "TRAINED MORE THAN ONCE", twice_ids)):
+    lost = "of them LOST TO SKIPPED STEPS, which were not finite"
+    found = ((missing, rest, missing_ids), (skipped, lost, skipped_ids), (twice, "TRAINED MORE THAN ONCE", twice_ids))
+    for count, what, ids in found:
         if count:
             more = ", …" if count > len(ids) else ""
             text += f", {count:,} {what} (samples {', '.join(map(str, ids))}{more})"

@@ -96,10 +96,11 @@ def _store(args: argparse.Namespace) -> tuple[TokenStore, DataConfig]:
 
 
 def _show(title: str, runs: list[Run], store: TokenStore, index: int) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    from hbp.cli.tables import Output
+
+    console = Output(highlight=False, soft_wrap=True)
     learnt = int(store.loss_tokens[index])
     console.print(Text(f"── {title}: {int(store.lengths[index]):,} tokens, {learnt:,} learnt", "bold"))
     text = Text()

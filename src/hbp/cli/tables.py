@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +17,14 @@ BAR = 10
 """Characters of a full bar."""
 
 
+class Output(Console):
+    """rich's, which would end the process by itself where nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        """What the command line answers with its exit code."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> None:
     """One table on standard output; the first column and number `left` are text, the others are numbers."""
     made = Table(title=title, title_justify="left")
@@ -22,7 +32,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left
         made.add_column(name, justify="left" if index in (0, left) else "right")
     for row in rows:
         made.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(made)
+    Output(width=None if sys.stdout.isatty() else 120).print(made)
 
 
 def metrics_table(rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, Any]]]) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,13 @@ from hbp.data.store import (
     write_index,
     write_shard,
 )
+from hbp.disk import versions_of
 from hbp.errors import HbpError
 from hbp.progress import Counter, say
 
 NO_READING = Reading()
+LIBRARIES = ("tokenizers", "transformers", "pyarrow", "datasets")
+"""Whose versions a store records."""
 RECORDS = 256
 """Records that are encoded in one call."""
 RECORD_BYTES = 4 << 20
@@ -321,7 +326,7 @@ def build_store(
         fingerprint=hashlib.blake2b(said.encode(), digest_size=20).hexdigest(),
         tokenizer=recipe.tokenizer,
         vocab_size=recipe.vocab_size,
-        details={"made_of": made_of, "layout": recipe.layout},
+        details={"made_of": made_of, "layout": recipe.layout, "versions": versions_of(*LIBRARIES)},
     )
     if cache is not None:
         clean(cache / SHARDS)
@@ -413,6 +418,10 @@ def _in_processes(processes: int, pieces: Iterator[Piece], job: Job) -> Iterator
             raise HbpError(
                 f"a process that tokenizes was killed, maybe for memory; lower data.processes (now {processes})"
             ) from None
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():  # one that is only starting would tell of what is gone
+                child.kill()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -424,6 +433,10 @@ def _context() -> Any:
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hbp.data.build", "transformers.models.auto.tokenization_auto"])
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits: Ctrl-C is for this process
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, before)
     return context
 
 
@@ -434,3 +447,4 @@ def _chain(first: Iterable[Piece], rest: Iterator[Piece]) -> Iterator[Piece]:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word

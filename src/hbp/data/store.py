@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hbp.data.record import Encoded
+from hbp.disk import let_faults_through, patiently
 from hbp.errors import HbpError
 
 FORMAT = 2
@@ -266,6 +267,7 @@ def _open_shard(path: Path) -> _OpenShard:
         if reader.schema != SCHEMA or int(first[-1]) != info.samples:
             raise ValueError("its parts disagree")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        let_faults_through(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HbpError(f"the token store's shard {path} is damaged ({reason}); delete it and run again") from None
     return _OpenShard(batches, first[:-1], info)
@@ -423,7 +425,7 @@ def open_store(folder: str | Path) -> TokenStore:
         if not (folder / name).exists():
             raise HbpError(f"{folder} is not a token store ({name} is missing)")
     try:
-        meta = json.loads((folder / "store.json").read_text())
+        meta = json.loads(patiently((folder / "store.json").read_text))
         if meta["format"] != FORMAT:
             raise HbpError(f"{folder} has store format {meta['format']}, this hbp reads {FORMAT}; delete it")
         n_samples, shards = int(meta["n_samples"]), tuple(ShardEntry(**entry) for entry in meta["shards"])
@@ -452,6 +454,7 @@ def open_store(folder: str | Path) -> TokenStore:
         )
         marked = (index.schema.metadata or {}).get(b"fingerprint", b"").decode()
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        let_faults_through(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HbpError(f"the token store {folder} is damaged ({reason}); delete it and run again") from None
     missing = [entry.name for entry in shards if not (folder / SHARDS / entry.name).is_file()]

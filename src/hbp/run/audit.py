@@ -3,7 +3,8 @@
 What was to be trained is ``samples.npy`` of a run's first part: the token store's ids, as often as they are seen in an
 epoch. What was trained is every line of every part's ``steps.jsonl``, by the samples that the part's plan has in that
 step. Both are counted and compared, epoch by epoch, so a step that was logged twice, a part that was left out and a
-plan that was changed afterwards all show.
+plan that was changed afterwards all show. A step that was skipped, since its numbers were not finite, has trained on
+nothing: its samples are missing, and named.
 """
 
 from __future__ import annotations
@@ -44,13 +45,16 @@ class EpochAudit:
     missing_ids: list[int]
     """The first of them: the token store's ids."""
     twice_ids: list[int]
+    skipped: int
+    """Of those missing, that steps were skipped with."""
+    skipped_ids: list[int]
     under_way: bool
-    """The run is not finished and this is its last epoch: what is missing may come yet."""
+    """The run is not finished and this is its last epoch: what is missing, but for what was skipped, may come yet."""
 
     @property
     def holds(self) -> bool:
         """Each sample exactly once, or, where the epoch is under way, at most once."""
-        return not self.twice and (not self.missing or self.under_way)
+        return not self.twice and not self.skipped and (not self.missing or self.under_way)
 
 
 def audit_run(run: Path) -> list[EpochAudit]:
@@ -70,6 +74,7 @@ def audit_run(run: Path) -> list[EpochAudit]:
     wanted = _ids(parts[0])
     size = int(wanted.max(initial=-1)) + 1
     trained: dict[int, Counts] = {}
+    skipped: dict[int, Counts] = {}
     dropped: dict[int, Counts] = {}
     for part in parts:
         epoch = _epoch(part)
@@ -82,25 +87,35 @@ def audit_run(run: Path) -> list[EpochAudit]:
         steps = np.array([record.step for record in records], np.int64)
         if len(steps) and int(steps.max()) >= plan.n_steps:
             raise HbpError(f"{part / StepRecord.FILE} has step {steps.max()} but its plan has {plan.n_steps} steps")
-        times = np.bincount(steps, minlength=plan.n_steps)  # of each step
+        taken = np.array([not record.skipped for record in records], bool)
         step_of_sample = np.repeat(plan.step, np.diff(plan.sample_offsets))
-        done = np.bincount(ids[plan.sample_ids], times[step_of_sample], size).astype(np.int64)
+        done, passed = (
+            np.bincount(ids[plan.sample_ids], np.bincount(own, minlength=plan.n_steps)[step_of_sample], size)
+            for own in (steps[taken], steps[~taken])
+        )
         left_out = np.array([sample for sample, _ in plan.info.dropped if sample < len(ids)], np.int64)
-        trained[epoch] = trained.get(epoch, np.zeros(size, np.int64)) + done
+        trained[epoch] = trained.get(epoch, np.zeros(size, np.int64)) + done.astype(np.int64)
+        skipped[epoch] = skipped.get(epoch, np.zeros(size, np.int64)) + passed.astype(np.int64)
         dropped[epoch] = dropped.get(epoch, np.zeros(size, np.int64)) + np.bincount(ids[left_out], minlength=size)
     to_train, last = np.bincount(wanted, minlength=size), max(trained)
     return [
-        _compared(epoch, to_train, trained[epoch], dropped[epoch], under_way=epoch == last and not finished)
-        if epoch in trained
-        else _compared(epoch, to_train, np.zeros_like(to_train), np.zeros_like(to_train), under_way=False)
+        _compared(
+            epoch,
+            to_train,
+            *(counts.get(epoch, np.zeros_like(to_train)) for counts in (trained, skipped, dropped)),
+            under_way=epoch == last and not finished,
+        )
         for epoch in range(last + 1)
     ]
 
 
-def _compared(epoch: int, wanted: Counts, trained: Counts, dropped: Counts, *, under_way: bool) -> EpochAudit:
+def _compared(
+    epoch: int, wanted: Counts, trained: Counts, skipped: Counts, dropped: Counts, *, under_way: bool
+) -> EpochAudit:
     # What was planned anew may drop again what a plan before has dropped: at most what is not trained is dropped.
     dropped = np.minimum(dropped, np.maximum(wanted - trained, 0))
     missing, twice = np.maximum(wanted - trained - dropped, 0), np.maximum(trained - wanted, 0)
+    skipped = np.minimum(skipped, missing)
     return EpochAudit(
         epoch,
         trained=int(trained.sum()),
@@ -109,6 +124,8 @@ def _compared(epoch: int, wanted: Counts, trained: Counts, dropped: Counts, *, u
         dropped=int(dropped.sum()),
         missing_ids=np.flatnonzero(missing)[:SHOWN].tolist(),
         twice_ids=np.flatnonzero(twice)[:SHOWN].tolist(),
+        skipped=int(skipped.sum()),
+        skipped_ids=np.flatnonzero(skipped)[:SHOWN].tolist(),
         under_way=under_way,
     )
 

@@ -50,6 +50,8 @@ class Engine:
     samples: Samples
     held_out: Samples
     cost: CostModel
+    lowered: bool = False
+    """A step of the run ran out of memory, so plans count on less than is configured."""
 
     def fresh_model(self) -> CausalLMWithLoss:
         """The model at its starting point, sharded; the same bits every time."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from hbp.config import Config
 from hbp.cost.cluster import GIB
@@ -22,6 +23,7 @@ from hbp.plan import Group, Plan, hash_lengths, piece_folders, read_info, read_p
 from hbp.planning.planner import make_plan
 from hbp.progress import say
 from hbp.run.engine import Engine
+from hbp.run.steps.less_memory import LessMemory, read_less
 from hbp.simulator import plan_cost_model
 from hbp.train.launch import rank_zero_first
 from hbp.train.measure.micro_batch import measure_rows
@@ -121,6 +123,27 @@ def as_planned(engine: Engine, plan: Plan) -> Engine:
     if planned is None:  # another program's plan
         return engine
     return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=planned.cluster))
+
+
+def with_less_memory(engine: Engine, folder: Path) -> Engine:
+    """With the memory that plans are to count on after a step of the run in `folder` ran out of it. A collective."""
+    found: list[LessMemory | None] = [read_less(folder, engine.config) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    less = found[0]
+    if less is None:
+        return engine
+    say(
+        f"plans count on {less.budget_bytes / GIB:.3f} GiB a process, since {less.why}; cluster.memory_gib changes that"
+    )
+    cluster = dataclasses.replace(engine.cost.cluster, memory_bytes=less.budget_bytes)
+    return dataclasses.replace(engine, cost=dataclasses.replace(engine.cost, cluster=cluster), lowered=True)
+
+
+def counts_on_more(plan: Plan, engine: Engine) -> bool:
+    """Whether a plan was made before a step ran out of memory, and so counts on more than there is."""
+    planned = plan_cost_model(plan) if engine.lowered else None
+    had = math.inf if planned is None else planned.cluster.memory_bytes
+    return engine.lowered and had > engine.cost.cluster.memory_bytes
 
 
 def global_batch_tokens(plan: Plan, config: Config) -> int:

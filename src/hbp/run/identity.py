@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hbp import __version__
 from hbp.config import Config, kinds
-from hbp.disk import content_hash, patiently, write_whole
+from hbp.disk import content_hash, patiently, versions_of, write_whole
 from hbp.errors import HbpError
 from hbp.plan import PARQUET_NAME
 
@@ -55,13 +52,7 @@ class Record:
 
 def versions() -> dict[str, str]:
     """Of this code, Python and the libraries that training depends on."""
-    found = {"hbp": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return versions_of(*LIBRARIES)
 
 
 def identity(config: Config, data: str, plans: Sequence[Path]) -> dict[str, Any]:

@@ -37,15 +37,18 @@ from hbp.run.engine import Engine, make_engine, profile_cluster
 from hbp.run.fit_memory import (
     as_planned,
     check_plans,
+    counts_on_more,
     evaluation_plans,
     global_batch_tokens,
     own_plan,
     own_plans,
     plan_within_memory,
+    with_less_memory,
 )
 from hbp.run.identity import RUN, replans, write_record
 from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
 from hbp.run.start.lock import owning
+from hbp.run.steps.less_memory import MEMORY
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
 from hbp.train.check.compare import require_checked
@@ -92,6 +95,7 @@ def _train(engine: Engine, run: Path, found: Found) -> dict[str, Any]:
         resume.write_array(run / "lengths.npy", engine.samples.lengths)  # a checkpoint may come from another folder
         write_record(run, found.record)
     dist.barrier()
+    engine = with_less_memory(engine, folder)
     part = _first_part(engine, folder) if found.checkpoint is None else _part_of(found, engine, folder)
     engine = as_planned(engine, part.plan)
     result = train_strategy(
@@ -127,6 +131,10 @@ def _first_part(engine: Engine, folder: Path) -> Part:
         with rank_zero_first() as first:
             if first:
                 check_plans([read_plan(each) for each in own], engine.samples.lengths, engine.cost.world_size)
+        asked = read_plan(own[0])
+        if counts_on_more(asked, engine) and not asked.info.is_piece:
+            everything = Part(0, 0, engine.samples, asked, folder)
+            return _planned_part(engine, everything, (0, 0), folder, run_step=0, changed=True, number=0)
         plan, peak_bytes = own_plan(engine, own[0], folder)
     else:
         plan, peak_bytes = plan_within_memory(_profiled(engine, folder), engine.config.plan.strategy, folder)
@@ -147,7 +155,8 @@ def _profiled(engine: Engine, folder: Path) -> Engine:
 def _part_of(found: Found, engine: Engine, folder: Path) -> Part:
     """The checkpoint's own part, or a new one of the samples that are left of it where its plan fits no longer.
 
-    It does not fit another number of ranks, another cluster, less memory, or another strategy.
+    It does not fit another number of ranks, another cluster, less memory (also as a step that ran out of it has shown),
+    or another strategy.
     """
     assert found.checkpoint is not None
     position = found.checkpoint.position
@@ -157,8 +166,9 @@ def _part_of(found: Found, engine: Engine, folder: Path) -> Part:
             f"train.epochs={engine.config.train.epochs} but the run in {folder} is in epoch {part.epoch + 1}; give "
             "that or more, or another run_dir"
         )
-    if part.plan.info.world_size == engine.cost.world_size and not replans(found.changed):
-        resume.say_where(found, part, 0)
+    too_full = counts_on_more(part.plan, engine)
+    if part.plan.info.world_size == engine.cost.world_size and not replans(found.changed) and not too_full:
+        resume.say_where(found, part)
         return part
     left = resume.remaining(part, position.step)
     resume.say_where(found, part, len(left.ids))
@@ -194,8 +204,9 @@ def _next_part(
         return _planned_part(engine, last, turn, folder, model, run_step=run_step, changed=changed)
     epoch, piece = turn
     here = part_folder(folder, last.number + 1)
-    if read_info(own[piece]).world_size != engine.cost.world_size:
-        as_it_was = Part(last.number + 1, epoch, engine.samples, read_plan(own[piece]), here)
+    asked = read_plan(own[piece])
+    if asked.info.world_size != engine.cost.world_size or counts_on_more(asked, engine):
+        as_it_was = Part(last.number + 1, epoch, engine.samples, asked, here)
         engine = dataclasses.replace(engine, samples=resume.remaining(as_it_was, 0))
         return _planned_part(engine, last, turn, folder, model, run_step=run_step, changed=changed)
     plan, peak_bytes = own_plan(engine, own[piece], here, model)
@@ -211,18 +222,21 @@ def _planned_part(
     *,
     run_step: int,
     changed: bool,
+    number: int | None = None,
 ) -> Part:
     """The engine's samples, planned as the last part was, whoever planned that, or `changed`: as is configured now.
 
     The curriculum is the run's: what is left of its short steps after `run_step` steps comes first.
     """
-    info, config, here = last.plan.info, engine.config, part_folder(folder, last.number + 1)
+    number = last.number + 1 if number is None else number
+    info, config, here = last.plan.info, engine.config, part_folder(folder, number)
     own = bool(own_plans(config))
     if info.world_size == engine.cost.world_size and not changed:
         engine = as_planned(engine, last.plan)
     planned_here = own and info.strategy in STRATEGIES
     epoch, piece = turn
-    short_steps = read_info(folder / "plan").settings.get("short_steps") or 0
+    first = read_info(folder / "plan") if number else info
+    short_steps = first.settings.get("short_steps") or 0
     plan, peak_bytes = plan_within_memory(
         engine,
         info.strategy if planned_here else config.plan.strategy,
@@ -233,7 +247,7 @@ def _planned_part(
         short_steps=max(0, int(short_steps) - run_step),
     )
     peak_bytes = max(peak_bytes, last.peak_bytes)
-    return Part(last.number + 1, epoch, engine.samples, plan, here, peak_bytes, piece, run_step)
+    return Part(number, epoch, engine.samples, plan, here, peak_bytes, piece, run_step)
 
 
 def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -357,8 +371,8 @@ def _clear(run: Path, config: Config, folder: Path) -> None:
         for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS, plan):
             if config.plan.path is None or not Path(config.plan.path).resolve().is_relative_to(stale.resolve()):
                 shutil.rmtree(stale, ignore_errors=True)
-        for kind in (StepRecord, EvalRecord):
-            (plan.parent / kind.FILE).unlink(missing_ok=True)
+        for name in (StepRecord.FILE, EvalRecord.FILE, MEMORY):
+            (plan.parent / name).unlink(missing_ok=True)
 
 
 def _write_summary(run: Path, summary: Mapping[str, Any]) -> None:

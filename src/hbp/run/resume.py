@@ -31,12 +31,13 @@ import torch.distributed as dist
 
 from hbp.config import Config, kinds
 from hbp.data.samples import Samples
-from hbp.disk import patiently, write_whole
+from hbp.disk import let_faults_through, patiently, write_whole
 from hbp.errors import HbpError
 from hbp.plan import JSON_NAME, Plan, read_plan
 from hbp.progress import say
 from hbp.run.fit_memory import own_plans
-from hbp.run.identity import RUN, Record, compare, identity, read_record, replans, versions, write_record
+from hbp.run.identity import RUN, Record, compare, identity, read_record, versions, write_record
+from hbp.run.steps.less_memory import MEMORY
 from hbp.train.checkpoint import (
     POSITION,
     Checkpoint,
@@ -238,7 +239,7 @@ def _adopted(config: Config, start: Found) -> Found:
             target.mkdir(parents=True)
             source = given.parents[1]
             last = read_position(given).part
-            kept = [source / name for name in ("plan", "samples.npy", PART, *LOGS)]
+            kept = [source / name for name in ("plan", "samples.npy", PART, MEMORY, *LOGS)]
             kept += [part_folder(source, number) for number in range(1, last + 1)]
             for path in kept:
                 if path.is_dir():
@@ -334,10 +335,11 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
     """
     folder = part_folder(strategy_folder, position.part)
     try:
-        ids = np.load(folder / "samples.npy", allow_pickle=False)
+        ids = patiently(lambda: np.load(folder / "samples.npy", allow_pickle=False))
         more = json.loads(patiently((folder / PART).read_text))
         epoch, peak_bytes, piece = int(more["epoch"]), float(more.get("peak_bytes", 0.0)), int(more.get("piece", 0))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        let_faults_through(error)
         raise HbpError(f"{folder} lacks what its checkpoint needs; use train.resume=never to start anew") from None
     plan = read_plan(folder / "plan")
     if fingerprint(plan) != position.plan:
@@ -361,15 +363,17 @@ def fingerprint(plan: Plan) -> str:
     return plan.fingerprint()
 
 
-def say_where(found: Found, part: Part, left: int) -> None:
-    """A line on what is gone on with, and one on what an option that changed does."""
+def say_where(found: Found, part: Part, left: int | None = None) -> None:
+    """A line on what is gone on with, and one on what an option that changed does; `left` samples are planned again."""
     assert found.checkpoint is not None
     folder, at = found.checkpoint
     where = f"resuming from {folder}: step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens done"
-    again = f"the {left:,} samples of epoch {part.epoch + 1} that are not trained on yet are planned again, each once"
+    again = (
+        f"the {left or 0:,} samples of epoch {part.epoch + 1} that are not trained on yet are planned again, each once"
+    )
     if at.world_size != dist.get_world_size():
         where += f"; {at.world_size} ranks before, {dist.get_world_size()} now: {again}"
-    elif replans(found.changed):
+    elif left is not None:
         where += f"; {again}"
     say(where)
     for name, (was, now) in found.changed.items():

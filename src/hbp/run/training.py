@@ -24,17 +24,28 @@ import torch
 import torch.distributed as dist
 
 from hbp.config import TrainConfig
+from hbp.cost.cluster import GIB
 from hbp.data.samples import Samples
-from hbp.errors import HbpError, RankFailed, Stopped, report_to_parent
+from hbp.errors import HbpError, OutOfMemory, RankFailed, Stopped, report_to_parent
 from hbp.plan import Plan, read_plan
 from hbp.progress import Progress, say
 from hbp.run.engine import Engine
 from hbp.run.identity import RUN, read_record
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
+from hbp.run.steps.less_memory import count_on_less, ran_out
 from hbp.run.steps.odd import OddSteps, finite_or_none
 from hbp.run.steps.saving import Saving
-from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
-from hbp.simulator import step_seconds
+from hbp.run_log import (
+    EvalRecord,
+    StepRecord,
+    append_record,
+    by_group,
+    read_log,
+    rewrite_log,
+    sync_log,
+    without_timeline,
+)
+from hbp.simulator import plan_cost_model, step_seconds
 from hbp.train.checkpoint import Checkpoint, Checkpoints, Position, list_checkpoints, load_checkpoint
 from hbp.train.export import export_model, source_dtype
 from hbp.train.hub import push
@@ -169,7 +180,7 @@ def train_strategy(
             raise _stopped(run, why)
         while True:
             new = _train_part(run, part, first_step, before_s=_seconds(records[-1]))
-            records[-1] += new
+            records[-1] += map(without_timeline, new)
             if run.saving and new and (why := _why_it_ends(run, new[-1].signal)):
                 raise _stopped(run, why)
             following = next_part(part, learner.model)
@@ -257,11 +268,12 @@ def _take_up_logs(folder: Path, part: Part, checkpoint: Checkpoint | None) -> li
         for later in folder.glob("part-*"):  # of a way that the run is not going again
             if later.name[5:].isdecimal() and int(later.name[5:]) > part.number:
                 shutil.rmtree(later)
+    slim = [[*map(without_timeline, own)] for own in done]
     if part.number == at.part:
         dist.barrier()
-        return done
+        return slim
     _begin_part(part)
-    return [*done, []]
+    return [*slim, []]
 
 
 def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list[StepRecord]:
@@ -291,7 +303,7 @@ def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list
                 efficiency=efficiency,
             )
         except StepFailed as failed:
-            raise _rank_failed(failed, part) from failed.__cause__
+            raise _rank_failed(run, failed, part) from failed.__cause__
 
 
 def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepRecord], bool]:
@@ -313,12 +325,15 @@ def _around_a_step(run: _Run, part: Part, progress: Progress) -> Callable[[StepR
         )
         run.odd.check(part, record, run.at.run_step, lambda: _last_state(run))
         part_s = record.started_s + record.seconds
-        if run.saving and _why_it_ends(run, record.signal):  # saved at once, whatever else is due
+        ends, due = bool(_why_it_ends(run, record.signal)), run.saving and run.saving.due(config, run.at, part_s)
+        if first and (ends or due):
+            sync_log(part.folder, StepRecord)
+        if run.saving and ends:  # saved at once, whatever else is due
             run.saving.save_now(run.learner, run.at, part_s)
             return True
         if run.held_out.due(config, run.at):
             run.evaluate()
-        if run.saving and run.saving.due(config, run.at, part_s):
+        if run.saving and due:
             run.saving.save(run.learner, run.at, part_s)
         return False
 
@@ -329,7 +344,7 @@ def _shown(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.3f}"
 
 
-def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
+def _rank_failed(run: _Run, failed: StepFailed, part: Part) -> RankFailed:
     """The one line about a step that raised, left for the parent before the others see that this rank is gone."""
     cause = failed.__cause__
     ids = part.samples.ids[np.array(failed.sample_ids, np.int64)].tolist()
@@ -340,12 +355,29 @@ def _rank_failed(failed: StepFailed, part: Part) -> RankFailed:
     reason = " ".join(str(cause).split()) or "no message"
     rank = dist.get_rank()
     message = f"rank {rank} failed in step {failed.step}, {where}: {type(cause).__name__}: {reason[:500]}"
+    if ran_out(cause) and run.saving and run.engine.config.train.on_oom == "replan":
+        return _out_of_memory(run, part, message)
     watch = current()
     earlier = watch.report(message) if watch else None
     error = RankFailed(f"rank {rank} ends in step {failed.step}, since {earlier}" if earlier else message)
     if earlier is None:
         traceback.print_exception(cause)
     report_to_parent(error)
+    return error
+
+
+def _out_of_memory(run: _Run, part: Part, message: str) -> OutOfMemory:
+    """The run's state says that plans are to count on less; said at once, since this rank knows that it is to blame."""
+    planned, budget = plan_cost_model(part.plan), run.engine.cost.cluster.memory_bytes
+    budget = budget if planned is None else planned.cluster.memory_bytes
+    less = count_on_less(run.folder, run.engine.config, budget, part.peak_bytes, message)
+    error = OutOfMemory(
+        f"{message}; what is left is planned again for {less.budget_bytes / GIB:.3f} GiB in place of "
+        f"{budget / GIB:.3f} GiB a process (train.on_oom); {_last_state(run)}"
+    )
+    report_to_parent(error)
+    if watch := current():
+        watch.report(str(error), patience=0)
     return error
 
 
@@ -405,17 +437,20 @@ def _seconds(records: Sequence[StepRecord]) -> float:
 
 def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[StepRecord]]) -> dict[str, Any]:
     """Of all parts together; groups and metrics are those of the first plan."""
-    plans = [*(read_plan(part_folder(folder, number) / "plan") for number in range(part.number)), part.plan]
-    each = [_part_result(plan, own) for plan, own in zip(plans, parts, strict=True)]
+
+    def plan_of(number: int) -> Plan:  # one at a time: there may be a thousand
+        return part.plan if number == part.number else read_plan(part_folder(folder, number) / "plan")
+
+    each, first = [_part_result(plan_of(number), own) for number, own in enumerate(parts)], plan_of(0)
     records = [record for own in parts for record in own]
     seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
     learnt = [(record.loss, record.loss_tokens) for record in records if record.loss is not None]
-    info = plans[0].info
+    info = first.info
     return {
         "strategy": info.strategy,
         "world_size": part.plan.info.world_size,
         "device": device_name(engine.device),
-        "samples": len(plans[0].sample_ids),
+        "samples": len(first.sample_ids),
         "dropped": len(info.dropped),
         "epochs": engine.config.train.epochs,
         "tokens": tokens,

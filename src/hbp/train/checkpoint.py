@@ -53,7 +53,15 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
-from hbp.disk import PARTIAL, free_name, patiently, sync_folder, write_whole
+from hbp.disk import (
+    PARTIAL,
+    free_name,
+    is_disk_fault,
+    let_faults_through,
+    patiently,
+    sync_folder,
+    write_whole,
+)
 from hbp.errors import HbpError, RankFailed
 from hbp.progress import say
 from hbp.train.lora import frozen_names
@@ -305,7 +313,8 @@ def read_position(checkpoint: Path) -> Position:
     """
     try:
         return _position(json.loads(patiently((checkpoint / POSITION).read_text)))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        let_faults_through(error)
         raise HbpError(f"{checkpoint} is not a whole checkpoint ({POSITION} cannot be read); give another") from None
 
 
@@ -334,6 +343,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     try:
         load(state, storage_reader=reader, planner=_LoadPlanner())
     except CheckpointException as error:
+        if any(is_disk_fault(of_rank) for of_rank, _ in error.failures.values()):
+            raise RankFailed(f"cannot read {checkpoint}: {_one_line(error)}; mend that and run again") from None
         raise HbpError(f"cannot load {checkpoint}: {_one_line(error)}; is it of another model?") from None
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS

@@ -18,10 +18,11 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -31,8 +32,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from hbp.errors import ERROR_FILE, HbpError, RankFailed, Stopped, report_to_parent, reported_by_rank
+from hbp.disk import is_disk_fault
+from hbp.errors import ERROR_FILE, HbpError, OutOfMemory, RankFailed, Stopped, report_to_parent, reported_by_rank
+from hbp.progress import say
 from hbp.train.watch import silence_is_fine
 
 if TYPE_CHECKING:
@@ -59,6 +63,10 @@ RANKS_PRINT = "HBP_RANKS_PRINT"
 """Environment variable: rank 0 prints the results, though a launcher of ours hears its errors."""
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Where all ranks are on this machine, what they say to each other in collectives is said on no network."""
+REPLANS = 3
+"""How often a job starts its ranks again, since a step ran out of memory and what is left is planned for less."""
+MEETS_HERE, LOOPBACK_ADDRESS = "hbp-loopback", "127.0.0.1"
+"""How ranks of one machine find each other, where nobody else can."""
 SAVE_TIMEOUT_S = 600
 """How long ranks may take to end a step and save after a signal, before they are killed."""
 PREPARE_TIMEOUT = timedelta(days=1)
@@ -84,20 +92,65 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
     if sys.platform == "linux":
         for name, value in LOOPBACK.items():
             os.environ.setdefault(name, value)
-    with _ranks_report() as scratch:
+
+    meet_on_loopback()
+
+    def launch(scratch: str) -> None:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
             run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_backend=MEETS_HERE,
+            local_addr=LOOPBACK_ADDRESS,
             max_restarts=0,
             monitor_interval=0.2,
             logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=Std.NONE),
             signals_to_handle=HANDED_ON,
         )
         elastic_launch(config, sys.executable)("-m", "hbp", *arguments)
+
+    again_with_less_memory(launch)
+
+
+def meet_on_loopback() -> None:
+    """Make :data:`MEETS_HERE` known to torch's launcher; its own ways listen on every network of the machine."""
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousHandler,
+        RendezvousInfo,
+        RendezvousParameters,
+        RendezvousStoreInfo,
+        rendezvous_handler_registry,
+    )
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    class Here(StaticTCPRendezvous):
+        """Static, in that this one launcher is all there is; its store, which ranks use too, listens here alone."""
+
+        def get_backend(self) -> str:
+            return MEETS_HERE
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            if self._store is None:
+                listening = socket.create_server((self.master_addr, 0))
+                self.master_port = listening.getsockname()[1]
+                self._store = TCPStore(
+                    self.master_addr,
+                    self.master_port,
+                    self.world_size,
+                    is_master=True,
+                    timeout=self.timeout,
+                    multi_tenant=True,
+                    master_listen_fd=listening.detach(),
+                )
+            meet = RendezvousStoreInfo(self.master_addr, self.master_port)
+            return RendezvousInfo(PrefixStore(self.run_id, self._store), self.rank, self.world_size, meet)
+
+    def here(parameters: RendezvousParameters) -> RendezvousHandler:
+        return Here(LOOPBACK_ADDRESS, 0, 0, 1, parameters.run_id, SAVE_TIMEOUT_S)
+
+    with suppress(ValueError):  # known already
+        rendezvous_handler_registry.register(MEETS_HERE, here)
 
 
 def launch_torchrun(arguments: Sequence[str]) -> None:
@@ -112,8 +165,30 @@ def launch_torchrun(arguments: Sequence[str]) -> None:
     if hasattr(given, "signals_to_handle"):
         given.signals_to_handle = ",".join(dict.fromkeys([*given.signals_to_handle.split(","), *HANDED_ON.split(",")]))
     os.environ[RANKS_PRINT] = "1"
-    with _ranks_report():
-        run(given)
+    alone = str(given.nnodes).rpartition(":")[2] == "1"  # launchers of several nodes would have to agree
+    again_with_less_memory(lambda scratch: run(given), REPLANS if alone else 0)
+
+
+def again_with_less_memory(launch: Callable[[str], object], times: int = REPLANS) -> None:
+    """Start ranks, and start them again where a step of theirs ran out of memory; the run then counts on less.
+
+    Args:
+        launch: starts them and waits for them, given a folder to use meanwhile.
+        times: that they are started again at most.
+
+    Raises:
+        HbpError, RankFailed, Stopped: what the ranks ended with.
+    """
+    for time_again in range(times + 1):
+        try:
+            with _ranks_report() as scratch:
+                launch(scratch)
+            return
+        except OutOfMemory as error:
+            if time_again == times:
+                said = f"; that was tried {times} times in this job: lower cluster.memory_gib" if times else ""
+                raise RankFailed(f"{error}{said}") from None
+            say(f"{error}; starting the ranks again ({time_again + 1} of {times} times in this job)")
 
 
 @contextmanager
@@ -194,9 +269,9 @@ def process_group() -> Iterator[torch.device]:
     try:
         yield device
     except Exception as error:  # said before the others see that this rank is gone, and fail for that
-        known = isinstance(error, HbpError | RankFailed | Stopped)
+        known = isinstance(error, HbpError | RankFailed | Stopped) and not is_disk_fault(error)
         message = f"rank {dist.get_rank()} failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        report_to_parent(error if known else RankFailed(message))
+        report_to_parent(error if known else RankFailed(str(error) if isinstance(error, HbpError) else message))
         raise
     finally:
         dist.destroy_process_group()
@@ -221,7 +296,7 @@ def rank_zero_first(group: dist.ProcessGroup | None = None) -> Iterator[bool]:
         with silence_is_fine() if first else nullcontext():  # planning may not let another thread run for minutes
             yield first
     except HbpError as error:
-        failure = [HbpError(str(error))]
+        failure = [RankFailed(str(error)) if is_disk_fault(error) else HbpError(str(error))]
         raise
     except BaseException as error:
         failure = [RankFailed(f"rank 0 failed ({type(error).__name__}); its own output says why")]

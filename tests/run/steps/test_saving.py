@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from workers import run_ranks
 
 from hbp.config import Config
+from hbp.errors import RankFailed
 from hbp.run.steps import saving
 from hbp.train.checkpoint import list_checkpoints
 
@@ -33,7 +34,10 @@ def full_disk(rank: int, world: int, config: Config, fails: list[int], stop_afte
         return plain(writer, *arguments)
 
     with mock.patch.object(FileSystemWriter, "write_data", write_data), mock.patch.object(saving, "SAVE_AGAIN_S", 0.0):
-        return run_here(rank, world, config, stop_after)
+        try:
+            return run_here(rank, world, config, stop_after)
+        except RankFailed as failed:  # exit code 1: a fault, and no wrong input
+            return str(failed), ""
 
 
 def test_a_save_that_fails_is_tried_again(job):

@@ -43,8 +43,7 @@ class Saving:
         """In the background, unless this state is saved already; after a save that failed, this one takes its place.
 
         Raises:
-            HbpError: saves went on failing.
-            RankFailed: a parameter is not finite.
+            RankFailed: saves went on failing, or a parameter is not finite.
         """
         if at.run_step != self.run_step:
             self._try(learner, at)
@@ -80,6 +79,6 @@ class Saving:
         """Once more for all ranks alike, after a while; a launcher ends them meanwhile if one of them was killed."""
         self.failed += 1
         if self.failed > SAVE_TRIES:
-            raise error
+            raise RankFailed(str(error)) from None
         say(f"{error}; trying again ({self.failed} of {SAVE_TRIES})")
         time.sleep(SAVE_AGAIN_S * self.failed)
