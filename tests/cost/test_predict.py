@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import tiny_cost
 
 from hbp.cost.cluster import CLUSTERS
 from hbp.cost.model_spec import ModelSpec, load_model_spec
@@ -249,3 +250,10 @@ def test_degrees_are_the_powers_of_two_that_divide_the_world(world: int, heads: 
         assert heads % ulysses == 0
         assert gather == 1 or heads % (2 * ulysses)  # Ulysses takes all that it can
         assert np.isfinite(cost.seconds(degree, 0).of(one(cost, [1000]))).all()
+
+
+def test_a_plans_own_cost_model_is_known_again() -> None:
+    """Also where the model has none of what is left out of the file."""
+    cost = tiny_cost(2)
+    again = CostModel.from_json(cost.model.to_json(), dataclasses.asdict(cost.cluster), 2)
+    assert again == cost
