@@ -118,6 +118,14 @@ def test_random_steps_follow_the_shuffle_alone() -> None:
         assert plan.info.details["travel"] < 1 / plan.n_steps
 
 
+def test_the_curriculum_takes_its_short_samples_from_the_whole_shuffle() -> None:
+    """The steps after it are like the later ones; were its samples the shuffle's first, they would hold long ones."""
+    plan = make_plan(LENGTHS, COST, order="random", global_batch_tokens=BATCH // 4, short_steps=4)
+    documents = np.bincount(plan.step, np.diff(plan.sample_offsets), plan.n_steps)
+    after = np.array_split(documents[4:], 4)
+    assert after[0].mean() > 0.8 * np.concatenate(after[1:]).mean()
+
+
 @pytest.mark.parametrize("order", ["balanced", "random"])
 def test_the_curriculum_comes_on_top(order: str) -> None:
     plan = make_plan(LENGTHS, COST, order=order, global_batch_tokens=BATCH, short_steps=2)

@@ -40,6 +40,7 @@ from hbp.planning.packs import Int, PackCosts
 from hbp.planning.paper.curriculum import default_short_steps
 from hbp.planning.strategy import Outcome, Problem
 
+GOLDEN = (5**0.5 - 1) / 2
 PRICE = 0.05
 """Share of the fastest plan's predicted time that `balanced` may take longer."""
 AS_NEAR = 0.01
@@ -73,8 +74,11 @@ def draw(problem: Problem, groups: Sequence[Group]) -> Drawn:
     short = own[shuffle] <= max(group.capacity for group in groups if group.sp_degree == lowest)
     early = np.zeros(len(shuffle), bool)
     if asked and not short.all():
-        ends = np.cumsum(own[shuffle][short], dtype=np.int64)
-        early[np.flatnonzero(short)[ends <= asked * batch]] = True
+        # From all over the shuffle (multiples of the golden ratio, modulo 1, are even on every stretch): were they its
+        # first, the steps after the curriculum would hold long samples alone.
+        at = np.flatnonzero(short)
+        at = at[np.argsort(np.arange(len(at)) * GOLDEN % 1, kind="stable")]
+        early[at[np.cumsum(own[shuffle[at]], dtype=np.int64) <= asked * batch]] = True
     tokens = int(own[shuffle][early].sum(dtype=np.int64))
     early_steps = min(n_steps - 1, round(tokens / batch))
     if early_steps < 1:
