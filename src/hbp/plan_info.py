@@ -33,6 +33,7 @@ CLUSTER_NUMBERS = ("step_overhead_s", "memory_bytes")
 ORDERS = ("fastest", "balanced", "random")
 """How optimizer steps are made up (:mod:`hbp.planning.ordered.orders`)."""
 DEFAULT_ORDER: Final = "fastest"
+"""Of plans that are made to be looked at; those that `hbp train` makes to train on are `balanced` (docs/quality.md)."""
 SETTING_COUNTS = ("global_batch_tokens", "short_steps", "max_length", "windows")
 
 

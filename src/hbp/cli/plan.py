@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Lengths = npt.NDArray[np.int32]
     Pairs = npt.NDArray[np.bool_] | None
 
+ONE_KIND = 0.25
+"""Drift of a plan's steps above which it is worth a word: random packs have some .17 (docs/planning.md)."""
 LEAST = {"max_length": 1, "global_batch_tokens": 1, "seed": 0, "short_steps": 0}
 """The options that shape a plan, with their least values."""
 SHOWN_GROUPS = 32
@@ -168,10 +170,17 @@ def _show_plan(plan: Plan, result: Mapping[str, Any], model: str) -> None:
 def _worth_knowing(plan: Plan) -> Iterator[str]:
     """What may not be as the user meant it."""
     from hbp.plan import batch_not_kept
+    from hbp.planning.planner import STRATEGIES
 
     batch = batch_not_kept(plan)
     if batch is not None:
         yield f"{batch}; give more --global-batch-tokens, or fewer --gpus"
+    could_do_better = STRATEGIES[plan.info.strategy].orders and "order" not in plan.info.settings
+    if could_do_better and plan.info.details.get("drift", 0.0) > ONE_KIND:
+        yield (
+            f"steps hold samples of one kind (drift {plan.info.details['drift']:.2f}): fast, but to train by the plan "
+            "--order balanced learns better"
+        )
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
         count = f"{len(plan.info.dropped):,} samples (listed in plan.json)"

@@ -48,7 +48,7 @@ def plans() -> dict[str, Plan]:
 def test_every_order_is_named_once() -> None:
     assert tuple(ORDERED) == ORDERS
     assert PlanConfig.model_fields["order"].annotation.__args__ == ORDERS  # type: ignore[union-attr]
-    assert Config.model_validate({"model": {"path": "x"}}).plan.order == DEFAULT_ORDER
+    assert Config.model_validate({"model": {"path": "x"}}).plan.order == "balanced"  # docs/quality.md
 
 
 @pytest.mark.parametrize("order", ["balanced", "random"])
