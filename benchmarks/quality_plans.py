@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hbp.config import PlanConfig
 from hbp.cost.predict import CostModel
 from hbp.plan import Plan, hash_lengths, validate
-from hbp.plan_info import DEFAULT_ORDER, ORDERS
+from hbp.plan_info import ORDERS
 from hbp.planning.packs import Lengths, packs_of
 from hbp.planning.paper.packing import balance_batches
 from hbp.planning.planner import make_plan, to_plan
@@ -33,7 +34,7 @@ UNPACKED = "unpacked"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train. The defaults are the library's."""
+    """One way to train. The defaults are those of `hbp train`."""
 
     name: str
     strategy: str = "hbp-mixed"
@@ -51,6 +52,7 @@ class Setting:
 
 
 DEFAULT = "ours"
+DEFAULT_ORDER: str = PlanConfig.model_fields["order"].default
 
 
 def settings() -> list[Setting]:
@@ -67,6 +69,7 @@ def settings() -> list[Setting]:
     found += [Setting(f"order {order}", order=order, question="order") for order in others]
     found += [
         Setting("run-token", loss="run-token", question="loss"),
+        Setting("fastest, run-token", order="fastest", loss="run-token", question="loss"),
         Setting("curriculum off", curriculum=0.0, question="curriculum"),
         Setting("token-mean", loss="token-mean", question="loss"),
         Setting("sum", loss="sum", question="loss"),
@@ -98,7 +101,7 @@ def plan_setting(setting: Setting, lengths: Lengths, batch: int, seed: int, cost
     if setting.strategy == UNPACKED:
         return scaled_down(unpacked_plan(longer, batch * SCALE, seed, cost))
     steps = max(1, round(int(lengths.sum()) / batch))
-    more: dict[str, object] = {} if setting.order is None else {"order": setting.order}
+    more: dict[str, object] = {"order": setting.order or DEFAULT_ORDER} if setting.strategy == "hbp-mixed" else {}
     if setting.curriculum is not None:
         more["short_steps"] = round(setting.curriculum * steps)
     plan = make_plan(

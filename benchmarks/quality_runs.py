@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from quality_plans import (
+    DEFAULT_ORDER,
     Setting,
     cost_model,
     plan_setting,
@@ -30,7 +31,6 @@ from quality_tasks import LONG, SHORT, VOCAB, Mix, Samples, load, make_mix, make
 from quality_train import Grade, Trace, batches_of_step, grade, gradient, mean_of, new_model, train
 
 from hbp.config import TrainConfig
-from hbp.plan_info import DEFAULT_ORDER
 from hbp.train.launch import device_name
 from hbp.train.model import CausalLMWithLoss
 
