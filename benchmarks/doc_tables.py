@@ -274,7 +274,7 @@ def quickstart() -> str:
     cells = [
         (
             f"`{r['strategy']}`",
-            ", ".join(f"{g['capacity']:,} / SP {g['sp_degree']} / GC {g['gc_layers']}" for g in r["groups"]),
+            _settings_of(r["groups"]),
             f"{r['tokens_per_s']:,.0f}",
             f"{r['seconds']:.1f}",
             f"{r['final_train_loss']:.3f}",
@@ -299,11 +299,13 @@ def quickstart() -> str:
         "PR",
     )
     budget, date = runs[0]["memory_budget_bytes"] / 2**30, runs[0]["date"]
+    profile = json.loads((folder / "profile.json").read_text())
     lead = (
         f"Measured by `make quickstart` on {results[0]['device']} (two processes, gloo, {budget:.2f} GiB a process, "
         f"{date}): **HBP is {first:.2f}× as fast** ({second:.2f}× in a second run), on "
         f"{results[0]['samples']:,} samples and {results[0]['tokens']:,} tokens; by the cost model that it fitted, "
-        f"no plan could be more than {1 / results[1]['metrics']['efficiency']:.2f}×. "
+        f"which is {profile['median_error']:.0%} off on points held out, no plan could be more than "
+        f"{1 / results[1]['metrics']['efficiency']:.2f}×. "
         f"{_steps_of(*(r['steps'] for r in results[:2]))}\n\n"
     )
     sweep = [json.loads(file.read_text()) for file in sorted(folder.glob("memory-*.json"))]
@@ -311,6 +313,11 @@ def quickstart() -> str:
     follows = f"The gain follows the memory budget: {others}. " if others else ""
     tail = f"\n{follows}Raw output in `benchmarks/results/quickstart/`.\n"
     return lead + table(header, cells) + tail
+
+
+def _settings_of(groups: list[Any]) -> str:
+    each = [f"{g['capacity']:,} / SP {g['sp_degree']} / GC {g['gc_layers']}" for g in groups]
+    return ", ".join(each) if len(each) <= 8 else f"{len(each)} groups, from {each[0]} to {each[-1]}"
 
 
 def _steps_of(ours: int, theirs: int) -> str:

@@ -284,6 +284,18 @@ def heavier_than_planned(rank: int, world: int, config: Config, peaks: list[floa
         return run_here(rank, world, config, stop_after)
 
 
+def slow_to_end(rank: int, world: int, config: Config, peaks: list[float]) -> Any:
+    """The same, where all ranks but the first take their time to say what a strategy came to."""
+    result_of = training._part_result
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.3 * rank)
+        return result_of(*args)
+
+    with mock.patch.object(training, "_part_result", slow):
+        return heavier_than_planned(rank, world, config, peaks, None)
+
+
 def test_later_epochs_are_held_to_the_memory_that_the_first_was_held_to(job):
     """Each epoch's plan is tried, and made again knowing what every plan before took, in one run or resumed."""
     options = ("train.epochs=3", "train.export=false", "train.save_steps=null")
@@ -319,7 +331,7 @@ def test_a_baseline_whose_later_epoch_does_not_fit_does_not_fit(job):
     )
     # Of both epochs of each setting: degree 1 is over the budget in the second at first, degree 2 beyond the device.
     peaks = [0.9, 0.9, 0.9, 1.1, 0.8, 0.7, float("inf"), 0.9, 0.9, 0.6]
-    (summary, _), _ = run_ranks(heavier_than_planned, 2, config, peaks, None)
+    (summary, _), _ = run_ranks(slow_to_end, 2, config, peaks)  # a rank reads plans that the first then moves
     budget = CLUSTERS["cpu-local"].memory_bytes
     trials = [(t["sp_degree"], t["gc_layers"], t["fits"], t["peak_bytes"]) for t in summary["baseline_trials"]]
     assert trials == [

@@ -147,7 +147,8 @@ def _epochs(
 
 
 def _replace_folder(source: Path, target: Path | None) -> None:
-    """Rank 0 moves a folder over another one, or away; the others wait."""
+    """Rank 0 moves a folder over another one, or away, when the others have read what they need of it."""
+    dist.barrier()
     if dist.get_rank() == 0:
         if target is None:
             shutil.rmtree(source, ignore_errors=True)
