@@ -229,7 +229,8 @@ class PlanConfig(_Section):
     order: Order = Field(
         "balanced",
         description="of `hbp-mixed`, what a step holds. balanced: the data's mix, as near as 5 % of the speed buys; "
-        "fastest: packs of one kind, which learn worse; random: what a shuffle puts there, at any price in speed",
+        "fastest: packs of one kind (docs/quality.md: at what cost); random: what a shuffle puts there, at any price",
+        json_schema_extra=REPLANNED,
     )
 
 

@@ -16,7 +16,9 @@ import pytest
 
 from hbp.cli.main import exit_code, main
 from hbp.cli.plan import _quick_enough
+from hbp.data.length_sets import generate
 from hbp.errors import ERROR_FILE, HbpError
+from hbp.plan import read_plan
 from hbp.planning.planner import STRATEGIES
 
 LENGTHS = np.random.default_rng(0).integers(20, 4000, 400).astype(np.int32)
@@ -186,6 +188,18 @@ def test_plan_explains_its_groups(lengths: Path, tmp_path: Path, capsys: pytest.
     text = capsys.readouterr().out
     assert "home of" in text
     assert "the run with SP" in text
+
+
+def test_a_plan_of_one_kind_of_steps_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where another order is to be had, and only then."""
+    lengths = tmp_path / "lengths.npy"
+    np.save(lengths, generate("mix-128k", 1500, 0))
+    for batch, order, said in ((2**17, "fastest", True), (2**17, "balanced", False), (2**19, "fastest", False)):
+        asked = ["--global-batch-tokens", str(batch), "--order", order, "--short-steps", "0"]
+        assert main(["plan", *planning(lengths, *asked, "--out", str(tmp_path / "plan"))]) == 0
+        assert ("--order balanced" in capsys.readouterr().err) == said
+        if order == "fastest":
+            assert (read_plan(tmp_path / "plan").info.details["drift"] > 0.25) == said
 
 
 @pytest.mark.parametrize("command", ["plan", "compare", "simulate", "report"])

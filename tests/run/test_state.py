@@ -177,6 +177,7 @@ def test_an_emptied_run_json_is_told_by_the_newest_checkpoint(job: Path, stopped
     [
         ("cluster.memory_gib=0.9", "cluster.memory_gib was None, now 0.9: what is left is planned again", "hbp"),
         ("plan.strategy=bfd", "plan.strategy was 'hbp', now 'bfd': what is left is planned again", "bfd"),
+        ("plan.order=random", "plan.order was 'balanced', now 'random': what is left is planned again", "hbp"),
     ],
 )
 def test_what_is_left_is_planned_again_for_less_memory_or_another_strategy(

@@ -178,8 +178,8 @@ def _worth_knowing(plan: Plan) -> Iterator[str]:
     could_do_better = STRATEGIES[plan.info.strategy].orders and "order" not in plan.info.settings
     if could_do_better and plan.info.details.get("drift", 0.0) > ONE_KIND:
         yield (
-            f"steps hold samples of one kind (drift {plan.info.details['drift']:.2f}): fast, but to train by the plan "
-            "--order balanced learns better"
+            f"steps hold samples of one kind (drift {plan.info.details['drift']:.2f}); for a plan to train by, see "
+            "--order balanced (docs/quality.md)"
         )
     if plan.info.dropped:
         sample, reason = plan.info.dropped[0]
