@@ -6,8 +6,8 @@ side by side in one uint8 parameter, ``[out, in / 2 + 4 · in / BLOCK]``: 4.5 bi
 on its own, and the gather that FSDP2 makes of a layer moves bytes of four-bit weights.
 
 A product unpacks the whole matrix, uses it, and forgets it; backward, which wants the gradient of the inputs alone,
-unpacks it again. The trade: memory and messages of an eighth (an eighth of float32, two sevenths of bfloat16), for two
-tables' look-ups a weight and micro-batch, in torch's own operations. The paper's second quantization (of the
+unpacks it again. The trade: a seventh of float32's memory and messages, two sevenths of bfloat16's, for two tables'
+look-ups a weight and micro-batch, in torch's own operations. The paper's second quantization (of the
 magnitudes, .4 bits a weight) is left out.
 """
 
