@@ -133,7 +133,8 @@ def test_rehearse() -> None:
     assert [row["strategy"] for row in rows] == [
         *("naive", "naive, again", "+ hierarchical", "+ balance", "hbp", "hbp-mixed")
     ]
-    assert rows[0]["speedup"] == rows[0]["predicted_speedup"] == rows[1]["predicted_speedup"] == 1
+    assert rows[0]["predicted_speedup"] == rows[1]["predicted_speedup"] == 1
+    assert max(row["speedup"] for row in rows[:2]) == 1, "over the faster of both"
     for row in rows:
         assert is_number(row["run_s"]) and is_number(row["ratio_error"])
         assert row["micro_steps"].startswith("1 of ")

@@ -36,7 +36,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"source": str(folder / "data.jsonl"), "tokenizer": str(folder / "tokenizer"), "eval_samples": 10},
         "model": {"path": write_config(folder / "model", {**LLAMA, "vocab_size": 320})},
         "cluster": {"memory_gib": 1.0},
-        "plan": {"baseline": "concat", "global_batch_tokens": 1500},
+        "plan": {"baseline": "concat", "global_batch_tokens": 750},
         "train": {"lr": 1e-2},
     }
     (folder / "cfg.yaml").write_text(yaml.safe_dump(config))
