@@ -18,7 +18,9 @@ from hbp.train.checkpoint import list_checkpoints, read_position
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # Python runs this at its start. It makes steps slow, so that there is time to interfere, or one rank's third one fail.
 INTERFERE = """
-import os, sys, time
+import atexit, os, sys, time
+if os.environ.get("TEST_ABORT") and "RANK" in os.environ:
+    atexit.register(os.abort)  # registered before all else, so called after it
 if os.environ.get("RANK") and "hbp" in sys.orig_argv:
     import hbp.train.measure.micro_batch  # takes the plain one: trials of memory are left alone
     import hbp.train.loop as loop
@@ -180,8 +182,9 @@ def test_a_rank_that_raises_names_itself_the_step_and_the_pack(job, interfering)
     ],
 )
 def test_a_signal_saves_and_exits(job, interfering, number, to):
-    """Case run-signals."""
+    """Case run-signals; what the interpreter does at its end, in which threads of torch may abort, is not reached."""
     interfering("TEST_SLOW", "0.1")
+    interfering("TEST_ABORT", "1")
     run = job / f"stopped-{number}"
     running = start(job, f"run_dir={run}")
     ranks = ranks_of(running, 2)
