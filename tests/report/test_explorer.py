@@ -12,6 +12,7 @@ from hbp.plan import Group
 from hbp.planning.planner import make_plan
 from hbp.report import explorer
 from hbp.report.explorer import explorer_data, measured_lane, predicted_lane, window
+from hbp.report.figures import group_name, kinds_of
 from hbp.report.lanes import Lane
 from hbp.simulator import simulate
 
@@ -65,3 +66,13 @@ def test_idle_ranks_and_measured_lanes() -> None:
     data = explorer_data([lane, measured], groups)
     assert [g["name"] for g in data["groups"]] == ["100 tokens · SP 2 · GC 0", "100 tokens · SP 1 · GC 0"]
     assert set(lane["parts"]) <= set(data["parts"])
+
+
+def test_groups_beyond_the_colours_share_one_by_degree_and_recomputation():
+    groups = [Group(100 * i, 1 + i % 2, max(0, i - 6)) for i in range(1, 13)]
+    kinds = kinds_of(groups)
+    assert len({kind.colour for kind in kinds}) == len(set(kinds)) == 4
+    assert kinds[0] == kinds[2] != kinds[1]
+    assert kinds[0].name == "100–500 tokens · SP 2 · GC 0"
+    assert kinds[-1].name == "800–1,200 tokens · SP 1 · GC 2–6"
+    assert [k.name for k in kinds_of(groups[:8])] == [group_name(g) for g in groups[:8]]

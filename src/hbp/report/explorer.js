@@ -87,7 +87,7 @@
   function key() {
     const shown = mode === "parts"
       ? Object.keys(data.parts).filter(p => data.lanes.some(l => l.parts.includes(p))).map(p => data.parts[p])
-      : data.groups;
+      : [...new Map(data.groups.map(g => [g.kind, { name: g.kind, colour: g.colour }])).values()];
     const entries = [...shown, { name: "waiting", colour: "var(--wait)" }];
     legend.replaceChildren(...entries.map(({ name, colour }) => {
       const item = document.createElement("span"), patch = document.createElement("i");

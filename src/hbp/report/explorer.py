@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbp.plan import Group, Plan
-from hbp.report.figures import PALETTE, PART_COLOURS, group_name
+from hbp.report.figures import PART_COLOURS, group_name, kinds_of
 from hbp.report.lanes import Lane, number_of_rows
 from hbp.simulator import PART_NAMES, timeline
 
@@ -87,7 +87,10 @@ def explorer_data(lanes: Sequence[dict[str, Any]], groups: Sequence[Group]) -> d
     """All that ``explorer.js`` needs."""
     return {
         "lanes": list(lanes),
-        "groups": [{"name": group_name(g), "colour": PALETTE[i % len(PALETTE)]} for i, g in enumerate(groups)],
+        "groups": [
+            {"name": group_name(group), "kind": kind.name, "colour": kind.colour}
+            for group, kind in zip(groups, kinds_of(groups), strict=True)
+        ],
         "parts": {
             name: {"name": "work" if name == "unsplit" else PART_NAMES[name], "colour": colour}
             for name, colour in PART_COLOURS.items()

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -76,6 +77,33 @@ def group_name(group: Group) -> str:
     return f"{group.capacity:,} tokens · SP {group.sp_degree} · GC {group.gc_layers}"
 
 
+class Kind(NamedTuple):
+    """Groups that have one colour, and one line in a legend."""
+
+    name: str
+    colour: str
+
+
+def kinds_of(groups: Sequence[Group]) -> list[Kind]:
+    """Of each group: its own while the colours last; beyond that, one a degree with and one without recomputation."""
+    if len(groups) <= len(PALETTE):
+        return [Kind(group_name(group), colour) for group, colour in zip(groups, PALETTE, strict=False)]
+    hues = degree_colours([group.sp_degree for group in groups])
+    kinds = {}
+    for key in {(group.sp_degree, group.gc_layers > 0) for group in groups}:
+        alike = [group for group in groups if (group.sp_degree, group.gc_layers > 0) == key]
+        tokens, layers = (_span([getattr(group, of) for group in alike]) for of in ("capacity", "gc_layers"))
+        red, green, blue = to_rgb(hues[key[0]])
+        pale = to_hex(((1 + red) / 2, (1 + green) / 2, (1 + blue) / 2))
+        kinds[key] = Kind(f"{tokens} tokens · SP {key[0]} · GC {layers}", pale if key[1] else hues[key[0]])
+    return [kinds[group.sp_degree, group.gc_layers > 0] for group in groups]
+
+
+def _span(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,}–{most:,}"
+
+
 def timelines(lanes: Sequence[Lane], groups: Sequence[Group], *, narrow: bool = False) -> str:
     """Ranks over time, one panel a lane, all on one time axis: work in the group's colour, waiting in the pale one.
 
@@ -86,25 +114,27 @@ def timelines(lanes: Sequence[Lane], groups: Sequence[Group], *, narrow: bool = 
     """
     with mpl.rc_context(STYLE):
         heights = [0.35 + 0.26 * len(lane.begin_s) for lane in lanes]
-        used = sorted({int(g) for lane in lanes for g in np.unique(lane.group) if g >= 0})
+        kinds = kinds_of(groups)
+        numbers = sorted({int(g) for lane in lanes for g in np.unique(lane.group) if g >= 0})
+        used = list(dict.fromkeys(kinds[g] for g in numbers))
         columns = 1 if narrow else min(3, len(used) + 1)
         below = 0.3 + 0.25 * -(-(len(used) + 1) // columns)
         figure = Figure(figsize=(WIDTHS[narrow], sum(heights) + 0.42 * len(lanes) + below), layout="constrained")
         axes = figure.subplots(len(lanes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         longest = max(*(float((lane.begin_s + lane.wall_s).max(initial=0.0)) for lane in lanes), 1e-9)
         for axis, lane in zip(axes, lanes, strict=True):
-            _draw_lane(axis, lane, longest)
+            _draw_lane(axis, lane, kinds, longest)
             if narrow:  # two lines where one is too wide
                 axis.set_title(lane.title.replace(": ", "\n", 1), fontsize=9.5)
         axes[-1].set_xlabel("seconds")
         axes[0].set_xlim(0, longest * 1.01)
-        handles = [Patch(color=_colour(g), label=group_name(groups[g])) for g in used]
+        handles = [Patch(color=kind.colour, label=kind.name) for kind in used]
         handles.append(Patch(color=WAIT, label="waiting for other ranks"))
         figure.legend(handles=handles, loc="outside lower left", ncols=columns)
         return as_svg(figure, f"timelines {'narrow' if narrow else 'wide'}")
 
 
-def _draw_lane(axis: Axes, lane: Lane, longest: float) -> None:
+def _draw_lane(axis: Axes, lane: Lane, kinds: Sequence[Kind], longest: float) -> None:
     for rank in range(len(lane.begin_s)):
         spans = np.stack([lane.begin_s[rank], lane.wall_s[rank]], axis=1)
         axis.broken_barh(spans.tolist(), (rank - 0.42, 0.84), facecolors=WAIT, edgecolor="none")
@@ -113,7 +143,7 @@ def _draw_lane(axis: Axes, lane: Lane, longest: float) -> None:
             if g < 0:
                 continue
             spans = np.stack([lane.begin_s[rank, here], lane.busy_s[rank, here]], axis=1)
-            axis.broken_barh(spans.tolist(), (rank - 0.42, 0.84), facecolors=_colour(int(g)), edgecolor="none")
+            axis.broken_barh(spans.tolist(), (rank - 0.42, 0.84), facecolors=kinds[g].colour, edgecolor="none")
     axis.set_title(lane.title)
     axis.set_yticks(range(len(lane.begin_s)), [f"rank {r}" for r in range(len(lane.begin_s))])
     axis.set_ylim(len(lane.begin_s) - 0.5, -0.5)
@@ -325,10 +355,6 @@ def standalone(svg: str) -> str:
     paper = f'<rect width="{size[1]}" height="{size[2]}" fill="#ffffff"/>'
     head = svg.index(">") + 1
     return svg[:head].replace(" class=", ' font-family="sans-serif" class=') + paper + svg[head:] + "\n"
-
-
-def _colour(group: int) -> str:
-    return PALETTE[group % len(PALETTE)]
 
 
 def count(value: float, _: Any = None) -> str:
