@@ -46,8 +46,9 @@ EXTRAS := .[train,lora,log] hypothesis pytest pytest-xdist pillow
 	.venv-$*/bin/pip install --quiet $(PIP_FLAGS) $(if $(filter oldest,$*),$(OLDEST),--upgrade $(NEWEST)) -e $(EXTRAS)
 	touch $@
 
+CUDA_FAKE := tests/cuda_fake tests/train/test_compiled.py tests/train/measure/test_fake_world.py
 test-cuda-fake: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest tests/cuda_fake -v
+	.venv-oldest/bin/python -m pytest $(CUDA_FAKE) -v
 
 # The training half at both ends of the supported range of torch and transformers.
 test-oldest test-newest: test-%: .venv-%/installed

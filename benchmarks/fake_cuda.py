@@ -18,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.attention.varlen  # registers its operators
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,6 +31,7 @@ META, DEVICE = torch.device("meta"), torch.device("cuda", 0)
 NAME = "no GPU (fake tensors)"
 DRAWS = (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
 """Written over in place: nothing to do."""
+ATTENTION, ATTENTION_BACKWARD = torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
 
 class Memory(TorchDispatchMode):
@@ -51,6 +53,8 @@ class Memory(TorchDispatchMode):
             return args[0]
         if func is torch.ops.aten.index_put.default and isinstance(args[0], FakeTensor):
             return args[0]  # the backward of indexing, which works in place on tensors that are there
+        if func in (ATTENTION.default, ATTENTION_BACKWARD.default):
+            refuse(*[x for x in args if isinstance(x, torch.Tensor) and x.dim() == 3])
         if func is torch.ops.aten.addmm.dtype_out:  # whose decomposition in torch 2.11 is wrong
             return kwargs["out"]
         if self.inside:  # a kernel that torch writes out in smaller ones, for shapes' sake
@@ -87,6 +91,19 @@ class Memory(TorchDispatchMode):
     def resized(self, storage: torch.UntypedStorage, size: int) -> None:
         if storage._cdata in self.sizes:
             self._count(storage._cdata, size)
+
+
+def refuse(*inputs: torch.Tensor) -> None:
+    """What flash attention's kernel refuses on a device, and its shapes alone do not show.
+
+    Raises:
+        RuntimeError: of queries, keys, values, outputs or their gradients.
+    """
+    for x in inputs:
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError(f"FlashAttention only supports fp16 and bf16 data types, not {x.dtype}")
+        if x.size(-1) > 256 or x.size(-1) != inputs[0].size(-1):
+            raise RuntimeError(f"FlashAttention takes heads of one size up to 256, not {x.size(-1)}")
 
 
 class _Stream:
@@ -197,6 +214,12 @@ def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     )
 
 
+def _swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    """`Module.to` swaps fake parameters even with themselves; such as hold nothing have nothing to swap."""
+    if not (isinstance(one, FakeTensor) and one.device == other.device and one.dtype == other.dtype):
+        SWAP(one, other)
+
+
 class _Silu(torch.autograd.Function):
     """One kernel each way, as on a device; without one, torch writes its backward out in eight."""
 
@@ -210,7 +233,7 @@ class _Silu(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
-TO = torch.Tensor.to
+TO, SWAP = torch.Tensor.to, torch.utils.swap_tensors
 NUMPY, TENSOR = torch.Tensor.numpy, torch.tensor
 
 
@@ -270,6 +293,7 @@ def fake_cuda(limit: float = float("inf")) -> Iterator[Memory]:
         stack.enter_context(mock.patch.object(torch.Tensor, "numpy", _numpy))
         stack.enter_context(mock.patch.object(torch, "tensor", _tensor))
         stack.enter_context(mock.patch.object(torch.Tensor, "to", _to))
+        stack.enter_context(mock.patch("torch.utils.swap_tensors", _swap))
         stack.enter_context(mock.patch("torch.nn.functional.silu", lambda x, inplace=False: _Silu.apply(x)))
         stack.enter_context(mock.patch.object(FakeTensor, "__new__", staticmethod(_new)))
         stack.enter_context(mock.patch.object(FakeTensor, "__torch_dispatch__", classmethod(_device_of_nothing)))

@@ -80,7 +80,7 @@ TINY_SHARE = 512
 
 def attention(device: torch.device, tiny: bool, note: Note) -> None:
     """The device's kernel against SDPA, document by document, in the same type and in float32."""
-    dtype, total = (torch.float32, 256) if tiny else (torch.bfloat16, 8192)
+    dtype, total = (torch.bfloat16 if device.type == "cuda" else torch.float32), 256 if tiny else 8192
     rng = np.random.default_rng(0)
     for name, heads, kv_heads, qk_size, v_size in (("gqa", 32, 8, 128, 128), ("mla", 16, 16, 192, 128)):
         cuts = np.sort(rng.choice(np.arange(1, total), 5, replace=False))

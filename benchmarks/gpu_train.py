@@ -72,6 +72,7 @@ TINY = LLAMA_1B | {
     "head_dim": 16,
     "vocab_size": 320,
 }
+SIDES = ("naive", "hbp", "trl")
 SPARE_BYTES = 10 * 2**30
 """Of the GPU's memory: context, cuBLAS's workspaces, fragmentation. A pack too large would cost the whole result."""
 
@@ -198,6 +199,46 @@ def keep(out: Path | None, result: dict[str, Any]) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def prepare(size: Size, scratch: Path) -> tuple[TokenStore, str]:
+    """The samples, and a folder with the weights that all sides start from."""
+    (scratch / "config").mkdir()
+    (scratch / "config" / "config.json").write_text(json.dumps(size.model))
+    weights = str(scratch / "model")
+    load_model(str(scratch / "config"), seed=0).lm.save_pretrained(weights)
+    return make_store(size, scratch / "store"), weights
+
+
+def compare(
+    size: Size, store: TokenStore, weights: str, scratch: Path, device: torch.device, out: Path | None
+) -> dict[str, Any]:
+    """All sides of the benchmark, one after the other, and what it says of them."""
+    cluster = CLUSTERS["cpu-local"]
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory - SPARE_BYTES
+        cluster = dataclasses.replace(CLUSTERS["h100-nvlink"], memory_bytes=memory, device=device_name(device))
+    cost = CostModel(spec_from_config(size.model), cluster, 1)
+    options: dict[str, Any] = {"max_length": size.longest, "global_batch_tokens": size.global_batch}
+    full_gc = Group(size.longest, 1, cost.model.n_layers)
+    plans = {  # the one that needs less memory first
+        "naive": make_plan(store.lengths, cost, strategy="concat", static=full_gc, **options),
+        "hbp": make_plan(store.lengths, cost, strategy="hbp-mixed", **options),
+    }
+    sides: dict[str, dict[str, Any]] = {}
+    for side, plan in plans.items():
+        sides[side] = measured_or_why_not(lambda p=plan: measure(p, store, weights, cost, device))  # type: ignore[misc]
+        keep(out, sides)
+    sides["trl"] = measure_trl(size, store, scratch, weights)
+    rates = {side: sides[side].get("tokens_per_s") for side in SIDES}
+    return {
+        "parameters": cost.model.parameters(),
+        "samples": len(store),
+        "longest": int(store.lengths.max()),
+        **sides,
+        "speedup_vs_naive": rates["hbp"] / rates["naive"] if rates["hbp"] and rates["naive"] else None,
+        "speedup_vs_trl": rates["hbp"] / rates["trl"] if rates["hbp"] and rates["trl"] else None,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="half a million tokens, packs up to 32K")
@@ -211,48 +252,22 @@ def main() -> None:
     meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update({key: os.environ.get(key, value) for key, value in meeting.items()})
     with TemporaryDirectory() as folder, process_group() as device:
-        scratch = Path(folder)
-        store = make_store(size, scratch / "store")
-        (scratch / "config").mkdir()
-        (scratch / "config" / "config.json").write_text(json.dumps(size.model))
-        weights = str(scratch / "model")
-        load_model(str(scratch / "config"), seed=0).lm.save_pretrained(weights)
-        cluster = CLUSTERS["cpu-local"]
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory - SPARE_BYTES
-            cluster = dataclasses.replace(CLUSTERS["h100-nvlink"], memory_bytes=memory, device=device_name(device))
-        cost = CostModel(spec_from_config(size.model), cluster, 1)
-        options: dict[str, Any] = {"max_length": size.longest, "global_batch_tokens": size.global_batch}
-        full_gc = Group(size.longest, 1, cost.model.n_layers)
-        plans = {  # the one that needs less memory first
-            "naive": make_plan(store.lengths, cost, strategy="concat", static=full_gc, **options),
-            "hbp": make_plan(store.lengths, cost, strategy="hbp-mixed", **options),
-        }
-        sides: dict[str, dict[str, Any]] = {}
-        for side, plan in plans.items():
-            sides[side] = measured_or_why_not(lambda p=plan: measure(p, store, weights, cost, device))  # type: ignore[misc]
-            keep(args.out, sides)
-        sides["trl"] = measure_trl(size, store, scratch, weights)
-        rates = {side: measured.get("tokens_per_s") for side, measured in sides.items()}
+        store, weights = prepare(size, Path(folder))
+        compared = compare(size, store, weights, Path(folder), device, args.out)
         result = {
             "command": "python benchmarks/gpu_train.py" + (" --quick" if args.quick else ""),
             "date": datetime.date.today().isoformat(),
             "device": device_name(device),
             "torch": torch.__version__,
             "tiny": not on_gpu,
-            "parameters": cost.model.parameters(),
-            "samples": len(store),
-            "longest": int(store.lengths.max()),
-            **sides,
-            "speedup_vs_naive": rates["hbp"] / rates["naive"] if rates["hbp"] and rates["naive"] else None,
-            "speedup_vs_trl": rates["hbp"] / rates["trl"] if rates["hbp"] and rates["trl"] else None,
+            **compared,
         }
     keep(args.out, result)
     if args.json:
         print(json.dumps(result))
         return
-    for side, measured in sides.items():
-        rate, mfu = measured.get("tokens_per_s"), measured.get("mfu")
+    for side in SIDES:
+        rate, mfu = result[side].get("tokens_per_s"), result[side].get("mfu")
         print(f"{side:6} {rate or 0:10,.0f} tokens/s" + (f"  MFU {mfu:.1%}" if mfu else ""))
 
 
