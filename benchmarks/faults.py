@@ -219,7 +219,7 @@ def kill_and_go_on(bench: Bench, mode: str, number: int, seed: int, kills: int) 
         row.injected += attempt.injected()
         if hangs or WRONG_INPUT in codes:
             row.hangs += hangs
-            row.bad.append(f"{log.name}: {'hangs' if hangs else 'wrong input'}: {log.read_text()[-2000:]}")
+            row.bad.append(f"{log.name}: {'hangs' if hangs else 'wrong input'}: {end_of(log)}")
             attempt.send(signal.SIGKILL, range(ranks))
             attempt.wait(10)
         if set(codes) == {FINISHED}:
@@ -227,11 +227,16 @@ def kill_and_go_on(bench: Bench, mode: str, number: int, seed: int, kills: int) 
             break
         row.injected += tear(run, chance) if mode == "torn-files" else 0
     else:
-        row.bad.append(f"{run.name}: not finished after {MOST_TRIES} attempts: {log.read_text()[-2000:]}")
+        row.bad.append(f"{run.name}: not finished after {MOST_TRIES} attempts: {end_of(log)}")
     row.seconds = round(time.monotonic() - began, 1)
     if not row.bad:
         shutil.rmtree(run, ignore_errors=True)
     return row
+
+
+def end_of(log: Path) -> str:
+    """What an attempt said last, without the place of this checkout."""
+    return log.read_text()[-2000:].replace(str(Path(__file__).resolve().parent.parent), ".")
 
 
 def compare(run: Path, alone: Alone, mode: str) -> list[str]:
