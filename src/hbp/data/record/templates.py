@@ -246,7 +246,7 @@ class _NoteTurns(NodeTransformer):
         if not isinstance(node.target, nodes.Name):
             return node
         self.loops += 1
-        note = self._note(nodes.Name(node.target.name, "load"), node.lineno)
+        note = self._note(_message_of(node), node.lineno)
         node.body = [note, *node.body]
         return [node, self._note(nodes.Const(None), node.lineno)]
 
@@ -257,12 +257,31 @@ class _NoteTurns(NodeTransformer):
         return output
 
 
+def _message_of(loop: nodes.For) -> nodes.Expr:
+    """What the loop stands at: its variable, or ``messages[i]`` in a loop over numbers (EXAONE 4's)."""
+    variable = nodes.Name(loop.target.name, "load")  # type: ignore[attr-defined]
+    if not (isinstance(loop.iter, nodes.Call) and _mentions_messages(loop.iter)):
+        return variable
+    for part in (item for statement in loop.body for item in statement.find_all(nodes.Getitem)):
+        if part.arg == variable and isinstance(part.node, nodes.Name) and _mentions_messages(part.node):
+            return nodes.Getitem(nodes.Name(part.node.name, "load"), variable, "load")
+    return variable
+
+
 def _fields(tree: nodes.Template) -> frozenset[str] | None:
     """Attribute names and constant strings; none where a loop's message is written out or walked through whole."""
     turns = {
         loop.target.name
         for loop in tree.find_all(nodes.For)
         if isinstance(loop.target, nodes.Name) and _mentions_messages(loop.iter)
+    }
+    turns |= {
+        given.target.name
+        for given in tree.find_all(nodes.Assign)
+        if isinstance(given.target, nodes.Name)
+        and isinstance(given.node, nodes.Getitem)
+        and not isinstance(given.node.arg, nodes.Slice)
+        and _mentions_messages(given.node)
     }
     whole = [f.node for f in tree.find_all(nodes.Filter) if f.name in ("tojson", "items", "string", "dictsort")]
     whole += [g.node for g in tree.find_all(nodes.Getattr) if g.attr in ("items", "values")]
