@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, Shard
 from hbp.errors import HbpError
 from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
 from hbp.parallel.varlen import check_features
-from hbp.train.check.families import check_trainable
+from hbp.train.check.families import check_trainable, decoder_of
 from hbp.train.loss import RouterLoss, summed_cross_entropy
 from hbp.train.weights.load import draw_shards, load_shards, settle_ties
 from hbp.train.weights.nf4 import pack_base, packed_layers
@@ -144,7 +144,7 @@ class CausalLMWithLoss(nn.Module):
         Returns:
             Weighted sum of the cross entropies, plus router losses; float32 scalar.
         """
-        decoder, offload = self.lm.get_decoder(), self.offload_activations and torch.is_grad_enabled()
+        decoder, offload = decoder_of(self.lm), self.offload_activations and torch.is_grad_enabled()
         routed = bool(self.router_loss.coefficient and token_share)
         with (
             offloaded_activations() if offload else nullcontext(),
@@ -160,7 +160,7 @@ class CausalLMWithLoss(nn.Module):
     @property
     def layers(self) -> Sequence[Any]:
         """The decoder layers, first to last."""
-        layers: Sequence[Any] = self.lm.get_decoder().layers
+        layers: Sequence[Any] = decoder_of(self.lm).layers
         return layers
 
 
@@ -433,7 +433,7 @@ def decoder_layers(model: Any) -> Sequence[Any]:
     """The decoder layers of a transformers causal language model, first to last, peft's wrapper seen through."""
     if isinstance(model, CausalLMWithLoss):
         return model.layers
-    layers: Sequence[Any] = model.get_decoder().layers
+    layers: Sequence[Any] = decoder_of(model).layers
     return layers
 
 
