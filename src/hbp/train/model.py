@@ -20,7 +20,6 @@ knows neither exception.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, not_loaded
 from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
 from hbp.parallel.varlen import check_features
 from hbp.train.check.families import check_trainable, decoder_of
@@ -219,8 +218,7 @@ def read_config(name_or_folder: str, vocab_size: int | None = None) -> Any:
 
 
 def _not_loaded(name_or_folder: str, error: Exception) -> HbpError:
-    reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
-    return HbpError(f"cannot load a model from {name_or_folder!r}: {reason}")
+    return HbpError(f"cannot load a model from {name_or_folder!r}: {not_loaded(name_or_folder, error)}")
 
 
 def load_model(

@@ -26,7 +26,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.visitor import NodeTransformer
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, not_loaded
 
 TRAINING, OWN = "training", "own"
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -53,9 +53,9 @@ def load_tokenizer(name_or_folder: str, chat_template: str | None = None) -> Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise HbpError(
-            f"cannot load a tokenizer from {name_or_folder!r} ({reason}); give its folder or hub name"
+            f"cannot load a tokenizer from {name_or_folder!r} ({not_loaded(name_or_folder, error)}); give its folder or "
+            "hub name"
         ) from None
     if chat_template not in (None, OWN):
         tokenizer.chat_template = _chosen(tokenizer, str(chat_template))

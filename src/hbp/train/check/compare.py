@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, not_loaded
 from hbp.train.check.families import PROVEN_FAMILIES, check_trainable
 from hbp.train.check.properties import (
     NAMES,
@@ -178,8 +178,7 @@ def model_config(name: str) -> Any:
             return AutoConfig.for_model(KNOWN_MODELS[name]["model_type"], **given)
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HbpError(f"cannot read the configuration of {name!r}: {reason}") from None
+        raise HbpError(f"cannot read the configuration of {name!r}: {not_loaded(name, error)}") from None
 
 
 def check_models(names: Sequence[str]) -> list[dict[str, Any]]:
