@@ -53,9 +53,9 @@ def load_tokenizer(name_or_folder: str, chat_template: str | None = None) -> Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = not_loaded(name_or_folder, error)
         raise HbpError(
-            f"cannot load a tokenizer from {name_or_folder!r} ({not_loaded(name_or_folder, error)}); give its folder or "
-            "hub name"
+            f"cannot load a tokenizer from {name_or_folder!r} ({reason}); give its folder or hub name"
         ) from None
     if chat_template not in (None, OWN):
         tokenizer.chat_template = _chosen(tokenizer, str(chat_template))
