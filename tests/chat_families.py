@@ -243,6 +243,22 @@ FAMILIES = {
         + "{% else %}{{ message.content + '<|end_of_text|>' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n' + head('assistant') }}{% endif %}"
     ),
+    # Loops over numbers of messages instead of messages; reasoning alone of the last answer.
+    "exaone4": (
+        "{% set ns = namespace(last=0) %}{% for i in range(messages | length) %}{% if messages[i].role == 'user' %}"
+        "{% set ns.last = i %}{% endif %}{% endfor %}{% for i in range(messages | length) %}{% set msg = messages[i] %}"
+        "{% if msg.role == 'assistant' %}{{ '[|assistant|]\n' }}"
+        + G
+        + "{% set content = msg.content %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] | trim %}"
+        "{% endif %}{% if msg.reasoning_content and i > ns.last %}"
+        "{{ '<think>\n' + msg.reasoning_content | trim + '\n</think>\n\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}"
+        "{% endif %}{{ content + '[|endofturn|]\n' }}"
+        + E
+        + "{% else %}{{ '[|' + msg.role + '|]\n' + msg.content + '[|endofturn|]\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]\n' }}"
+        "{% if enable_thinking is defined and enable_thinking is true %}{{ '<think>\n' }}{% else %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    ),
     # No tokens of its own at all.
     "alpaca": (
         "{% for message in messages %}{% if message.role == 'user' %}{{ '### Instruction:\n' + message.content + '\n\n' }}"

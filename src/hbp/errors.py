@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` where one of the `known` names is near, or nothing; for the middle of a message."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def not_loaded(name: str, error: Exception) -> str:
+    """Why nothing came of a folder or hub name, in a line; of what can be no hub name, that there is no such folder."""
+    if not HUB_NAME.fullmatch(name) and not Path(name).exists():
+        return "there is no such file or folder"
+    return " ".join(str(error).split())[:200]
 
 
 class RankFailed(Exception):

@@ -19,6 +19,7 @@ import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -330,6 +331,7 @@ def _elements(file: str, start: bytes, rest: Iterable[bytes]) -> Iterator[tuple[
             number += text.count("\n", at, begin)
             at = begin
             if text[at : at + 1] == "]":
+                _nothing_behind(file, number, text[at + 1 :], (decode.decode(read) for read in reads))
                 return
             try:
                 _, end = decoder.raw_decode(text, at)
@@ -354,6 +356,22 @@ def _elements(file: str, start: bytes, rest: Iterable[bytes]) -> Iterator[tuple[
             text += "".join(map(decode.decode, grown)) + ("" if more else decode.decode(b"", True))
     except UnicodeDecodeError as error:
         raise HbpError(f"{file} after line {number} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def _nothing_behind(file: str, number: int, text: str, rest: Iterable[str]) -> None:
+    """An array ends its file: two that were joined end to end are half as many records as they look.
+
+    Raises:
+        HbpError: something follows; names the line.
+    """
+    for part in chain((text,), rest):
+        if part.strip():
+            number += part.count("\n", 0, len(part) - len(part.lstrip()))
+            raise HbpError(
+                f"{file} line {number} goes on behind the end of the array; make it one array, or write one record a "
+                "line (.jsonl)"
+            )
+        number += part.count("\n")
 
 
 def _after_blanks(text: str, at: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hbp.parallel.ulysses import Sealed
 from hbp.train.batch import MicroBatch
+from hbp.train.check.families import decoder_of
 from hbp.train.loss import RouterLoss, documents_of_tokens, summed_cross_entropy, token_log_probs
 from hbp.train.model import finish_logits
 
@@ -105,7 +106,7 @@ def _by_document(lm: Any, batch: MicroBatch, finish: Finish) -> Tensor:
 def _hidden(lm: Any, batch: MicroBatch) -> Tensor:
     """Last hidden states of this rank's tokens ``[T, E]``."""
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "hbp_layout": Sealed(batch.layout)}
-    out = lm.get_decoder()(**inputs, use_cache=False)
+    out = decoder_of(lm)(**inputs, use_cache=False)
     hidden: Tensor = out.last_hidden_state[0]
     return hidden
 

@@ -2,8 +2,9 @@
 
 Anything with ``sample(i)`` (a token store) is taken as it is. Of a `datasets.Dataset`, or of any sequence of rows, the
 column ``input_ids`` is read, and ``labels`` where there is one: -100 has no loss, anything else must be the token that
-stands there (labels are shifted by the trainer, within each sample, before a pack is cut into ranks). Without labels
-every token is learnt.
+stands there (labels are shifted by the trainer, within each sample, before a pack is cut into ranks). What a mask has 0
+for (``completion_mask``, ``assistant_masks``, ``loss_mask``: TRL's columns and ours) is not learnt either. Without any
+of them every token is.
 
 Lengths and targets are counted once, for the plan to be checked against and for the loss: in a `datasets.Dataset` on
 Arrow buffers, elsewhere row by row.
@@ -25,6 +26,9 @@ from hbp.train.loss import IGNORE
 
 COUNTED_AT_A_TIME = 1000
 """Rows"""
+
+MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+PADDING = "attention_mask"
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
@@ -48,23 +52,33 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """Any sequence of rows with ``input_ids`` and maybe ``labels``."""
+    """Any sequence of rows with ``input_ids`` and maybe ``labels`` or masks."""
 
     rows: Any
 
     def sample(self, index: int) -> tuple[Ids, Mask]:
         row: Mapping[str, Any] = self.rows[index]
         ids = np.asarray(row["input_ids"]).astype(np.int32)
-        if "labels" not in row or row["labels"] is None:
-            return ids, np.ones(len(ids), np.uint8)
-        labels = np.asarray(row["labels"])
-        learnt = labels != IGNORE
-        if len(labels) != len(ids) or not np.array_equal(labels[learnt], ids[learnt]):
-            raise HbpError(
-                f"row {index}: a label is neither {IGNORE} nor the token in its place; give labels as they are before "
-                "the shift, one for each of input_ids"
-            )
+        learnt = np.ones(len(ids), bool)
+        for name in ("labels", *MASKS, PADDING):
+            if name not in row or row[name] is None:
+                continue
+            values = np.asarray(row[name])
+            if len(values) != len(ids):
+                raise HbpError(f"row {index} has {len(values)} {name} for {len(ids)} input_ids; give one for each")
+            learnt &= values != (IGNORE if name == "labels" else 0)
+            if name == "labels" and not np.array_equal(values[learnt], ids[learnt]):
+                raise HbpError(
+                    f"row {index}: a label is neither {IGNORE} nor the token in its place; give labels as they are "
+                    "before the shift, one for each of input_ids"
+                )
+            if name == PADDING and not values.all():
+                raise HbpError(_padded(index))
         return ids, learnt.astype(np.uint8)
+
+
+def _padded(row: int) -> str:
+    return f"row {row} has padding ({PADDING} 0); leave it out, a pack has none"
 
 
 def as_rows(dataset: Any) -> Rows:
@@ -74,7 +88,8 @@ def as_rows(dataset: Any) -> Rows:
         dataset: with ``sample(i)``, or a `datasets.Dataset` or sequence of rows with ``input_ids``.
 
     Raises:
-        HbpError: no length, no column ``input_ids``, a row without tokens, or labels that are shifted already.
+        HbpError: no length, no column ``input_ids``, a row without tokens or with padding, labels that are shifted
+            already, or nothing that is learnt.
     """
     if not hasattr(dataset, "__len__") and not hasattr(dataset, "lengths"):
         raise HbpError("a plan names its samples by number, so the data set must have a length: it cannot be a stream")
@@ -86,11 +101,15 @@ def as_rows(dataset: Any) -> Rows:
             f"the data set has the columns {', '.join(names) or '(none)'}; tokenize it first: a plan is made for "
             "lengths in tokens, and follows rows of input_ids (and labels)"
         )
-    columns = ["input_ids", "labels"] if "labels" in names else ["input_ids"]
     if hasattr(dataset, "with_format"):
+        columns = ["input_ids", *(name for name in ("labels", *MASKS, PADDING) if name in names)]
         counted = _count_arrow(dataset, columns)
-        return Rows(_Columns(dataset.with_format("numpy", columns=columns)), *counted)
-    return rows_of_source(_Columns(dataset), len(dataset))
+        rows = Rows(_Columns(dataset.with_format("numpy", columns=columns)), *counted)
+    else:
+        rows = rows_of_source(_Columns(dataset), len(dataset))
+    if len(rows) and not rows.loss_tokens.any():
+        raise HbpError("no row has a token to learn; look at labels and masks")
+    return rows
 
 
 def rows_of_source(source: Any, count: int | None = None) -> Rows:
@@ -111,13 +130,16 @@ def _count_arrow(dataset: Any, columns: list[str]) -> tuple[npt.NDArray[np.int32
     for number, table in enumerate(dataset.with_format("arrow", columns=columns).iter(batch_size=COUNTED_AT_A_TIME)):
         size = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
         lengths.append(_all_with_tokens(size, number * COUNTED_AT_A_TIME))
-        if "labels" not in columns:
-            targets.append(size - 1)
-            continue
-        learnt = pc.list_flatten(table.column("labels")).to_numpy() != IGNORE
         ends = np.cumsum(size)
-        if len(learnt) != ends[-1]:
-            raise HbpError("a row has more or fewer labels than input_ids; give one for each")
+        learnt = np.ones(ends[-1], bool)
+        for name in columns[1:]:
+            values = pc.list_flatten(table.column(name)).to_numpy()
+            if len(values) != len(learnt):
+                raise HbpError(f"a row has more or fewer {name} than input_ids; give one for each")
+            learnt &= values != (IGNORE if name == "labels" else 0)
+            if name == PADDING and not values.all():
+                at = int(np.searchsorted(ends, values.astype(bool).argmin(), side="right"))
+                raise HbpError(_padded(number * COUNTED_AT_A_TIME + at))
         before = np.concatenate([[0], np.cumsum(learnt)])
         targets.append(before[ends] - before[ends - size + 1])  # all but the first
     return np.concatenate(lengths).astype(np.int32), np.concatenate(targets).astype(np.int32)

@@ -20,7 +20,6 @@ knows neither exception.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,10 +33,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, not_loaded
 from hbp.parallel.ulysses import PackLayout, Sealed, register_attention
 from hbp.parallel.varlen import check_features
-from hbp.train.check.families import check_trainable
+from hbp.train.check.families import check_trainable, decoder_of
 from hbp.train.loss import RouterLoss, summed_cross_entropy
 from hbp.train.weights.load import draw_shards, load_shards, settle_ties
 from hbp.train.weights.nf4 import pack_base, packed_layers
@@ -144,7 +143,7 @@ class CausalLMWithLoss(nn.Module):
         Returns:
             Weighted sum of the cross entropies, plus router losses; float32 scalar.
         """
-        decoder, offload = self.lm.get_decoder(), self.offload_activations and torch.is_grad_enabled()
+        decoder, offload = decoder_of(self.lm), self.offload_activations and torch.is_grad_enabled()
         routed = bool(self.router_loss.coefficient and token_share)
         with (
             offloaded_activations() if offload else nullcontext(),
@@ -160,7 +159,7 @@ class CausalLMWithLoss(nn.Module):
     @property
     def layers(self) -> Sequence[Any]:
         """The decoder layers, first to last."""
-        layers: Sequence[Any] = self.lm.get_decoder().layers
+        layers: Sequence[Any] = decoder_of(self.lm).layers
         return layers
 
 
@@ -219,8 +218,7 @@ def read_config(name_or_folder: str, vocab_size: int | None = None) -> Any:
 
 
 def _not_loaded(name_or_folder: str, error: Exception) -> HbpError:
-    reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
-    return HbpError(f"cannot load a model from {name_or_folder!r}: {reason}")
+    return HbpError(f"cannot load a model from {name_or_folder!r}: {not_loaded(name_or_folder, error)}")
 
 
 def load_model(
@@ -433,7 +431,7 @@ def decoder_layers(model: Any) -> Sequence[Any]:
     """The decoder layers of a transformers causal language model, first to last, peft's wrapper seen through."""
     if isinstance(model, CausalLMWithLoss):
         return model.layers
-    layers: Sequence[Any] = model.get_decoder().layers
+    layers: Sequence[Any] = decoder_of(model).layers
     return layers
 
 

@@ -134,6 +134,8 @@ def test_no_tokenizer_there(tmp_path: Path) -> None:
     with pytest.raises(HbpError, match="cannot load a tokenizer from") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+    with pytest.raises(HbpError, match=r"\(there is no such file or folder\); give its folder or hub"):
+        load_tokenizer("./nowhere")
 
 
 def test_which_template_is_in_use_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

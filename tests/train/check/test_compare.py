@@ -16,7 +16,7 @@ from hbp.run.job import check_ready
 from hbp.train.check import compare
 from hbp.train.check.compare import TOLERANCE, findings, model_config, require_checked
 from hbp.train.check.properties import NAMES, NEIGHBOUR, PROPERTIES, RankRun, documents
-from hbp.train.check.reference import alone, worst
+from hbp.train.check.reference import alone, rounded_away, worst
 from hbp.train.check.tiny import tiny_config, write_tiny
 
 STARCODER = {  # no gate in its MLP, layer norms with biases, a family that nothing here knows
@@ -87,6 +87,37 @@ def test_missing_and_undefined_gradients_are_no_small_errors():
     assert worst((loss, {**one, "c": torch.ones(1)}), (loss, one)) == (float("inf"), "c")
 
 
+def test_what_is_rounding_in_the_plain_model_is_no_fault(tmp_path):
+    """Without rotary embedding the gradient of a key's bias is zero: the softmax takes out what all keys share."""
+    opt = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 4, "dropout": 0.0}
+    config = model_config(write_config(tmp_path / "opt", opt | {"num_hidden_layers": 2, "word_embed_proj_dim": 32}))
+    folder = write_tiny(tmp_path / "tiny", tiny_config(config))
+    want, (loss, exact) = alone(folder, documents()), alone(folder, documents(), torch.float64)
+    error, where = worst((loss, exact), want)
+    assert error > 0.1 and where.endswith("k_proj.bias")
+    least = rounded_away(folder, documents(), TOLERANCE)
+    assert all(name.endswith("k_proj.bias") for name in least) and least
+    assert worst((loss, exact), want, least)[0] < TOLERANCE
+    name = "model.decoder.layers.0.self_attn.k_proj.bias"
+    seen = {**exact, name: exact[name] + 1e-3 * exact[name.replace("k_proj", "v_proj")]}
+    error, where = worst((loss, seen), want, least)
+    assert error > 10 * TOLERANCE and where == name  # a thousandth of its neighbour's is a fault
+
+
+def test_a_layout_that_is_lost_on_the_way_is_said_in_plain_words(tiny):
+    folder, split = tiny
+    raised = ["HbpError: the attention function 'hbp' needs the pack's layout: call the model with ..."] * 4
+    failed = [each for each in findings("m", (folder, folder), runs_of(split, {"alone": raised})) if not each.holds]
+    assert [each.why.split(",")[0] for each in failed] == [
+        "its layers do not hand on to attention what the model is called with"
+    ]
+
+
+def test_what_plain_transformers_cannot_run_is_said_in_a_line(tmp_path, tiny):
+    with pytest.raises(HbpError, match=r"a tiny model like m does not run in plain transformers: [^\n]*\Z"):
+        findings("m", (str(tmp_path), str(tmp_path)), runs_of(tiny[1], {}))
+
+
 def test_proven_families_are_not_checked_again_and_others_once(tmp_path, monkeypatch):
     asked: list[str] = []
     answer: dict[str, Any] = {"refused": None, "properties": [{"property": "alone", "holds": True, "why": ""}]}
@@ -128,7 +159,7 @@ def test_refused_by_name(tmp_path):
     result = json.loads(done.stdout)
     assert (result["holds"], result["model_type"], result["properties"]) == (False, "qwen3_next", [])
     assert "qwen3_next models have linear_attention layers, whose state would run" in result["refused"]
-    with pytest.raises(HbpError, match="cannot read the configuration of"):
+    with pytest.raises(HbpError, match=r"cannot read the configuration of .*: there is no such file or folder"):
         model_config(str(tmp_path / "nowhere"))
     for config, part in (
         (

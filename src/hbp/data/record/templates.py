@@ -26,7 +26,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.visitor import NodeTransformer
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, not_loaded
 
 TRAINING, OWN = "training", "own"
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -53,7 +53,7 @@ def load_tokenizer(name_or_folder: str, chat_template: str | None = None) -> Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = not_loaded(name_or_folder, error)
         raise HbpError(
             f"cannot load a tokenizer from {name_or_folder!r} ({reason}); give its folder or hub name"
         ) from None
@@ -246,7 +246,7 @@ class _NoteTurns(NodeTransformer):
         if not isinstance(node.target, nodes.Name):
             return node
         self.loops += 1
-        note = self._note(nodes.Name(node.target.name, "load"), node.lineno)
+        note = self._note(_message_of(node), node.lineno)
         node.body = [note, *node.body]
         return [node, self._note(nodes.Const(None), node.lineno)]
 
@@ -257,12 +257,31 @@ class _NoteTurns(NodeTransformer):
         return output
 
 
+def _message_of(loop: nodes.For) -> nodes.Expr:
+    """What the loop stands at: its variable, or ``messages[i]`` in a loop over numbers (EXAONE 4's)."""
+    variable = nodes.Name(loop.target.name, "load")  # type: ignore[attr-defined]
+    if not (isinstance(loop.iter, nodes.Call) and _mentions_messages(loop.iter)):
+        return variable
+    for part in (item for statement in loop.body for item in statement.find_all(nodes.Getitem)):
+        if part.arg == variable and isinstance(part.node, nodes.Name) and _mentions_messages(part.node):
+            return nodes.Getitem(nodes.Name(part.node.name, "load"), variable, "load")
+    return variable
+
+
 def _fields(tree: nodes.Template) -> frozenset[str] | None:
     """Attribute names and constant strings; none where a loop's message is written out or walked through whole."""
     turns = {
         loop.target.name
         for loop in tree.find_all(nodes.For)
         if isinstance(loop.target, nodes.Name) and _mentions_messages(loop.iter)
+    }
+    turns |= {
+        given.target.name
+        for given in tree.find_all(nodes.Assign)
+        if isinstance(given.target, nodes.Name)
+        and isinstance(given.node, nodes.Getitem)
+        and not isinstance(given.node.arg, nodes.Slice)
+        and _mentions_messages(given.node)
     }
     whole = [f.node for f in tree.find_all(nodes.Filter) if f.name in ("tojson", "items", "string", "dictsort")]
     whole += [g.node for g in tree.find_all(nodes.Getattr) if g.attr in ("items", "values")]

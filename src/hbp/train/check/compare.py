@@ -1,6 +1,7 @@
 """Check models: their runs on four ranks against plain transformers, a finding for each property.
 
-The bounds: in float32 every gradient and the loss within 1e-5 of its largest entry; in bfloat16 all gradients together
+The bounds: in float32 every gradient and the loss within 1e-5 of its largest entry (for one of which the plain model
+keeps too few digits itself, :func:`hbp.train.check.reference.rounded_away`); in bfloat16 all gradients together
 no farther from the float32 reference than 1.5 times the unpacked model's, and the loss within 1 %.
 
 About five seconds a model on one core, after ten for four processes to start.
@@ -12,13 +13,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from hbp.errors import HbpError
+from hbp.errors import HbpError, not_loaded
 from hbp.train.check.families import PROVEN_FAMILIES, check_trainable
 from hbp.train.check.properties import (
     NAMES,
@@ -33,7 +35,7 @@ from hbp.train.check.properties import (
     run_properties,
 )
 from hbp.train.check.ranks import run_ranks
-from hbp.train.check.reference import Run, alone, distance, worst
+from hbp.train.check.reference import Run, alone, distance, rounded_away, worst
 from hbp.train.check.tiny import tiny_config, write_tiny
 
 TOLERANCE = 1e-5
@@ -100,7 +102,7 @@ def findings(
         pair: its folders.
         ranks: what :func:`~hbp.train.check.properties.run_properties` returned on each.
     """
-    want = [alone(folder, documents()) for folder in pair]
+    want = [_alone(name, folder) for folder in pair]
 
     def of(key: str) -> Run | str:
         runs = [rank[name, key] for rank in ranks]
@@ -111,20 +113,42 @@ def findings(
     for each in PROPERTIES:
         run = of(each.name)
         if isinstance(run, str):
-            found.append(Finding(each.name, False, None, TOLERANCE, why=run))
+            found.append(Finding(each.name, False, None, TOLERANCE, why=_plainly(run)))
         elif each.dtype == torch.bfloat16:
             found.append(_bfloat16(each, run, want[0], alone(pair[0], documents(), torch.bfloat16)))
         else:
-            found.append(_compared(each.name, each.why, run, want[each.few_heads]))
+            found.append(_compared(each.name, each.why, run, want[each.few_heads], pair[each.few_heads]))
     one, other = (of(f"{NEIGHBOUR} {seed}") for seed in (1, 2))
     if isinstance(one, str) or isinstance(other, str):
         raised = one if isinstance(one, str) else other
-        return [*found, Finding(NEIGHBOUR, False, None, TOLERANCE, why=str(raised))]
+        return [*found, Finding(NEIGHBOUR, False, None, TOLERANCE, why=_plainly(str(raised)))]
     return [*found, _compared(NEIGHBOUR, OUTSIDE, one, other)]
 
 
-def _compared(name: str, why: str, got: Run, want: Run) -> Finding:
+def _alone(name: str, folder: str) -> Run:
+    try:
+        return alone(folder, documents())
+    except Exception as error:  # a family's own code raises what it likes
+        reason = " ".join(str(error).split())[:200]
+        raise HbpError(f"a tiny model like {name} does not run in plain transformers: {reason}") from None
+
+
+@lru_cache(maxsize=2)
+def _rounded_away(folder: str) -> dict[str, float]:
+    return rounded_away(folder, documents(), TOLERANCE)
+
+
+def _plainly(raised: str) -> str:
+    """What was raised, as it is understood without our code beside it."""
+    if "needs the pack's layout" in raised:
+        return "its layers do not hand on to attention what the model is called with, so the pack's layout is lost"
+    return raised
+
+
+def _compared(name: str, why: str, got: Run, want: Run, folder: str | None = None) -> Finding:
     error, where = worst(got, want)
+    if error >= TOLERANCE and folder is not None:
+        error, where = worst(got, want, _rounded_away(folder))
     holds = error < TOLERANCE
     return Finding(name, holds, error, TOLERANCE, where, "" if holds else why)
 
@@ -154,8 +178,7 @@ def model_config(name: str) -> Any:
             return AutoConfig.for_model(KNOWN_MODELS[name]["model_type"], **given)
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HbpError(f"cannot read the configuration of {name!r}: {reason}") from None
+        raise HbpError(f"cannot read the configuration of {name!r}: {not_loaded(name, error)}") from None
 
 
 def check_models(names: Sequence[str]) -> list[dict[str, Any]]:

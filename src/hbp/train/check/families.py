@@ -6,6 +6,7 @@ trained (:mod:`hbp.train.check.compare`).
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from hbp.errors import HbpError
@@ -52,6 +53,11 @@ def check_trainable(config: Any) -> None:
                 f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack "
                 "into the next and is not carried from rank to rank; train a model whose layers all attend"
             )
+    if not _attention_is_looked_up(config):
+        raise HbpError(
+            f"{config.model_type} models compute attention in their own code and not through transformers' attention "
+            "interface, which is where documents and ranks are kept apart; train a model of another family"
+        )
     if config.get_text_config() is not config:
         raise HbpError(
             f"{config.model_type} models take more than text; give the configuration and weights of their text model "
@@ -71,6 +77,31 @@ def check_trainable(config: Any) -> None:
     for name in ("attention_dropout", "attn_pdrop", "attn_dropout"):
         if getattr(config, name, 0):
             raise HbpError(f"the model's {name} is {getattr(config, name)}; set it to 0 in its config.json")
+
+
+def _attention_is_looked_up(config: Any) -> bool:
+    """Whether the family's code asks transformers' attention interface; true of code that is not transformers' own."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    lm = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not isinstance(lm, type) or not lm.__module__.startswith("transformers.models."):
+        return True
+    return hasattr(sys.modules[lm.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def decoder_of(lm: Any) -> Any:
+    """The part of a transformers causal language model that has its ``layers`` in a list.
+
+    Raises:
+        HbpError: no part has; names the family.
+    """
+    for part in (lm.get_decoder(), getattr(lm, "model", None)):  # Llama 4's text model names no decoder
+        if hasattr(part, "layers"):
+            return part
+    raise HbpError(
+        f"{lm.config.model_type} models have no list of decoder layers, which are what is sharded and recomputed here; "
+        "train a model of another family"
+    )
 
 
 def _rope_kinds(config: Any) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ Document = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 """Token ids and loss mask"""
 Run = tuple[Tensor, dict[str, Tensor]]
 """Loss and gradients by parameter name"""
+ROUNDINGS = 6.0
+"""Of the plain model, how many may lie between two orders of summation"""
 
 
 def alone(folder: str, documents: Sequence[Document], dtype: torch.dtype = torch.float32) -> Run:
@@ -64,21 +66,39 @@ def deepseek_balance(logits: Tensor, choice: Tensor) -> Tensor:
     return (chosen * logits.softmax(-1).mean(0)).sum()
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Largest difference over the largest entry; 0 where both are zero throughout."""
-    difference, largest = float((got - want).abs().max()), float(want.abs().max())
+def relative_error(got: Tensor, want: Tensor, least: float = 0.0) -> float:
+    """Largest difference over the largest entry, or over ``least`` if that is more; 0 where both are zero."""
+    difference, largest = float((got - want).abs().max()), max(float(want.abs().max()), least)
     return difference / largest if largest else float("inf") if difference else 0.0
 
 
-def worst(got: Run, want: Run) -> tuple[float, str]:
+def worst(got: Run, want: Run, least: Mapping[str, float] | None = None) -> tuple[float, str]:
     """The largest :func:`relative_error` of the loss and all gradients, and where it is."""
     errors = {"the loss": relative_error(got[0], want[0])}
     for name, gradient in got[1].items():
         expected = want[1].get(name)
-        errors[name] = relative_error(gradient, torch.zeros_like(gradient) if expected is None else expected)
+        other = torch.zeros_like(gradient) if expected is None else expected
+        errors[name] = relative_error(gradient, other, (least or {}).get(name, 0.0))
     errors |= {name: float("inf") for name in want[1].keys() - got[1].keys()}
     where = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     return errors[where], where
+
+
+def rounded_away(folder: str, documents: Sequence[Document], bound: float) -> dict[str, float]:
+    """Gradients of which the plain model itself keeps too few digits in float32, and what to measure them against.
+
+    A key's bias without rotary embedding has a gradient of exactly zero, and one number for a whole layer is a sum in
+    which most cancels: what differs there is rounding, in any order of summation. Where the plain model's own distance
+    from float64 takes half the bound, a difference is measured against what makes the bound :data:`ROUNDINGS` such
+    distances.
+    """
+    single, double = (alone(folder, documents, dtype)[1] for dtype in (torch.float32, torch.float64))
+    least = {}
+    for name, exact in double.items():
+        own = float((single[name] - exact).abs().max())
+        if own > bound / 2 * float(exact.abs().max()):
+            least[name] = ROUNDINGS * own / bound
+    return least
 
 
 def distance(got: Run, want: Run) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hbp.errors import HbpError
+from hbp.train.check.families import decoder_of
 
 HEAD_DIM = 8
 WIDE_HEAD_DIM = 16
@@ -45,6 +46,7 @@ SIZES = {
     "original_max_position_embeddings": 24,
 }
 """At most, where the configuration has a number"""
+NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 N_EXPERTS, CHOSEN = 8, 3
 GROUPS = {"n_group": 4, "topk_group": 2}
@@ -61,7 +63,10 @@ def tiny_config(config: Any, few_heads: bool = False) -> dict[str, Any]:
         HbpError: the family does not say how many layers or heads it has.
     """
     given = config.to_dict()
-    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+    names = getattr(config, "attribute_map", None) or {}
+    for key in NEEDED:
+        if key not in given and names.get(key) in given:  # GPT-2's n_layer; transformers takes both
+            given[key] = given.pop(names[key])
         if not isinstance(given.get(key), int):
             raise HbpError(f"the {config.model_type} configuration has no {key}, so no tiny instance can be made of it")
     tiny = dict(given)
@@ -180,7 +185,7 @@ def write_tiny(folder: Path, config: Mapping[str, Any], seed: int = 0) -> str:
         seed: of the weights.
 
     Raises:
-        HbpError: transformers cannot make it, or it is not tiny.
+        HbpError: transformers cannot make it, it is not tiny, or its decoder's layers are not to be found.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -194,6 +199,7 @@ def write_tiny(folder: Path, config: Mapping[str, Any], seed: int = 0) -> str:
     except Exception as error:  # a family's own code raises what it likes
         reason = " ".join(str(error).split())[:200]
         raise HbpError(f"no tiny {config['model_type']} model can be made: {reason}") from None
+    decoder_of(lm)
     largest = max(lm.named_parameters(), key=lambda item: item[1].numel())
     if lm.num_parameters() > MOST_PARAMETERS:
         raise HbpError(

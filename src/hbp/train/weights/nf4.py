@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbp.errors import HbpError
+from hbp.train.check.families import decoder_of
 
 BLOCK = 64
 """Weights that share a magnitude; a row of fewer is one block."""
@@ -134,7 +135,7 @@ def pack_base(lm: Any) -> None:
     if any(p.ndim == 3 and ".experts." in name for name, p in lm.named_parameters()):
         raise HbpError("model.quantize does not know stacked experts; set it to none for a mixture of experts")
     done = 0
-    for layer in lm.get_decoder().layers:
+    for layer in decoder_of(lm).layers:
         for path, module in list(layer.named_modules()):
             if type(module) is nn.Linear and not module.weight.requires_grad and ".lora_" not in f".{path}":
                 parent, _, name = path.rpartition(".")
