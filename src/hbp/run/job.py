@@ -49,6 +49,7 @@ from hbp.run.identity import RUN, replans, write_record
 from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
 from hbp.run.start.lock import owning
 from hbp.run.steps.less_memory import MEMORY
+from hbp.run.steps.odd import FOLDER as ODD
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord
 from hbp.train.check.compare import require_checked
@@ -256,7 +257,7 @@ def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, A
     if baseline is None or any(result["strategy"] == baseline for result in results):
         return summary
     parts = results[0].get("parts") or [results[0]]  # of an earlier version
-    alike = [part for part in parts if part["world_size"] == engine.cost.world_size and part["steps"]]
+    alike = [part for part in parts if part["world_size"] == engine.cost.world_size and part["seconds"]]
     if not alike:
         say(f"no baseline: this run was trained on other numbers of ranks than {engine.cost.world_size}")
         return summary
@@ -266,7 +267,9 @@ def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, A
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,
-        "speedup": sum(p["tokens"] for p in alike) / sum(p["seconds"] for p in alike) / result["tokens_per_s"],
+        "speedup": sum(p.get("timed_tokens", p["tokens"]) for p in alike)
+        / sum(p["seconds"] for p in alike)
+        / result["tokens_per_s"],
     }
     _write_summary(run, summary)
     return summary
@@ -368,7 +371,8 @@ def _clear(run: Path, config: Config, folder: Path) -> None:
     for plan in run.glob("*/plan"):
         if plan.parent.name not in (*STRATEGIES, folder.name):  # not ours to remove
             continue
-        for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS, plan):
+        more = (plan.parent / name for name in (resume.CHECKPOINTS, ODD))
+        for stale in (*plan.parent.glob("part-*"), *more, plan):
             if config.plan.path is None or not Path(config.plan.path).resolve().is_relative_to(stale.resolve()):
                 shutil.rmtree(stale, ignore_errors=True)
         for name in (StepRecord.FILE, EvalRecord.FILE, MEMORY):

@@ -320,6 +320,12 @@ def write_part(part: Part) -> None:
     write_whole(part.folder / PART, json.dumps(more) + "\n")
 
 
+def read_turn(folder: Path) -> tuple[int, int]:
+    """Epoch and piece of the part in a folder."""
+    more = json.loads(patiently((folder / PART).read_text))
+    return int(more["epoch"]), int(more.get("piece", 0))
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """As ``.npy``, whole."""
     data = io.BytesIO()

@@ -32,6 +32,7 @@ from hbp.progress import Progress, say
 from hbp.run.engine import Engine
 from hbp.run.identity import RUN, read_record
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
+from hbp.run.steps.done import done_steps
 from hbp.run.steps.less_memory import count_on_less, ran_out
 from hbp.run.steps.odd import OddSteps, finite_or_none
 from hbp.run.steps.saving import Saving
@@ -256,13 +257,11 @@ def _take_up_logs(folder: Path, part: Part, checkpoint: Checkpoint | None) -> li
         _begin_part(part)
         return [[]]
     at = checkpoint.position
-    folders = [part_folder(folder, number) for number in range(at.part + 1)]
-    records: list[Any] = [[read_log(here, StepRecord) for here in folders] if first else None]
+    records: list[Any] = [done_steps(folder, at) if first else None]
     dist.broadcast_object_list(records)
     done: list[list[StepRecord]] = records[0]
-    done[-1] = done[-1][: at.step]
     if first:
-        rewrite_log(folders[-1], StepRecord, done[-1])
+        rewrite_log(part_folder(folder, at.part), StepRecord, done[-1])
         evaluations = read_log(folder, EvalRecord)
         rewrite_log(folder, EvalRecord, [record for record in evaluations if record.run_step <= at.run_step])
         for later in folder.glob("part-*"):  # of a way that the run is not going again
@@ -443,7 +442,7 @@ def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[S
 
     each, first = [_part_result(plan_of(number), own) for number, own in enumerate(parts)], plan_of(0)
     records = [record for own in parts for record in own]
-    seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
+    seconds, timed = sum(record.seconds for record in records), sum(part["timed_tokens"] for part in each)
     learnt = [(record.loss, record.loss_tokens) for record in records if record.loss is not None]
     info = first.info
     return {
@@ -453,10 +452,10 @@ def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[S
         "samples": len(first.sample_ids),
         "dropped": len(info.dropped),
         "epochs": engine.config.train.epochs,
-        "tokens": tokens,
+        "tokens": sum(record.tokens for record in records),
         "steps": len(records),
         "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
+        "tokens_per_s": timed / seconds if seconds else None,
         "predicted_s": sum(own["predicted_s"] for own in each),
         "final_train_loss": _mean(learnt[-max(1, len(learnt) // 10) :]),
         "peak_bytes": part.peak_bytes,
@@ -480,6 +479,7 @@ def _part_result(plan: Plan, records: Sequence[StepRecord]) -> dict[str, Any]:
         "world_size": plan.info.world_size,
         "steps": len(records),
         "tokens": sum(record.tokens for record in records),
+        "timed_tokens": sum(record.tokens for record in records if not record.lost),
         "seconds": sum(record.seconds for record in records),
         "predicted_s": float(step_seconds(plan)[: len(records)].sum()),
     }
