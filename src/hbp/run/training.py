@@ -53,6 +53,7 @@ from hbp.train.hub import push
 from hbp.train.launch import STARTED, TIME_IS_UP, Received, device_name, free_memory, stop_signals
 from hbp.train.logs import Writer, open_writers, scalars_of, trace
 from hbp.train.loop import Learner, Start, StepFailed, evaluate, not_finite, train
+from hbp.train.loss import MeanStep
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.records import Efficiency, peak_flops_per_s, step_flops
 from hbp.train.watch import current
@@ -92,6 +93,8 @@ class _Run:
     peak_flops: float | None
     received: Received
     odd: OddSteps
+    mean: MeanStep | None = None
+    """Step of the plan that the run began with."""
     saving: Saving | None = None
     """None: no state is kept."""
     writers: Sequence[Writer] = ()
@@ -175,6 +178,7 @@ def train_strategy(
         else:
             torch.manual_seed(engine.config.seed + dist.get_rank())  # dropout differs between ranks, not between runs
             _refuse_not_finite(engine, learner)
+        run.mean = _mean_step(folder, part, engine.config.train.loss)
         run.odd = OddSteps.of(folder, engine.config.train.max_skipped, [record for own in records for record in own])
         first_step = at.step if part.number == at.part else 0
         if run.saving and (why := _why_it_ends(run)):  # as many steps as are wanted were done before
@@ -275,6 +279,15 @@ def _take_up_logs(folder: Path, part: Part, checkpoint: Checkpoint | None) -> li
     return [*slim, []]
 
 
+def _mean_step(folder: Path, part: Part, loss: str) -> MeanStep:
+    """Of the plan that the run began with, where the loss is divided by that; `part` is the one at hand."""
+    plan, samples = part.plan, part.samples
+    if part.number and loss == "run-token":
+        plan, ids = read_plan(folder / "plan"), np.load(folder / "samples.npy", allow_pickle=False)
+        samples = Samples(samples.store, ids)
+    return MeanStep.of(plan, samples.loss_tokens)
+
+
 def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list[StepRecord]:
     """The records of the steps from `first_step` on; `before_s` seconds were spent on the part before."""
     engine, plan = run.engine, part.plan
@@ -300,6 +313,7 @@ def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list
                 start=start,
                 signal=run.signal,
                 efficiency=efficiency,
+                mean=run.mean,
             )
         except StepFailed as failed:
             raise _rank_failed(run, failed, part) from failed.__cause__

@@ -69,6 +69,7 @@ MEETS_HERE, LOOPBACK_ADDRESS = "hbp-loopback", "127.0.0.1"
 """How ranks of one machine find each other, where nobody else can."""
 SAVE_TIMEOUT_S = 600
 """How long ranks may take to end a step and save after a signal, before they are killed."""
+NOTHING_NEW = "stopped before there was anything new to save; the same command goes on"
 PREPARE_TIMEOUT = timedelta(days=1)
 """Ranks wait this long for rank 0 to prepare data and plan, where a collective's usual limit is minutes."""
 
@@ -210,7 +211,7 @@ def _ranks_report() -> Iterator[str]:
             raise _why(failed) from None
         except SignalException as received:
             name = signal.Signals(received.sigval).name
-            raise reported_by_rank() or Stopped(f"{name}: stopped before there was anything to save") from None
+            raise reported_by_rank() or Stopped(f"{name}: {NOTHING_NEW}") from None
         else:
             if (reported := reported_by_rank()) is not None:
                 raise reported
@@ -234,7 +235,7 @@ def _why(failed: ChildFailedError) -> Exception:
         return reported
     # A rank that was ended by SIGTERM before it could note it.
     if all(f.exitcode == -signal.SIGTERM for f in failed.failures.values()):
-        return Stopped("SIGTERM: stopped before there was anything to save")
+        return Stopped(f"SIGTERM: {NOTHING_NEW}")
     rank, failure = failed.get_first_failure()
     return RankFailed(f"rank {rank} failed first (exit code {failure.exitcode}); its own output is above")
 
