@@ -254,6 +254,10 @@ def _planned_part(
 def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Train the baseline, if one is wanted and not there yet, and compare it with what ran on as many ranks."""
     baseline, results = engine.config.plan.baseline, summary["results"]
+    tried_in = folder.name.rpartition("-sp")[0] if _is_trial(folder.name) else folder.name
+    if baseline is not None and baseline in (tried_in, results[0]["strategy"]):
+        say(f"no baseline: {folder} is of the run itself, which began with {results[0]['strategy']}; name another")
+        return summary
     if baseline is None or any(result["strategy"] == baseline for result in results):
         return summary
     parts = results[0].get("parts") or [results[0]]  # of an earlier version
@@ -264,12 +268,11 @@ def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, A
     plan = read_plan(part_folder(folder, parts.index(alike[-1])) / "plan")
     engine = as_planned(engine, plan)
     result, trials = train_baseline(engine, baseline, plan, evaluation_plans(engine), run)
+    timed = sum(part.get("timed_tokens", part["tokens"]) for part in alike)
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,
-        "speedup": sum(p.get("timed_tokens", p["tokens"]) for p in alike)
-        / sum(p["seconds"] for p in alike)
-        / result["tokens_per_s"],
+        "speedup": timed / sum(part["seconds"] for part in alike) / result["tokens_per_s"],
     }
     _write_summary(run, summary)
     return summary
@@ -351,7 +354,14 @@ def folder_name(strategy: str) -> str:
     Another program's plan may call itself anything, also by a path out of `run_dir` or a name that a run uses itself.
     """
     plain = re.sub(r"[^A-Za-z0-9._+=-]+", "-", strategy).strip("-.")[:80] or "unnamed"
-    return f"plan-{plain}" if plain in RESERVED or plain.startswith("before-") else plain
+    taken = plain in RESERVED or plain.startswith("before-") or (plain in STRATEGIES and plain != strategy)
+    return f"plan-{plain}" if taken or _is_trial(plain) else plain
+
+
+def _is_trial(folder: str) -> bool:
+    """Whether a folder's name is one that a static setting of a baseline is tried in."""
+    name, _, degree = folder.rpartition("-sp")
+    return name in STRATEGIES and degree.isdecimal()
 
 
 def _clear(run: Path, config: Config, folder: Path) -> None:
@@ -361,8 +371,7 @@ def _clear(run: Path, config: Config, folder: Path) -> None:
     result, and no page could show them beside one.
     """
     for trial in run.glob("*-sp*/plan"):
-        name, _, degree = trial.parent.name.rpartition("-sp")
-        if name in STRATEGIES and degree.isdecimal():
+        if _is_trial(trial.parent.name) and trial.parent != folder:
             shutil.rmtree(trial.parent, ignore_errors=True)
     if config.train.resume != "never":
         return
