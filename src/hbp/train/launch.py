@@ -36,7 +36,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from hbp.disk import is_disk_fault
 from hbp.errors import ERROR_FILE, HbpError, OutOfMemory, RankFailed, Stopped, report_to_parent, reported_by_rank
-from hbp.progress import say
+from hbp.progress import QUIET, say
 from hbp.train.watch import silence_is_fine
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ if TYPE_CHECKING:
 # them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "KINETO_LOG_LEVEL": "99",  # the memory profiler's own chatter
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # and its warning of memory that was allocated before it began
+    **QUIET,
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
