@@ -375,7 +375,9 @@ def say_where(found: Found, part: Part, left: int | None = None) -> None:
     folder, at = found.checkpoint
     where = f"resuming from {folder}: step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens done"
     again = (
-        f"the {left or 0:,} samples of epoch {part.epoch + 1} that are not trained on yet are planned again, each once"
+        f"the {left:,} samples of epoch {part.epoch + 1} that are not trained on yet are planned again, each once"
+        if left
+        else f"no sample of epoch {part.epoch + 1} is left"
     )
     if at.world_size != dist.get_world_size():
         where += f"; {at.world_size} ranks before, {dist.get_world_size()} now: {again}"
