@@ -461,3 +461,19 @@ def test_a_folder_of_other_things_is_no_run(tmp_path: Path) -> None:
     aside = set_aside_run(tmp_path)
     assert not list(aside.iterdir())
     assert (tmp_path / "base" / "model").is_dir() and (tmp_path / "hbp" / "plan").is_dir()
+
+
+def test_a_run_whose_log_is_gone_goes_on_and_is_counted_whole(job: Path, stopped: Path, finished: Path) -> None:
+    log = stopped / "hbp" / "steps.jsonl"
+    log.unlink()
+    summary, said = train(job, stopped.name)
+    assert f"{log} has no line of 5 of the 5 steps" in said
+    assert steps(stopped) == steps(finished)
+    assert all(epoch.holds and epoch.unlogged for epoch in audit_run(stopped))
+    known = json.loads((finished / "summary.json").read_text())["results"][0]
+    assert [summary["results"][0][name] for name in ("tokens", "steps")] == [known["tokens"], known["steps"]]
+
+
+def test_steps_that_no_checkpoint_holds_are_not_lost_silently(job: Path, stopped: Path) -> None:
+    shutil.rmtree(stopped / "hbp" / "checkpoints")
+    assert "5 steps that were logged are lost; starts anew" in train(job, stopped.name)[1]

@@ -51,7 +51,7 @@ from hbp.run.start.lock import owning
 from hbp.run.steps.less_memory import MEMORY
 from hbp.run.steps.odd import FOLDER as ODD
 from hbp.run.training import train_strategy
-from hbp.run_log import EvalRecord, StepRecord
+from hbp.run_log import EvalRecord, StepRecord, read_log
 from hbp.train.check.compare import require_checked
 from hbp.train.hub import check_hub
 from hbp.train.launch import rank_zero_first
@@ -93,6 +93,9 @@ def _train(engine: Engine, run: Path, found: Found) -> dict[str, Any]:
     config, folder = engine.config, run / found.record.folder
     if dist.get_rank() == 0:
         _clear(run, config, folder)
+        if found.checkpoint is None and (unsaved := len(read_log(folder, StepRecord))):
+            where = folder / resume.CHECKPOINTS
+            say(f"no checkpoint in {where}: {unsaved} steps that were logged are lost; starts anew")
         resume.write_array(run / "lengths.npy", engine.samples.lengths)  # a checkpoint may come from another folder
         write_record(run, found.record)
     dist.barrier()
