@@ -81,7 +81,13 @@ def test_content_alone_decides_the_hash(tmp_path: Path, whole: int, monkeypatch:
 
 def test_a_fault_of_the_disk_is_known_behind_what_was_made_of_it() -> None:
     """It may have been told as a file that cannot be read; what is only not there is no fault."""
-    for number, fault in ((errno.EIO, True), (errno.ENOSPC, True), (errno.ENOENT, False), (errno.EACCES, False)):
+    for number, fault in (
+        (errno.EIO, True),
+        (errno.ENOSPC, True),
+        (errno.EFBIG, True),
+        (errno.ENOENT, False),
+        (errno.EACCES, False),
+    ):
         try:
             try:
                 raise OSError(number, os.strerror(number), "a.json")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
 from records import RECORD
 
 from hbp.run_log import EvalRecord, StepRecord, append_record, by_group, read_log, rewrite_log
@@ -30,8 +31,18 @@ def test_another_version_may_know_other_fields(tmp_path: Path) -> None:
     fields = dataclasses.asdict(RECORD)
     later = {**fields, "of_a_later_version": 1}
     earlier = {name: fields[name] for name in fields if name not in ("mean_wall_s", "mean_busy_s", "signal")}
-    (tmp_path / "steps.jsonl").write_text(f"{json.dumps(later)}\n{json.dumps(earlier)}\n[]\n{json.dumps(later)}\n")
+    (tmp_path / "steps.jsonl").write_text(f"{json.dumps(later)}\n{json.dumps(earlier)}\n")
     assert read_log(tmp_path, StepRecord) == [RECORD, dataclasses.replace(RECORD, mean_wall_s=0.0, mean_busy_s=0.0)]
+
+
+NO_RECORDS = (b"[]", b"\0" * 40, b"\xff\xfe{}", b'{"step": -1}', b'{"step": "1"}', b"{}", b'{"step": 3, "lo')
+
+
+@pytest.mark.parametrize("line", NO_RECORDS)
+def test_a_line_that_is_no_record_is_passed_over(tmp_path: Path, line: bytes) -> None:
+    whole = json.dumps(dataclasses.asdict(RECORD)).encode()
+    (tmp_path / "steps.jsonl").write_bytes(b"\n".join([whole, line, whole]))
+    assert read_log(tmp_path, StepRecord) == [RECORD, RECORD]
 
 
 def test_evaluations_have_a_log_of_their_own(tmp_path: Path) -> None:
@@ -46,7 +57,8 @@ def test_evaluations_have_a_log_of_their_own(tmp_path: Path) -> None:
 def test_groups_are_summed_apart() -> None:
     faster = dataclasses.replace(RECORD, seconds=0.25, mfu=0.8, memory_bytes=2**31)
     other = dataclasses.replace(RECORD, group="512/SP1/GC0", mfu=None)
-    table = by_group([RECORD, faster, other])
+    lost = dataclasses.replace(RECORD, seconds=0.0, lost=True)
+    table = by_group([RECORD, faster, other, lost])
     assert list(table) == [RECORD.group, "512/SP1/GC0"]
     both = table[RECORD.group]
     assert (both["steps"], both["tokens"], both["seconds"], both["memory_bytes"]) == (2, 2000, 0.75, 2**31)

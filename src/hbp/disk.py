@@ -27,7 +27,7 @@ PAUSE_S = 0.25
 WHOLE_BYTES = 1 << 28
 """Files up to here are hashed whole, larger ones by their size and blocks that are spread over them."""
 BLOCKS, BLOCK_BYTES = 64, 1 << 20
-FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 """What a file system does of its own: it says nothing of what a file holds, and is no wrong input."""
 NOTHING_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 

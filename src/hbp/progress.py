@@ -14,6 +14,11 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bar
 
 LINE_EVERY_S = 5.0
+QUIET = {
+    "KINETO_LOG_LEVEL": "99",  # the memory profiler's own chatter
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # and warnings of torch that say nothing to users
+}
+"""Environment in which torch, once it is loaded, says nothing of its own on standard error."""
 
 
 def _speaks() -> bool:

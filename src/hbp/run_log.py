@@ -2,7 +2,8 @@
 
 Like the plan file it stands between two halves: training writes it, the report, benchmarks and a resumed run read it,
 and nothing else knows what a line looks like. A line is one JSON object, the fields of its record. The last line may
-have been cut off with its run; fields of another version are passed over, and those that it lacks have their defaults.
+have been cut off with its run, and a disk may have put zeros in any: a line that is no record is passed over. So are
+fields of another version, and those that a line lacks have their defaults.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class StepRecord:
     """Number of a signal that some rank had received when the step ended, 0 for none."""
     skipped: str = ""
     """What was not finite, so that no parameter was changed; empty: the step was taken."""
+    lost: bool = False
+    """The step's own line was lost: a checkpoint says that it was done, and the plan its tokens; no more is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +101,14 @@ def read_log(folder: Path, kind: type[Record]) -> list[Record]:
         kind: of the records.
     """
     log, records = folder / kind.FILE, list[Record]()
-    names = {field.name for field in dataclasses.fields(kind)}
-    for line in patiently(log.read_text).splitlines() if log.is_file() else ():
+    number, *more = (field.name for field in dataclasses.fields(kind))
+    for line in patiently(log.read_bytes).splitlines() if log.is_file() else ():
         try:
-            records.append(kind(**{name: value for name, value in json.loads(line).items() if name in names}))
-        except (ValueError, TypeError, AttributeError):  # cut off with its run
-            break
+            data = json.loads(line)
+            if type(data[number]) is int and data[number] >= 0:
+                records.append(kind(**{name: data[name] for name in (number, *more) if name in data}))
+        except (ValueError, TypeError, KeyError):  # cut off with its run, or damaged
+            continue
     return records
 
 
@@ -138,8 +143,9 @@ def without_timeline(record: StepRecord) -> StepRecord:
 
 
 def by_group(records: Sequence[StepRecord]) -> dict[str, dict[str, float | None]]:
-    """Speed, utilisation, skew and memory of each packing group's steps."""
+    """Speed, utilisation, skew and memory of each packing group's steps whose lines are not lost."""
     table: dict[str, dict[str, float | None]] = {}
+    records = [record for record in records if not record.lost]
     for name in sorted({record.group for record in records}):
         own = [record for record in records if record.group == name]
         seconds = sum(record.seconds for record in own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,26 @@ def test_no_run(tmp_path: Path) -> None:
     for folder, said in ((tmp_path, "holds no run"), (tmp_path / "none", "no folder")):
         with pytest.raises(HbpError, match=said):
             audit_run(folder)
+
+
+def test_an_epoch_of_a_finished_run_that_is_gone_shows(run: Path) -> None:
+    said = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(said | {"identity": {"train.epochs": 2}}))
+    shutil.rmtree(run / "bfd" / "part-2")
+    assert figures(run) == [(0, 9, 0, 0, 1), (1, 0, 10, 0, 0)]
+    assert hbp_here("audit", str(run)).returncode == 1
+    (run / "run.json").write_text(json.dumps(said | {"identity": {"train.epochs": 2}, "trained": False}))
+    assert figures(run) == [(0, 9, 0, 0, 1)]  # it may come yet
+
+
+def test_steps_that_a_checkpoint_alone_knows_of_count_and_are_told(run: Path) -> None:
+    part = run / "bfd" / "part-2"
+    first, *more = read_log(part, StepRecord)
+    rewrite_log(part, StepRecord, [dataclasses.replace(first, lost=True), *more])
+    plan = read_plan(part / "plan")
+    count = sum(len(plan.samples(row)[0]) for row in np.flatnonzero(plan.step == 0))
+    assert [epoch.unlogged for epoch in audit_run(run)] == [0, count]
+    lines = hbp_here("audit", str(run)).stdout.splitlines()
+    assert lines[1].startswith(f"epoch 2: 9 samples trained ({count} by a checkpoint's word, since lines")
+    rewrite_log(part, StepRecord, [dataclasses.replace(first, lost=True, skipped="the loss is nan"), *more])
+    assert [(epoch.unlogged, epoch.skipped) for epoch in audit_run(run)] == [(0, 0), (0, count)]

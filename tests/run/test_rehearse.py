@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jobs import hbp
 from plans import hand_plan
-from workers import CPU, LLAMA, run_ranks, write_config
+from workers import CPU, LLAMA, QWEN3_MOE, run_ranks, write_config
 
 from hbp.cli.main import main
 from hbp.cost.cluster import CLUSTERS
@@ -119,6 +120,35 @@ def test_command_prints_the_numbers_and_keeps_them(tmp_path: Path, capsys: pytes
     assert "Infinity" not in (tmp_path / "kept.json").read_text()
 
 
+def test_a_rank_without_work_is_predicted_as_it_runs(tmp_path: Path) -> None:
+    """One pack on 64 ranks: the others run a token without loss beside it, and gather the layers as it does."""
+    plan = make_plan(np.array([300], np.int32), CostModel(SPEC, CLUSTERS["cpu-local"], 64), strategy="hbp")
+    found = rehearse([plan], write_config(tmp_path, LLAMA), CPU, ranks=3, repeats=1)[0]
+    idle = [row for row in found.rows if not row.predicted_s]
+    assert len(idle) == 2
+    assert all(0.5 < row.predicted_bytes / row.peak_bytes < 2 for row in idle)
+
+
+@pytest.mark.parametrize("other", [{**LLAMA, "vocab_size": 96}, {**LLAMA, "intermediate_size": 480}, QWEN3_MOE])
+def test_another_model_than_the_plans_is_refused(
+    tmp_path: Path, other: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one of as many layers of the same width."""
+    write_plan(planned(4), tmp_path / "plan")
+    model = write_config(tmp_path / "model", other)
+    for more in (["--micro-steps", "1"], ["--memory"]):
+        assert main(["rehearse", str(tmp_path / "plan"), "--model", model, *more]) == 2
+        assert "the plan was made for a model of 3 layers of 32, a vocabulary of 64" in capsys.readouterr().err
+
+
+def test_nothing_of_torchs_own_is_said(tmp_path: Path) -> None:
+    write_plan(planned(4), tmp_path / "plan")
+    given = ["rehearse", str(tmp_path / "plan"), "--model", write_config(tmp_path / "model", LLAMA)]
+    done = hbp(*given, "--micro-steps", "1", "--ranks", "1", "--repeats", "1")
+    assert done.returncode == 0
+    assert [line for line in done.stderr.splitlines() if not line.startswith("hbp: rehearse")] == []
+
+
 def test_its_numbers_are_on_the_plans_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Kept beside the plan, shown with it; another plan's are not, and are refused where they are named."""
     for name, world in (("plan", 4), ("other", 8)):
@@ -192,7 +222,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         rehearse([planned(2), planned(4)], model, CPU)
     with pytest.raises(HbpError, match="carries no cost model"):
         rehearse([hand_plan([(0, 0, 0, 1, 8, 1.0, [8])], 1)], model, CPU)
-    with pytest.raises(HbpError, match=r"3 layers of 32, but .* has 2 of 32"):
+    with pytest.raises(HbpError, match=r"3 layers of 32, .* but .* has 2 layers of 32, "):
         rehearse([planned(2)], other, CPU)
     with pytest.raises(HbpError, match="0 micro-steps; give at least 1"):
         rehearse([planned(2)], model, CPU, micro_steps=0)

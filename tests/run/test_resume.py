@@ -50,6 +50,27 @@ def never_stopped(job) -> Path:
     return job / "whole" / "hbp"
 
 
+def test_run_token_counts_the_same_after_the_rest_is_planned_again(job):
+    """At a standing model the steps' losses add up to steps ÷ loss tokens of the first plan × the run's cross entropy:
+    as in a run that was left alone, whatever was planned again, and twice as much in two epochs."""
+    sums = {}
+    for name, more, then in (
+        ("alone", [], []),
+        ("changed", [], ["plan.strategy=bfd"]),
+        ("two", ["train.epochs=2"], []),
+    ):
+        given = (f"run_dir={job / 'run-token' / name}", "train.loss=run-token", "train.lr=1e-30", "train.export=false")
+        config = config_of(job, *given, *more)
+        run_ranks(run_here, 2, config, *([3] if then else []))
+        if then:
+            run_ranks(run_here, 2, config_of(job, *given, *more, *then))
+        folder = job / "run-token" / name / "hbp"
+        sums[name] = sum(step["loss"] for part in (folder, folder / "part-1") for step in steps_of(part))
+        assert (folder / "part-1" / "steps.jsonl").is_file() == (name != "alone")
+    assert sums["changed"] == pytest.approx(sums["alone"], rel=1e-5)
+    assert sums["two"] == pytest.approx(2 * sums["alone"], rel=1e-5)
+
+
 def same_steps(got: list[dict], want: list[dict]) -> None:
     assert [[s[key] for key in EXACT] for s in got] == [[s[key] for key in EXACT] for s in want]
 

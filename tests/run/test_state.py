@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from hbp.errors import HbpError, RankFailed
 from hbp.plan import read_info
 from hbp.run.audit import audit_run
 from hbp.run.identity import read_record
-from hbp.run.job import folder_name
+from hbp.run.job import _clear, _with_baseline, folder_name
 from hbp.run.resume import set_aside_run
 from hbp.train import checkpoint as checkpoints_module
 from hbp.train.checkpoint import list_checkpoints, newest_checkpoint
@@ -394,6 +395,9 @@ def test_the_cadence_of_evaluation_survives_a_resume(job: Path) -> None:
         ("", "unnamed"),
         ("store", "plan-store"),
         ("before-1", "plan-before-1"),
+        ("concat-sp2", "plan-concat-sp2"),  # where a baseline's setting is tried
+        ("concat ", "plan-concat"),  # where the fastest of them goes
+        ("mine-sp2", "mine-sp2"),
         ("a\nb\0c", "a-b-c"),
         ("x" * 300, "x" * 80),
     ],
@@ -401,6 +405,27 @@ def test_the_cadence_of_evaluation_survives_a_resume(job: Path) -> None:
 def test_a_strategy_of_any_name_stays_in_the_folder(strategy: str, folder: str) -> None:
     assert folder_name(strategy) == folder
     assert Path("run", folder).resolve().parent == Path("run").resolve()
+
+
+@pytest.mark.parametrize(("began", "folder"), [("concat", "concat"), ("concat-sp2", "concat-sp2"), ("c", "concat")])
+def test_no_baseline_is_trained_over_the_run_itself(
+    job: Path, tmp_path: Path, began: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run may have begun with what is now named as its baseline, or by an earlier version in such a folder."""
+    config = config_of(job, "plan.baseline=concat")
+    summary = {"results": [{"strategy": began}]}
+    with mock.patch("hbp.run.job.train_baseline") as train:
+        run = tmp_path / "run"
+        assert _with_baseline(SimpleNamespace(config=config), run, run / folder, summary) == summary
+    assert not train.called
+    assert "no baseline" in capsys.readouterr().err
+
+
+def test_what_lies_where_a_baseline_is_tried_is_not_cleared_if_it_is_the_run(job: Path, tmp_path: Path) -> None:
+    for name in ("concat-sp1", "concat-sp2"):
+        (tmp_path / name / "plan").mkdir(parents=True)
+    _clear(tmp_path, config_of(job), tmp_path / "concat-sp2")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["concat-sp2"]
 
 
 def test_a_plan_whose_strategy_is_a_path_writes_and_deletes_in_the_folder_alone(job: Path, finished: Path) -> None:
@@ -436,3 +461,19 @@ def test_a_folder_of_other_things_is_no_run(tmp_path: Path) -> None:
     aside = set_aside_run(tmp_path)
     assert not list(aside.iterdir())
     assert (tmp_path / "base" / "model").is_dir() and (tmp_path / "hbp" / "plan").is_dir()
+
+
+def test_a_run_whose_log_is_gone_goes_on_and_is_counted_whole(job: Path, stopped: Path, finished: Path) -> None:
+    log = stopped / "hbp" / "steps.jsonl"
+    log.unlink()
+    summary, said = train(job, stopped.name)
+    assert f"{log} has no line of 5 of the 5 steps" in said
+    assert steps(stopped) == steps(finished)
+    assert all(epoch.holds and epoch.unlogged for epoch in audit_run(stopped))
+    known = json.loads((finished / "summary.json").read_text())["results"][0]
+    assert [summary["results"][0][name] for name in ("tokens", "steps")] == [known["tokens"], known["steps"]]
+
+
+def test_steps_that_no_checkpoint_holds_are_not_lost_silently(job: Path, stopped: Path) -> None:
+    shutil.rmtree(stopped / "hbp" / "checkpoints")
+    assert "5 steps that were logged are lost; starts anew" in train(job, stopped.name)[1]

@@ -15,6 +15,7 @@ from hbp.train.loss import (
     CHUNK,
     IGNORE,
     GlobalBatch,
+    MeanStep,
     RouterLoss,
     documents_of_tokens,
     global_batches,
@@ -166,6 +167,16 @@ def test_run_token_weighs_every_token_of_the_plan_alike():
     assert weights["run-token"] == [2 / 55, 2 / 55]
     assert weights["ave-token"] == [1 / 5, 1 / 50]
     assert np.mean([w * n for w, n in zip(weights["run-token"], (5, 50), strict=True)]) == pytest.approx(1)
+
+
+def test_run_token_weighs_alike_what_is_planned_later():
+    """A rest of one step with 9 loss tokens, in a run whose steps held 5 and 6: by itself it would count `1 / 9`."""
+    rest = plan_of([(0, 0, 0, 1, 0, [0]), (0, 0, 1, 1, 0, [1])], np.array([9, 12], np.int32), 2)
+    mean = MeanStep.of(PLAN, np.array([3, 0, 2, 5, 1]))
+    (step,) = global_batches(rest, np.array([4, 5]), "run-token", mean)
+    assert step.token_weight(4, 4) == 2 / (5 + 6)
+    assert step.token_share == 1 / 10
+    assert global_batches(rest, np.array([4, 5]), "ave-token", mean)[0].token_weight(4, 4) == 1 / 9
 
 
 def test_router_losses_follow_the_loss():

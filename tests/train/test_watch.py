@@ -9,9 +9,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
+
+from hbp.errors import RankFailed
+from hbp.train.watch import watch_others
 
 SCRIPT = """
     import os, sys, time
@@ -26,6 +30,10 @@ SCRIPT = """
             assert watch.report("rank 1 failed in step 7") is None
             time.sleep(0.5)
             os._exit(3)
+        if doing == "disk":  # a fault of one rank, while the other waits for it in a collective
+            if rank == 1:
+                raise OSError(28, "No space left on device")
+            dist.barrier()
         if doing == "stall":  # rank 1 does not get to its second micro-step; its heartbeat goes on
             enter(7, 2 - rank, 1.0)
         if doing == "wait":
@@ -81,6 +89,31 @@ def test_a_reported_failure_ends_the_others(tmp_path, store):
     assert said.splitlines()[-1] == "hbp: rank 0 ends: rank 1 failed in step 7"
     second.communicate(timeout=30)
     assert second.returncode == 3
+
+
+def test_a_collective_that_broke_off_is_told_as_what_the_other_rank_said(tmp_path, store):
+    first, second = two_ranks(tmp_path, store, "disk")
+    _, said = first.communicate(timeout=30)
+    want = "RankFailed: rank 0 ends, since rank 1 failed: OSError: [Errno 28] No space left on device"
+    assert said.splitlines()[-1].endswith(want)
+    assert "OSError: [Errno 28]" in second.communicate(timeout=30)[1].splitlines()[-1]
+
+
+def test_a_collective_that_broke_off_is_one_line_where_the_store_is_gone_too(monkeypatch):
+    """As without a launcher, where rank 0 holds the store."""
+    gone = mock.Mock(rank=1, **{"report.side_effect": RuntimeError("Broken pipe")})
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    with mock.patch.multiple("hbp.train.watch", Watch=mock.Mock(return_value=gone), TCPStore=mock.Mock()):
+        for error, kind in (
+            (RuntimeError("[gloo/pair.cc:553] Connection closed"), RankFailed),
+            (ValueError(), ValueError),
+        ):
+            with mock.patch("hbp.train.watch.PrefixStore"), pytest.raises(kind) as raised, watch_others():
+                raise error
+            assert (kind is RankFailed) == ("rank 1 ends, since the rank that the others met" in str(raised.value))
 
 
 def test_a_rank_that_hangs_is_given_up(tmp_path, store):

@@ -46,10 +46,12 @@ def _line(
     twice_ids: list[int],
     skipped: int,
     skipped_ids: list[int],
+    unlogged: int,
     under_way: bool,
 ) -> str:
     """An epoch for people."""
     text = f"epoch {epoch + 1}: {trained:,} samples trained"
+    text += f" ({unlogged:,} by a checkpoint's word, since lines of the log are lost)" if unlogged else ""
     text += f", {dropped:,} dropped by the plan" if dropped else ""
     rest = "still to come" if under_way else "MISSING"
     lost = "of them LOST TO SKIPPED STEPS, which were not finite"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbp.cli.usage import Commands
 from hbp.errors import HbpError
-from hbp.progress import say
+from hbp.progress import QUIET, say
 
 if TYPE_CHECKING:
     from hbp.run.rehearse import Rehearsal
@@ -60,6 +61,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp rehearse`."""
+    for name, value in QUIET.items():  # read when torch is loaded
+        os.environ.setdefault(name, value)
     import torch
 
     from hbp.plan import read_plan

@@ -178,7 +178,7 @@ def run_table(summary: Mapping[str, Any], *, disturbed: bool = False) -> None:
             (
                 r["strategy"],
                 settings,
-                f"{r['tokens_per_s']:,.0f}",
+                f"{r['tokens_per_s']:,.0f}" if r["tokens_per_s"] else "–",
                 f"{r['steps']:,}",
                 f"{r['seconds']:.1f}",
                 "–" if r["final_train_loss"] is None else f"{r['final_train_loss']:.3f}",

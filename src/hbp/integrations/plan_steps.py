@@ -20,7 +20,7 @@ from hbp.integrations.rows import Rows
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.plan import Plan
 from hbp.train.batch import MicroBatch, make_micro_batch, pinned, rows_of_rank
-from hbp.train.loss import global_batches
+from hbp.train.loss import MeanStep, global_batches
 
 Item = dict[str, Any]
 
@@ -48,6 +48,7 @@ class PlanSteps(Dataset[Item]):
         self._thread = ThreadPoolExecutor(1, "plan-steps")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
         self._current: Plan | None = None
+        self._mean = MeanStep.of(plans[0], rows.loss_tokens)
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -55,7 +56,7 @@ class PlanSteps(Dataset[Item]):
         plan = self.plans[min(epoch, len(self.plans) - 1)]
         if plan is not self._current:
             self._current, self.rows = plan, rows_of_rank(plan, self.rank)
-            self.batches = global_batches(plan, self.source.loss_tokens, self.loss)
+            self.batches = global_batches(plan, self.source.loss_tokens, self.loss, self._mean)
             self.samples = np.bincount(plan.step, np.diff(plan.sample_offsets), plan.n_steps).astype(np.int64)
             self._ahead = {}
 

@@ -191,7 +191,7 @@ def _stretch(stretch: Stretch) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": seconds,
         "predicted_s": stretch.predicted_s,
-        "tokens_per_s": tokens / seconds if seconds else None,
+        "tokens_per_s": sum(step.tokens for step in steps if not step.lost) / seconds if seconds else None,
         "loss": steps[-1].loss if steps else None,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ def pictures(run: Run, groups: list[Group]) -> dict[str, str]:
         losses = [_curve(number, part, [step.loss for step in part.steps]) for number, part in trained]
         losses += [_evaluations(number, part) for number, part in trained if part.evaluations]
         drawn["loss"] = figures.curves(losses, "loss of the step", "loss")
-        rates = [_curve(number, part, [step.lr for step in part.steps]) for number, part in trained]
+        rates = [
+            _curve(number, part, [None if step.lost else step.lr for step in part.steps]) for number, part in trained
+        ]
         drawn["rate"] = figures.curves(rates, "learning rate", "rate")
     if run.profile:
         points = [(p, (p["sp_degree"], p["gc_layers"] > 0)) for p in run.profile["points"]]
@@ -168,7 +171,8 @@ def _lanes(run: Run, groups: list[Group], micro_steps: int) -> list[Lane]:
 
 
 def _log(part: Part) -> list[StepRecord]:
-    return part.stretches[0].steps
+    """As far as no line of it is lost: what is drawn rank by rank begins with the first step."""
+    return list(itertools.takewhile(lambda step: not step.lost, part.stretches[0].steps))
 
 
 def _logged(part: Part) -> bool:

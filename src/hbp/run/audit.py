@@ -3,8 +3,8 @@
 What was to be trained is ``samples.npy`` of a run's first part: the token store's ids, as often as they are seen in an
 epoch. What was trained is every line of every part's ``steps.jsonl``, by the samples that the part's plan has in that
 step. Both are counted and compared, epoch by epoch, so a step that was logged twice, a part that was left out and a
-plan that was changed afterwards all show. A step that was skipped, since its numbers were not finite, has trained on
-nothing: its samples are missing, and named.
+plan that was changed afterwards all show; so does an epoch of a finished run of which nothing is left. A step that was
+skipped, since its numbers were not finite, has trained on nothing: its samples are missing, and named.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hbp.errors import HbpError
 from hbp.plan import JSON_NAME, read_plan
-from hbp.run.identity import RUN, read_record
+from hbp.run.identity import RUN, Record, read_record
 from hbp.run_log import StepRecord, read_log
 
 SHOWN = 20
@@ -48,6 +48,8 @@ class EpochAudit:
     skipped: int
     """Of those missing, that steps were skipped with."""
     skipped_ids: list[int]
+    unlogged: int
+    """Of those trained, in steps whose lines of the log are lost: a checkpoint says that they were done."""
     under_way: bool
     """The run is not finished and this is its last epoch: what is missing, but for what was skipped, may come yet."""
 
@@ -66,7 +68,7 @@ def audit_run(run: Path) -> list[EpochAudit]:
     Raises:
         HbpError: no run there, or a part whose files are missing or damaged.
     """
-    folder, finished = _strategy_folder(run)
+    folder, epochs = _strategy_folder(run)
     parts = [folder, *sorted(folder.glob("part-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))]
     parts = [part for part in parts if (part / "part.json").is_file()]
     if not parts:
@@ -76,6 +78,7 @@ def audit_run(run: Path) -> list[EpochAudit]:
     trained: dict[int, Counts] = {}
     skipped: dict[int, Counts] = {}
     dropped: dict[int, Counts] = {}
+    unlogged: dict[int, int] = {}
     for part in parts:
         epoch = _epoch(part)
         ids = _ids(part)
@@ -85,7 +88,7 @@ def audit_run(run: Path) -> list[EpochAudit]:
         if len(ids) <= int(plan.sample_ids.max(initial=-1)):
             raise HbpError(f"the plan in {part} is of more samples than its samples.npy ({len(ids)})")
         steps = np.array([record.step for record in records], np.int64)
-        if len(steps) and int(steps.max()) >= plan.n_steps:
+        if int(steps.max(initial=-1)) >= plan.n_steps:
             raise HbpError(f"{part / StepRecord.FILE} has step {steps.max()} but its plan has {plan.n_steps} steps")
         taken = np.array([not record.skipped for record in records], bool)
         step_of_sample = np.repeat(plan.step, np.diff(plan.sample_offsets))
@@ -93,24 +96,27 @@ def audit_run(run: Path) -> list[EpochAudit]:
             np.bincount(ids[plan.sample_ids], np.bincount(own, minlength=plan.n_steps)[step_of_sample], size)
             for own in (steps[taken], steps[~taken])
         )
+        lost = np.isin(step_of_sample, [record.step for record in records if record.lost and not record.skipped])
+        unlogged[epoch] = unlogged.get(epoch, 0) + int(lost.sum())
         left_out = np.array([sample for sample, _ in plan.info.dropped if sample < len(ids)], np.int64)
         trained[epoch] = trained.get(epoch, np.zeros(size, np.int64)) + done.astype(np.int64)
         skipped[epoch] = skipped.get(epoch, np.zeros(size, np.int64)) + passed.astype(np.int64)
         dropped[epoch] = dropped.get(epoch, np.zeros(size, np.int64)) + np.bincount(ids[left_out], minlength=size)
-    to_train, last = np.bincount(wanted, minlength=size), max(trained)
+    to_train, last = np.bincount(wanted, minlength=size), max(*trained, epochs - 1)
     return [
         _compared(
             epoch,
             to_train,
             *(counts.get(epoch, np.zeros_like(to_train)) for counts in (trained, skipped, dropped)),
-            under_way=epoch == last and not finished,
+            unlogged=unlogged.get(epoch, 0),
+            under_way=epoch == last and not epochs,
         )
         for epoch in range(last + 1)
     ]
 
 
 def _compared(
-    epoch: int, wanted: Counts, trained: Counts, skipped: Counts, dropped: Counts, *, under_way: bool
+    epoch: int, wanted: Counts, trained: Counts, skipped: Counts, dropped: Counts, *, unlogged: int, under_way: bool
 ) -> EpochAudit:
     # What was planned anew may drop again what a plan before has dropped: at most what is not trained is dropped.
     dropped = np.minimum(dropped, np.maximum(wanted - trained, 0))
@@ -126,24 +132,32 @@ def _compared(
         twice_ids=np.flatnonzero(twice)[:SHOWN].tolist(),
         skipped=int(skipped.sum()),
         skipped_ids=np.flatnonzero(skipped)[:SHOWN].tolist(),
+        unlogged=unlogged,
         under_way=under_way,
     )
 
 
-def _strategy_folder(run: Path) -> tuple[Path, bool]:
-    """The folder of what a run trains, and whether the run is finished."""
+def _strategy_folder(run: Path) -> tuple[Path, int]:
+    """The folder of what a run trains, and the epochs that it is finished after; 0: it is not finished."""
     if not run.is_dir():
         raise HbpError(f"no folder {run}; give one that `hbp train` wrote")
     if (run / "part.json").is_file():
-        return run, (record := read_record(run.parent / RUN)) is not None and record.trained
+        return run, _epochs_done(read_record(run.parent / RUN))
     record = read_record(run / RUN)
     if record is not None and (run / record.folder / "plan" / JSON_NAME).is_file():
-        return run / record.folder, record.trained
+        return run / record.folder, _epochs_done(record)
     found = sorted(path.parent for path in run.glob("*/part.json"))
     if len(found) != 1:
         what = "no run" if not found else f"several ({', '.join(path.name for path in found)}); name one of them"
         raise HbpError(f"{run} holds {what}; give a folder that `hbp train` wrote")
-    return found[0], record is not None and record.trained
+    return found[0], _epochs_done(record)
+
+
+def _epochs_done(record: Record | None) -> int:
+    """Of a run that is trained to its end; 0 of another."""
+    if record is None or not record.trained:
+        return 0
+    return max(1, int(record.identity.get("train.epochs", 1)))
 
 
 def _ids(part: Path) -> npt.NDArray[np.int64]:

@@ -49,8 +49,9 @@ from hbp.run.identity import RUN, replans, write_record
 from hbp.run.resume import SUMMARY, Found, Part, decide, part_folder, read_summary
 from hbp.run.start.lock import owning
 from hbp.run.steps.less_memory import MEMORY
+from hbp.run.steps.odd import FOLDER as ODD
 from hbp.run.training import train_strategy
-from hbp.run_log import EvalRecord, StepRecord
+from hbp.run_log import EvalRecord, StepRecord, read_log
 from hbp.train.check.compare import require_checked
 from hbp.train.hub import check_hub
 from hbp.train.launch import rank_zero_first
@@ -92,6 +93,9 @@ def _train(engine: Engine, run: Path, found: Found) -> dict[str, Any]:
     config, folder = engine.config, run / found.record.folder
     if dist.get_rank() == 0:
         _clear(run, config, folder)
+        if found.checkpoint is None and (unsaved := len(read_log(folder, StepRecord))):
+            where = folder / resume.CHECKPOINTS
+            say(f"no checkpoint in {where}: {unsaved} steps that were logged are lost; starts anew")
         resume.write_array(run / "lengths.npy", engine.samples.lengths)  # a checkpoint may come from another folder
         write_record(run, found.record)
     dist.barrier()
@@ -253,20 +257,25 @@ def _planned_part(
 def _with_baseline(engine: Engine, run: Path, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Train the baseline, if one is wanted and not there yet, and compare it with what ran on as many ranks."""
     baseline, results = engine.config.plan.baseline, summary["results"]
+    tried_in = folder.name.rpartition("-sp")[0] if _is_trial(folder.name) else folder.name
+    if baseline is not None and baseline in (tried_in, results[0]["strategy"]):
+        say(f"no baseline: {folder} is of the run itself, which began with {results[0]['strategy']}; name another")
+        return summary
     if baseline is None or any(result["strategy"] == baseline for result in results):
         return summary
     parts = results[0].get("parts") or [results[0]]  # of an earlier version
-    alike = [part for part in parts if part["world_size"] == engine.cost.world_size and part["steps"]]
+    alike = [part for part in parts if part["world_size"] == engine.cost.world_size and part["seconds"]]
     if not alike:
         say(f"no baseline: this run was trained on other numbers of ranks than {engine.cost.world_size}")
         return summary
     plan = read_plan(part_folder(folder, parts.index(alike[-1])) / "plan")
     engine = as_planned(engine, plan)
     result, trials = train_baseline(engine, baseline, plan, evaluation_plans(engine), run)
+    timed = sum(part.get("timed_tokens", part["tokens"]) for part in alike)
     summary |= {
         "results": [results[0], result],
         "baseline_trials": trials,
-        "speedup": sum(p["tokens"] for p in alike) / sum(p["seconds"] for p in alike) / result["tokens_per_s"],
+        "speedup": timed / sum(part["seconds"] for part in alike) / result["tokens_per_s"],
     }
     _write_summary(run, summary)
     return summary
@@ -348,7 +357,14 @@ def folder_name(strategy: str) -> str:
     Another program's plan may call itself anything, also by a path out of `run_dir` or a name that a run uses itself.
     """
     plain = re.sub(r"[^A-Za-z0-9._+=-]+", "-", strategy).strip("-.")[:80] or "unnamed"
-    return f"plan-{plain}" if plain in RESERVED or plain.startswith("before-") else plain
+    taken = plain in RESERVED or plain.startswith("before-") or (plain in STRATEGIES and plain != strategy)
+    return f"plan-{plain}" if taken or _is_trial(plain) else plain
+
+
+def _is_trial(folder: str) -> bool:
+    """Whether a folder's name is one that a static setting of a baseline is tried in."""
+    name, _, degree = folder.rpartition("-sp")
+    return name in STRATEGIES and degree.isdecimal()
 
 
 def _clear(run: Path, config: Config, folder: Path) -> None:
@@ -358,8 +374,7 @@ def _clear(run: Path, config: Config, folder: Path) -> None:
     result, and no page could show them beside one.
     """
     for trial in run.glob("*-sp*/plan"):
-        name, _, degree = trial.parent.name.rpartition("-sp")
-        if name in STRATEGIES and degree.isdecimal():
+        if _is_trial(trial.parent.name) and trial.parent != folder:
             shutil.rmtree(trial.parent, ignore_errors=True)
     if config.train.resume != "never":
         return
@@ -368,7 +383,8 @@ def _clear(run: Path, config: Config, folder: Path) -> None:
     for plan in run.glob("*/plan"):
         if plan.parent.name not in (*STRATEGIES, folder.name):  # not ours to remove
             continue
-        for stale in (*plan.parent.glob("part-*"), plan.parent / resume.CHECKPOINTS, plan):
+        more = (plan.parent / name for name in (resume.CHECKPOINTS, ODD))
+        for stale in (*plan.parent.glob("part-*"), *more, plan):
             if config.plan.path is None or not Path(config.plan.path).resolve().is_relative_to(stale.resolve()):
                 shutil.rmtree(stale, ignore_errors=True)
         for name in (StepRecord.FILE, EvalRecord.FILE, MEMORY):

@@ -33,6 +33,7 @@ import numpy.typing as npt
 import torch
 from scipy import stats
 
+from hbp.cost.model_spec import GUESSED_WITHIN
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.plan import Plan
@@ -144,6 +145,8 @@ class Prediction:
     compute_s: Float  # [P]
     communication_s: Float  # [P]
     bytes: Float  # [P]
+    idle_bytes: float
+    """Of a rank without a pack, which runs a token without loss beside the others."""
     micro_of_row: npt.NDArray[np.int64]  # [P]
     micro_compute_s: Float  # [M] of the pack that computes longest
     micro_communication_s: Float  # [M] what the slowest pack takes on top of that
@@ -169,7 +172,8 @@ class Prediction:
                 for t, g in zip(tokens, (groups[i] for i in of_row), strict=True)
             ]
         )
-        return cls(compute, communication, bytes_, micro, longest, np.maximum(0.0, slowest - longest))
+        idle = float(cost.bytes(1, 1, 0))
+        return cls(compute, communication, bytes_, idle, micro, longest, np.maximum(0.0, slowest - longest))
 
 
 @dataclass
@@ -240,7 +244,7 @@ def rehearse(
         with Progress("rehearse", sum(len(work.chosen) for work in works)) as progress:
             for work, micro in _in_turn(works):
                 work.rows += _micro_step(work, micro, ranks, repeats, lm, mesh, device, state_bytes)
-                progress.advance(f"micro-step {micro} of {len(work.prediction.micro_compute_s)}")
+                progress.advance(f"micro-step {micro + 1} of {len(work.prediction.micro_compute_s)}")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         del own, lm
         gc.collect()
@@ -266,13 +270,22 @@ def rehearsed_model(
         model, mesh.world, device, by_layer=cost.model.sharded_by_layer, compute_dtype=dtype, attention=attention,
         compiled=compiled,
     )  # fmt: skip
-    if lm.lm.config.num_hidden_layers != cost.model.n_layers or lm.lm.config.hidden_size != cost.model.hidden:
+    config, spec = lm.lm.config, cost.model
+    found = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    planned, there = spec.parameters(), sum(p.numel() for p in lm.parameters())
+    alike = abs(there - planned) <= GUESSED_WITHIN * planned  # a family that is not known is guessed no better
+    if found != (spec.n_layers, spec.hidden, spec.vocab) or not alike:
+        wanted = _dimensions(spec.n_layers, spec.hidden, spec.vocab, planned)
         raise HbpError(
-            f"the plan was made for a model of {cost.model.n_layers} layers of {cost.model.hidden}, but {model} has "
-            f"{lm.lm.config.num_hidden_layers} of {lm.lm.config.hidden_size}; give the plan's model"
+            f"the plan was made for a model of {wanted}, but {model} has {_dimensions(*found, there)}; give the plan's "
+            "model"
         )
     lm.train()
     return lm, mesh
+
+
+def _dimensions(layers: int, hidden: int, vocab: int, parameters: int) -> str:
+    return f"{layers} layers of {hidden}, a vocabulary of {vocab:,} and {parameters:,} parameters"
 
 
 def _sample(prediction: Prediction, count: int | None, seed: int) -> npt.NDArray[np.int64]:
@@ -323,7 +336,7 @@ def _micro_step(
                 predicted_s=0.0 if row == IDLE else float(predicted.compute_s[row]),
                 communication_s=0.0 if row == IDLE else float(predicted.communication_s[row]),
                 peak_bytes=peak + state_bytes,
-                predicted_bytes=float(state_bytes if row == IDLE else predicted.bytes[row]),
+                predicted_bytes=predicted.idle_bytes if row == IDLE else float(predicted.bytes[row]),
                 halves_s=(min(seconds[::2]), min(seconds[1::2] or seconds)),
             )
         )

@@ -320,6 +320,12 @@ def write_part(part: Part) -> None:
     write_whole(part.folder / PART, json.dumps(more) + "\n")
 
 
+def read_turn(folder: Path) -> tuple[int, int]:
+    """Epoch and piece of the part in a folder."""
+    more = json.loads(patiently((folder / PART).read_text))
+    return int(more["epoch"]), int(more.get("piece", 0))
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """As ``.npy``, whole."""
     data = io.BytesIO()
@@ -369,7 +375,9 @@ def say_where(found: Found, part: Part, left: int | None = None) -> None:
     folder, at = found.checkpoint
     where = f"resuming from {folder}: step {at.run_step}, {at.tokens:,} of {at.tokens_total:,} tokens done"
     again = (
-        f"the {left or 0:,} samples of epoch {part.epoch + 1} that are not trained on yet are planned again, each once"
+        f"the {left:,} samples of epoch {part.epoch + 1} that are not trained on yet are planned again, each once"
+        if left
+        else f"no sample of epoch {part.epoch + 1} is left"
     )
     if at.world_size != dist.get_world_size():
         where += f"; {at.world_size} ranks before, {dist.get_world_size()} now: {again}"

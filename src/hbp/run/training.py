@@ -32,6 +32,7 @@ from hbp.progress import Progress, say
 from hbp.run.engine import Engine
 from hbp.run.identity import RUN, read_record
 from hbp.run.resume import CHECKPOINTS, Part, fingerprint, part_folder, write_part
+from hbp.run.steps.done import done_steps
 from hbp.run.steps.less_memory import count_on_less, ran_out
 from hbp.run.steps.odd import OddSteps, finite_or_none
 from hbp.run.steps.saving import Saving
@@ -52,6 +53,7 @@ from hbp.train.hub import push
 from hbp.train.launch import STARTED, TIME_IS_UP, Received, device_name, free_memory, stop_signals
 from hbp.train.logs import Writer, open_writers, scalars_of, trace
 from hbp.train.loop import Learner, Start, StepFailed, evaluate, not_finite, train
+from hbp.train.loss import MeanStep
 from hbp.train.model import CausalLMWithLoss
 from hbp.train.records import Efficiency, peak_flops_per_s, step_flops
 from hbp.train.watch import current
@@ -91,6 +93,8 @@ class _Run:
     peak_flops: float | None
     received: Received
     odd: OddSteps
+    mean: MeanStep | None = None
+    """Step of the plan that the run began with."""
     saving: Saving | None = None
     """None: no state is kept."""
     writers: Sequence[Writer] = ()
@@ -174,6 +178,7 @@ def train_strategy(
         else:
             torch.manual_seed(engine.config.seed + dist.get_rank())  # dropout differs between ranks, not between runs
             _refuse_not_finite(engine, learner)
+        run.mean = _mean_step(folder, part, engine.config.train.loss)
         run.odd = OddSteps.of(folder, engine.config.train.max_skipped, [record for own in records for record in own])
         first_step = at.step if part.number == at.part else 0
         if run.saving and (why := _why_it_ends(run)):  # as many steps as are wanted were done before
@@ -256,13 +261,11 @@ def _take_up_logs(folder: Path, part: Part, checkpoint: Checkpoint | None) -> li
         _begin_part(part)
         return [[]]
     at = checkpoint.position
-    folders = [part_folder(folder, number) for number in range(at.part + 1)]
-    records: list[Any] = [[read_log(here, StepRecord) for here in folders] if first else None]
+    records: list[Any] = [done_steps(folder, at) if first else None]
     dist.broadcast_object_list(records)
     done: list[list[StepRecord]] = records[0]
-    done[-1] = done[-1][: at.step]
     if first:
-        rewrite_log(folders[-1], StepRecord, done[-1])
+        rewrite_log(part_folder(folder, at.part), StepRecord, done[-1])
         evaluations = read_log(folder, EvalRecord)
         rewrite_log(folder, EvalRecord, [record for record in evaluations if record.run_step <= at.run_step])
         for later in folder.glob("part-*"):  # of a way that the run is not going again
@@ -274,6 +277,15 @@ def _take_up_logs(folder: Path, part: Part, checkpoint: Checkpoint | None) -> li
         return slim
     _begin_part(part)
     return [*slim, []]
+
+
+def _mean_step(folder: Path, part: Part, loss: str) -> MeanStep:
+    """Of the plan that the run began with, where the loss is divided by that; `part` is the one at hand."""
+    plan, samples = part.plan, part.samples
+    if part.number and loss == "run-token":
+        plan, ids = read_plan(folder / "plan"), np.load(folder / "samples.npy", allow_pickle=False)
+        samples = Samples(samples.store, ids)
+    return MeanStep.of(plan, samples.loss_tokens)
 
 
 def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list[StepRecord]:
@@ -301,6 +313,7 @@ def _train_part(run: _Run, part: Part, first_step: int, before_s: float) -> list
                 start=start,
                 signal=run.signal,
                 efficiency=efficiency,
+                mean=run.mean,
             )
         except StepFailed as failed:
             raise _rank_failed(run, failed, part) from failed.__cause__
@@ -443,7 +456,7 @@ def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[S
 
     each, first = [_part_result(plan_of(number), own) for number, own in enumerate(parts)], plan_of(0)
     records = [record for own in parts for record in own]
-    seconds, tokens = sum(record.seconds for record in records), sum(record.tokens for record in records)
+    seconds, timed = sum(record.seconds for record in records), sum(part["timed_tokens"] for part in each)
     learnt = [(record.loss, record.loss_tokens) for record in records if record.loss is not None]
     info = first.info
     return {
@@ -453,10 +466,10 @@ def _result(engine: Engine, folder: Path, part: Part, parts: Sequence[Sequence[S
         "samples": len(first.sample_ids),
         "dropped": len(info.dropped),
         "epochs": engine.config.train.epochs,
-        "tokens": tokens,
+        "tokens": sum(record.tokens for record in records),
         "steps": len(records),
         "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
+        "tokens_per_s": timed / seconds if seconds else None,
         "predicted_s": sum(own["predicted_s"] for own in each),
         "final_train_loss": _mean(learnt[-max(1, len(learnt) // 10) :]),
         "peak_bytes": part.peak_bytes,
@@ -480,6 +493,7 @@ def _part_result(plan: Plan, records: Sequence[StepRecord]) -> dict[str, Any]:
         "world_size": plan.info.world_size,
         "steps": len(records),
         "tokens": sum(record.tokens for record in records),
+        "timed_tokens": sum(record.tokens for record in records if not record.lost),
         "seconds": sum(record.seconds for record in records),
         "predicted_s": float(step_seconds(plan)[: len(records)].sum()),
     }

@@ -36,7 +36,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from hbp.disk import is_disk_fault
 from hbp.errors import ERROR_FILE, HbpError, OutOfMemory, RankFailed, Stopped, report_to_parent, reported_by_rank
-from hbp.progress import say
+from hbp.progress import QUIET, say
 from hbp.train.watch import silence_is_fine
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ if TYPE_CHECKING:
 # them is what CUDA's caching allocator does; without it every CPU measurement is mostly page faults.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "KINETO_LOG_LEVEL": "99",  # the memory profiler's own chatter
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # and its warning of memory that was allocated before it began
+    **QUIET,
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -69,6 +68,7 @@ MEETS_HERE, LOOPBACK_ADDRESS = "hbp-loopback", "127.0.0.1"
 """How ranks of one machine find each other, where nobody else can."""
 SAVE_TIMEOUT_S = 600
 """How long ranks may take to end a step and save after a signal, before they are killed."""
+NOTHING_NEW = "stopped before there was anything new to save; the same command goes on"
 PREPARE_TIMEOUT = timedelta(days=1)
 """Ranks wait this long for rank 0 to prepare data and plan, where a collective's usual limit is minutes."""
 
@@ -210,7 +210,7 @@ def _ranks_report() -> Iterator[str]:
             raise _why(failed) from None
         except SignalException as received:
             name = signal.Signals(received.sigval).name
-            raise reported_by_rank() or Stopped(f"{name}: stopped before there was anything to save") from None
+            raise reported_by_rank() or Stopped(f"{name}: {NOTHING_NEW}") from None
         else:
             if (reported := reported_by_rank()) is not None:
                 raise reported
@@ -234,7 +234,7 @@ def _why(failed: ChildFailedError) -> Exception:
         return reported
     # A rank that was ended by SIGTERM before it could note it.
     if all(f.exitcode == -signal.SIGTERM for f in failed.failures.values()):
-        return Stopped("SIGTERM: stopped before there was anything to save")
+        return Stopped(f"SIGTERM: {NOTHING_NEW}")
     rank, failure = failed.get_first_failure()
     return RankFailed(f"rank {rank} failed first (exit code {failure.exitcode}); its own output is above")
 

@@ -33,7 +33,7 @@ from hbp.parallel.mesh import ParallelMesh
 from hbp.plan import Plan
 from hbp.run_log import StepRecord
 from hbp.train.batch import IDLE, MicroBatch, SampleSource, make_micro_batch, micro_batches, rows_of_rank
-from hbp.train.loss import global_batches
+from hbp.train.loss import MeanStep, global_batches
 from hbp.train.model import CausalLMWithLoss, set_gc_layers
 from hbp.train.records import Efficiency, Recorder, StepClock, gather
 from hbp.train.watch import enter, leave
@@ -137,6 +137,7 @@ def train(
     start: Start = Start(),
     signal: Callable[[], int] = lambda: 0,
     efficiency: Efficiency | None = None,
+    mean: MeanStep | None = None,
 ) -> list[StepRecord]:
     """Run the steps of a plan on this rank.
 
@@ -149,6 +150,7 @@ def train(
         start: where to begin.
         signal: number of a signal that this rank has received, or 0.
         efficiency: for MFU; None: not reported.
+        mean: step of the plan that the run began with; None: this is that plan.
 
     Returns:
         The record of each step, equal on all ranks.
@@ -158,7 +160,7 @@ def train(
     """
     rank, config, device = dist.get_rank(), learner.config, learner.device
     learner.mesh.prepare(plan.sp_degree.tolist())
-    rows, batches = rows_of_rank(plan, rank), global_batches(plan, samples.loss_tokens, config.loss)
+    rows, batches = rows_of_rank(plan, rank), global_batches(plan, samples.loss_tokens, config.loss, mean)
     work = ((row, batches[step]) for step in range(start.step, plan.n_steps) for row in rows[step])
     packs = micro_batches(plan, work, samples, learner.mesh, rank, device)
     recorder = Recorder.of(plan, batches, device, start.seconds, efficiency)

@@ -78,9 +78,9 @@ class GlobalBatch:
     samples: int
     """That have a loss token."""
     mean_tokens: float = 0.0
-    """Of a step of the plan."""
+    """Of a step of the run's plan."""
     mean_loss_tokens: float = 0.0
-    """Of a step of the plan."""
+    """Of a step of the run's plan."""
     turns: int = 1
     """Ranks × micro-steps."""
 
@@ -109,16 +109,33 @@ class GlobalBatch:
         return 1.0 / (self.mean_tokens if self.loss == "run-token" else self.tokens)
 
 
-def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str = "ave-token") -> list[GlobalBatch]:
+@dataclass(frozen=True)
+class MeanStep:
+    """What `run-token` divides by: the mean step of the plan that a run began with."""
+
+    tokens: float
+    loss_tokens: float
+
+    @classmethod
+    def of(cls, plan: Plan, loss_tokens: npt.NDArray[np.integer]) -> MeanStep:
+        """Args: `loss_tokens` are the targets of each sample, int ``[N]``."""
+        steps = max(plan.n_steps, 1)
+        return cls(float(plan.lengths.sum()) / steps, float(loss_tokens[plan.sample_ids].sum()) / steps)
+
+
+def global_batches(
+    plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str = "ave-token", mean: MeanStep | None = None
+) -> list[GlobalBatch]:
     """The global batch of each step of a plan.
 
-    `run-token` divides by the mean over the plan given. A run of several epochs, or of a stream's pieces, has a plan
-    for each, so each part has its own mean. A run that goes on reads the same plan and has the same weights.
+    `run-token` divides by the mean step of the plan that the run began with, in every epoch and piece and after what is
+    left was planned again, so that a token counts the same in all of them.
 
     Args:
         plan: to be run, the whole of it.
         loss_tokens: targets of each sample, int ``[N]``.
         loss: one of :data:`hbp.config.LOSSES`.
+        mean: of the plan that the run began with; none: this is that plan.
 
     Raises:
         HbpError: no such loss.
@@ -136,10 +153,10 @@ def global_batches(plan: Plan, loss_tokens: npt.NDArray[np.integer], loss: str =
     ]
     micro_steps = np.zeros(plan.n_steps, np.int64)
     np.maximum.at(micro_steps, plan.step, plan.micro_step.astype(np.int64) + 1)
-    mean_tokens, mean_loss_tokens = (float(count.sum()) / max(plan.n_steps, 1) for count in counts[:2])
+    mean = mean or MeanStep.of(plan, loss_tokens)
     turns = micro_steps * plan.info.world_size
     return [
-        GlobalBatch(loss, tokens, loss_tokens, samples, mean_tokens, mean_loss_tokens, ranks)
+        GlobalBatch(loss, tokens, loss_tokens, samples, mean.tokens, mean.loss_tokens, ranks)
         for tokens, loss_tokens, samples, ranks in zip(*(x.tolist() for x in (*counts, turns)), strict=True)
     ]
 

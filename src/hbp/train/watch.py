@@ -175,6 +175,11 @@ def silence_is_fine() -> Iterator[None]:
         watch.quiet = False
 
 
+def _broke_off(error: BaseException) -> bool:
+    """Whether an error is a collective's, which fails where another rank is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @contextmanager
 def watch_others(interval: float = INTERVAL_S, silent: float = SILENT_S) -> Iterator[Watch | None]:
     """Watch the other ranks while the body runs; None where there are none or no store was given by a launcher."""
@@ -193,9 +198,12 @@ def watch_others(interval: float = INTERVAL_S, silent: float = SILENT_S) -> Iter
         raise
     except BaseException as error:
         patience = 0.0 if isinstance(error, HbpError) else PATIENCE_S  # it is no other rank's doing
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        earlier: str | None = f"the rank that the others met through is gone ({said})"
         with suppress(*STORE_GONE):
-            said = " ".join(str(error).split())[:300]
-            watch.report(f"rank {watch.rank} failed: {type(error).__name__}: {said}", patience)
+            earlier = watch.report(f"rank {watch.rank} failed: {said}", patience)
+        if earlier is not None and _broke_off(error):
+            raise RankFailed(f"rank {watch.rank} ends, since {earlier}") from error
         raise
     finally:
         _current = None

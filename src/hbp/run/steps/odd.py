@@ -113,7 +113,7 @@ class OddSteps:
 
     def _keep(self, losses: StepLosses, part: Part, record: StepRecord, run_step: int) -> Path:
         """Rank 0 writes what is known of a skipped step; the file's path."""
-        path = self.folder / FOLDER / f"step-{run_step:08d}.json"
+        path = self.folder / FOLDER / evidence_name(run_step)
         if dist.get_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             evidence = {
@@ -132,6 +132,11 @@ class OddSteps:
             partial.write_text(json.dumps(evidence, indent=1, allow_nan=False) + "\n")
             partial.rename(path)
         return path
+
+
+def evidence_name(run_step: int) -> str:
+    """The file in :data:`FOLDER` on a step that was skipped."""
+    return f"step-{run_step:08d}.json"
 
 
 def _shown(loss: float) -> float | str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hbp.config import TrainConfig
 from hbp.errors import HbpError, RankFailed
 from hbp.progress import say
-from hbp.train.checkpoint import Checkpoints, Position
+from hbp.train.checkpoint import Checkpoints, Position, list_checkpoints
 from hbp.train.loop import Learner, not_finite
 
 SAVE_TRIES = 3
@@ -64,9 +64,11 @@ class Saving:
         if bad := not_finite(learner.model.named_parameters(), learner.device):
             with suppress(HbpError):
                 self.checkpoints.wait()  # the state before may still be on its way
+            saved = list_checkpoints(self.checkpoints.folder)
+            before = f"the state before is in {saved[0]}" if saved else "no state was saved before"
             raise RankFailed(
                 f"after step {at.run_step} of the run {bad[0]} holds values that are not finite, and is not saved; "
-                f"lower train.lr; the state before is in {self.checkpoints.folder}"
+                f"lower train.lr; {before}"
             )
         while True:
             try:
