@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hbp.errors import HbpError
-from hbp.integrations.rows import as_rows
+from hbp.integrations.rows import as_rows, check_ids
 
 IDS = [[5, 6, 7, 8], [9, 10, 11], [12, 13]]
 _ = -100
@@ -63,3 +63,11 @@ def test_refused(columns: dict[str, list[list[int]]], message: str) -> None:
 def test_a_mask_of_ones_changes_nothing() -> None:
     for dataset in kinds_of(rows_with(attention_mask=[[1] * len(ids) for ids in IDS])):
         assert as_rows(dataset).loss_tokens.tolist() == [3, 2, 1]
+
+
+def test_tokens_that_the_model_does_not_embed() -> None:
+    for dataset in kinds_of(rows_with()):
+        rows = as_rows(dataset)
+        check_ids(rows, 14)
+        with pytest.raises(HbpError, match="has the token 13, but the model embeds 13"):
+            check_ids(rows, 13)

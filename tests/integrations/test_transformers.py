@@ -204,6 +204,7 @@ def test_one_process_needs_no_launch_and_rows_may_be_a_data_set(model: Any, tmp_
         ({"dataset": [{"text": "a"}]}, "columns text; tokenize it first"),
         ({"dataset": iter(())}, "cannot be a stream"),
         ({"dataset": [{**row, "labels": [*row["input_ids"][1:], 1]} for row in rows_of_samples()]}, "before the shift"),
+        ({"dataset": [{"input_ids": [9999] * int(n)} for n in SAMPLES.lengths]}, "has the token 9999, but the model"),
         ({"loss": "mean"}, "no loss 'mean'"),
         ({"lr_by": "samples"}, "lr_by='samples'"),
         ({"model_init": lambda: None}, "model_init makes another model"),

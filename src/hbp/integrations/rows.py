@@ -41,6 +41,8 @@ class Rows:
     source: SampleSource
     lengths: npt.NDArray[np.int32]  # [N] tokens
     loss_tokens: npt.NDArray[np.int32]  # [N] targets after the shift
+    largest_id: int = 0
+    """Of all tokens, where they were read to be counted."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -117,19 +119,35 @@ def rows_of_source(source: Any, count: int | None = None) -> Rows:
     lengths, loss_tokens = getattr(source, "lengths", None), getattr(source, "loss_tokens", None)
     if lengths is None or loss_tokens is None:
         read = (source.sample(i) for i in range(len(source) if count is None else count))
-        counts = [(len(ids), int(np.count_nonzero(mask[1:]))) for ids, mask in read]
-        lengths, loss_tokens = np.array(counts, np.int32).reshape(-1, 2).T
-    return Rows(source, _all_with_tokens(np.asarray(lengths)), np.asarray(loss_tokens))
+        counts = [(len(ids), int(np.count_nonzero(mask[1:])), int(ids.max(initial=0))) for ids, mask in read]
+        lengths, loss_tokens, largest = np.array(counts, np.int32).reshape(-1, 3).T
+    else:
+        largest = np.zeros(1, np.int32)
+    return Rows(source, _all_with_tokens(np.asarray(lengths)), np.asarray(loss_tokens), int(largest.max(initial=0)))
 
 
-def _count_arrow(dataset: Any, columns: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Tokens and targets of each row."""
+def check_ids(rows: Rows, vocabulary: int) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        HbpError: there is one.
+    """
+    if rows.largest_id >= vocabulary:
+        raise HbpError(
+            f"the data set has the token {rows.largest_id}, but the model embeds {vocabulary}; tokenize it with the "
+            "model's own tokenizer, or resize the model's embeddings first"
+        )
+
+
+def _count_arrow(dataset: Any, columns: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], int]:
+    """Tokens and targets of each row, and the largest token."""
     import pyarrow.compute as pc
 
-    lengths, targets = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    lengths, targets, largest = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], 0
     for number, table in enumerate(dataset.with_format("arrow", columns=columns).iter(batch_size=COUNTED_AT_A_TIME)):
         size = pc.list_value_length(table.column("input_ids")).to_numpy().astype(np.int64)
         lengths.append(_all_with_tokens(size, number * COUNTED_AT_A_TIME))
+        largest = max(largest, pc.max(pc.list_flatten(table.column("input_ids"))).as_py())
         ends = np.cumsum(size)
         learnt = np.ones(ends[-1], bool)
         for name in columns[1:]:
@@ -142,7 +160,7 @@ def _count_arrow(dataset: Any, columns: list[str]) -> tuple[npt.NDArray[np.int32
                 raise HbpError(_padded(number * COUNTED_AT_A_TIME + at))
         before = np.concatenate([[0], np.cumsum(learnt)])
         targets.append(before[ends] - before[ends - size + 1])  # all but the first
-    return np.concatenate(lengths).astype(np.int32), np.concatenate(targets).astype(np.int32)
+    return np.concatenate(lengths).astype(np.int32), np.concatenate(targets).astype(np.int32), largest
 
 
 def _all_with_tokens(lengths: npt.NDArray[Any], first: int = 0) -> npt.NDArray[Any]:

@@ -31,7 +31,7 @@ from hbp.config import LOSSES, TrainConfig
 from hbp.errors import HbpError
 from hbp.integrations.pack_loss import ARGUMENT, BatchArgument, attention_of, give_pack_loss
 from hbp.integrations.plan_steps import Item, PlanSteps, loader_of
-from hbp.integrations.rows import Rows, as_rows, check_made_for
+from hbp.integrations.rows import Rows, as_rows, check_ids, check_made_for
 from hbp.parallel.ulysses import ATTENTION_NAMES, register_attention
 from hbp.parallel.varlen import check_features
 from hbp.plan import Plan
@@ -107,6 +107,8 @@ class FollowsPlan(_Trainer):
             check_made_for(each, self._rows.lengths, self.args.world_size)
         self._lm = _without_wrappers(self.model)
         check_trainable(self._lm.config)
+        embeds = self._lm.get_input_embeddings()
+        check_ids(self._rows, getattr(embeds, "num_embeddings", self._lm.config.vocab_size))
         check_features(kernel, attention_features(self._lm))
         if self._lm.config.model_type not in PROVEN_FAMILIES:
             warnings.warn(
