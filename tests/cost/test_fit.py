@@ -21,6 +21,7 @@ from hbp.cost.fit import (
     grid,
     pooled_cluster,
     predict_bytes,
+    predict_collective,
     predict_point,
 )
 from hbp.cost.predict import CostModel
@@ -172,14 +173,54 @@ def test_held_out_seconds_come_from_the_other_points() -> None:
     assert fit.held_out_error < 0.2
 
 
-def test_ranks_of_several_nodes_are_taken_for_neighbours() -> None:
-    """What was measured over the slower links is what is predicted for them."""
-    truth = true_cluster(**TRUTHS["slow links"])
-    cost = CostModel(MODEL, truth, 8)
-    base = dataclasses.replace(BASE, devices_per_node=2, node_latency_s=1.0, node_bytes_per_s=1e12)
+NODES = {"devices_per_node": 2, "link_bytes_per_s": 8e8, "collective_latency_s": 1e-3}
+NETWORK = {"node_bytes_per_s": 3e8, "node_latency_s": 5e-3}
+
+
+def test_links_within_a_node_and_between_nodes_are_fitted_apart() -> None:
+    """Eight ranks on four nodes, the network a tenth as fast; one rate for both is far off on what is fresh."""
+    truth = true_cluster(**NODES, **NETWORK)
+    base = dataclasses.replace(BASE, devices_per_node=2)
+    cost, messages = CostModel(MODEL, truth, 8), links(truth, 8, (2, 4, 8))
+    fit = fit_cluster(base, MODEL, 8, measure(cost, packs(cost, 0), exact), "here", messages)
+    for name in (*RATES, *OVERHEADS):
+        assert getattr(fit.cluster, name) == pytest.approx(getattr(truth, name), rel=1e-4), name
+    points = measure(cost, packs(cost, 0), noisy(3))
+    errors = []
+    for start in (base, BASE):  # BASE takes all ranks for neighbours
+        fitted = CostModel(MODEL, fit_cluster(start, MODEL, 8, points, "here", messages).cluster, 8)
+        errors.append(np.mean([abs(predict_point(fitted, p) / p.seconds - 1) for p in held_out(cost)]))
+    assert errors[0] < 0.03
+    assert errors[0] < errors[1] / 3
+
+
+def test_what_ran_in_one_node_says_nothing_of_the_network() -> None:
+    cost = CostModel(MODEL, true_cluster(**TRUTHS["slow links"]), 2)
+    base = dataclasses.replace(BASE, **NODES, **NETWORK)
+    fit = fit_cluster(base, MODEL, 2, measure(cost, packs(cost, 0), exact), "here", links(cost.cluster, 2, (2,)))
+    assert fit.cluster.link_bytes_per_s == pytest.approx(2e8)
+    assert {name: getattr(fit.cluster, name) for name in NETWORK} == NETWORK
+
+
+def test_one_device_a_node_has_the_network_alone() -> None:
+    """No message stays in a node; the base's rate there, for which nothing is measured, does not hold others back."""
+    base = dataclasses.replace(BASE, devices_per_node=1, link_bytes_per_s=1e6)
+    truth = dataclasses.replace(base, fsdp_overlap=0.0, link_bytes_per_s=1e12, **NETWORK)  # type: ignore[arg-type]
+    cost = CostModel(MODEL, truth, 4)
     points = measure(cost, packs(cost, 0), exact)
-    fit = fit_cluster(base, MODEL, 8, points, "here")
-    np.testing.assert_allclose(fit.predicted_s, [p.seconds for p in points], rtol=1e-6)
+    fit = fit_cluster(base, MODEL, 4, points, "here", links(truth, 4, (2, 4)))
+    fitted = CostModel(MODEL, fit.cluster, 4)
+    for point in held_out(cost):
+        assert predict_point(fitted, point) == pytest.approx(point.seconds, rel=1e-4)
+
+
+def test_a_gather_over_nodes_shares_their_links_and_an_all_to_all_does_not() -> None:
+    """A node receives what is gathered once, and hands it on inside; each device waits for its own in an all-to-all."""
+    cluster = dataclasses.replace(BASE, **NODES, **NETWORK)
+    gathered, exchanged = (
+        predict_collective(cluster, Collective(kind, 8, 3e8, 0.0)) for kind in ("all_gather", "all_to_all")
+    )
+    assert (gathered, exchanged) == pytest.approx((1 + 6e-3, 2 + 6e-3))
 
 
 def test_one_point_is_enough() -> None:

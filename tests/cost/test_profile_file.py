@@ -40,6 +40,8 @@ def test_degrees_say_where_their_seconds_come_from() -> None:
     assert sources[1] == "predicted; degree measured"
     assert sources[8] == "predicted from the links of the cluster that was profiled over"
     assert sources[16] == sources[8] + " and the cluster's links between nodes"
+    _, _, spans = make_profile(world_size=2, devices_per_node=1)  # so the network is measured
+    assert {d["source"] for d in spans["degrees"][2:]} == {"predicted from measured collectives"}
 
 
 def test_what_is_not_a_profile_is_refused_in_one_line(tmp_path: Path) -> None:

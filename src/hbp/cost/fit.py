@@ -8,7 +8,8 @@ cost model itself: the seconds it predicts when one constant is 1 and the others
 of the formulas to keep in step.
 
 Measured collectives are further rows: bytes over the link's rate plus its latency. They hold the link's constants where
-the micro-batches barely depend on them, and they are all there is to say of degrees that the machine cannot run.
+the micro-batches barely depend on them, and they are all there is to say of degrees that the machine cannot run. What
+stays within a node and what leaves it have a rate and a latency each.
 
 A point may have run fewer layers than the model has. Its row is then that of the shorter model, so the constants come
 out the same, and a model too large for the machine is fitted from stacks of a few of its layers.
@@ -38,8 +39,8 @@ from hbp.cost.predict import CostModel
 
 Float = npt.NDArray[np.float64]
 
-RATES = ("linear_flops_per_s", "attention_flops_per_s", "link_bytes_per_s")
-OVERHEADS = ("layer_overhead_s", "document_overhead_s", "collective_latency_s")
+RATES = ("linear_flops_per_s", "attention_flops_per_s", "link_bytes_per_s", "node_bytes_per_s")
+OVERHEADS = ("layer_overhead_s", "document_overhead_s", "collective_latency_s", "node_latency_s")
 CONSTANTS = (*RATES, *OVERHEADS)
 OVERLAPS = tuple(i / 10 for i in range(11))
 WORTH = 0.95
@@ -101,6 +102,20 @@ class _Rows:
         return np.asarray(busy + np.maximum(0.0, self.fsdp @ constants - overlap * busy))
 
 
+class _Apart(ClusterSpec):
+    """Two kinds of links, each with a column of its own: what leaves a node waits for the network alone."""
+
+    def link(self, ranks: int) -> float:
+        within = ranks <= self.devices_per_node
+        return self.link_bytes_per_s if within else self.node_bytes_per_s / self.devices_per_node
+
+    def ring(self, ranks: int) -> float:
+        return self.link_bytes_per_s if ranks <= self.devices_per_node else self.node_bytes_per_s
+
+
+LINKS = ("link_bytes_per_s", "node_bytes_per_s", "collective_latency_s", "node_latency_s")
+
+
 def fit_cluster(
     base: ClusterSpec,
     model: ModelSpec,
@@ -114,7 +129,7 @@ def fit_cluster(
     Args:
         base: keeps its memory budget, topology and data types.
         model: that the points were measured with, whole.
-        world_size: ranks that ran them; taken for neighbours.
+        world_size: ranks that ran them, neighbours as far as the base has devices in a node.
         points: at least one; constants that nothing exercises keep the base's values.
         device: name for the record.
         collectives: measured on the same ranks.
@@ -141,7 +156,7 @@ def pooled_cluster(
     Args:
         base: keeps its memory budget, topology and data types.
         measured: models and their points, at least one; each point counts the same.
-        world_size: ranks that ran them; taken for neighbours.
+        world_size: ranks that ran them, neighbours as far as the base has devices in a node.
         device: name for the record.
     """
     each = [_rows(base, model, world_size, points, ()) for model, points in measured]
@@ -164,7 +179,7 @@ def _explained(
         device=device,
         fsdp_overlap=overlap if rows.fsdp.any() else base.fsdp_overlap,
         origin=f"profiled on {device}",
-        **_named(base, world_size, constants, used),
+        **_named(base, constants, used),
     )
 
 
@@ -206,7 +221,8 @@ def predict_bytes(cost: CostModel, point: Point) -> float:
 
 def predict_collective(cluster: ClusterSpec, collective: Collective) -> float:
     """Seconds that the model predicts for a collective."""
-    return collective.received_bytes / cluster.link(collective.ranks) + cluster.latency(collective.ranks)
+    rate = cluster.link if collective.kind == "all_to_all" else cluster.ring  # nodes share what they gather
+    return collective.received_bytes / rate(collective.ranks) + cluster.latency(collective.ranks)
 
 
 def _of_stack(cost: CostModel, point: Point) -> CostModel:
@@ -232,19 +248,13 @@ def _rows(
     nothing: dict[str, Any] = {
         **dict.fromkeys(RATES, NEVER),
         **dict.fromkeys(OVERHEADS, 0.0),
-        "node_bytes_per_s": NEVER,
-        "node_latency_s": 0.0,
-        "devices_per_node": max(world_size, base.devices_per_node),  # ranks that measured are neighbours
     }
     busy, fsdp = [], []
     for name in CONSTANTS:
-        cluster = dataclasses.replace(base, **{**nothing, name: 1.0})
+        cluster = _Apart(**{**vars(base), **nothing, name: 1.0})
         cost = CostModel(model, cluster, world_size)
         parts = [_parts(_of_stack(cost, p), p) for p in points]
-        sent = [
-            predict_collective(cluster, c) if name in ("link_bytes_per_s", "collective_latency_s") else 0.0
-            for c in collectives
-        ]
+        sent = [predict_collective(cluster, c) if name in LINKS else 0.0 for c in collectives]
         busy.append([part[0] for part in parts] + sent)
         fsdp.append([part[1] for part in parts] + [0.0] * len(collectives))
     seconds = [p.seconds for p in points] + [c.seconds for c in collectives]
@@ -294,7 +304,7 @@ def _held_out(rows: _Rows, n_points: int) -> Float:
     return np.array(predicted)
 
 
-def _named(base: ClusterSpec, world_size: int, constants: Float, used: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def _named(base: ClusterSpec, constants: Float, used: npt.NDArray[np.bool_]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value, seen in zip(CONSTANTS, constants, used, strict=True):
         if not seen:
@@ -303,8 +313,9 @@ def _named(base: ClusterSpec, world_size: int, constants: Float, used: npt.NDArr
             values[name] = float(1 / value) if value > 0 else NEVER
         else:
             values[name] = float(value)
-    if world_size > base.devices_per_node:  # the ranks of several nodes were taken for neighbours
-        values |= {"node_bytes_per_s": values["link_bytes_per_s"] * base.devices_per_node, "node_latency_s": 0.0}
+    seen_of = dict(zip(CONSTANTS, used, strict=True))
+    if seen_of["node_bytes_per_s"] and not seen_of["link_bytes_per_s"]:  # one device a node
+        values["link_bytes_per_s"] = max(values["link_bytes_per_s"], values["node_bytes_per_s"])
     return values
 
 

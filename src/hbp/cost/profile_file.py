@@ -82,7 +82,7 @@ def _degrees(cluster: ClusterSpec, model: ModelSpec, world_size: int, points: Se
         cost = CostModel(model, cluster, max(degree, world_size))
         point = Point((max(sum(p.lengths) for p in points),), degree, model.n_layers, 0.0, 0.0)
         source = "predicted; degree measured" if degree in measured else f"predicted from {links}"
-        if degree not in measured and degree > cluster.devices_per_node:
+        if degree not in measured and degree > cluster.devices_per_node >= world_size:
             source += " and the cluster's links between nodes"
         rows.append(
             {"sp_degree": degree, "source": source, "tokens": point.lengths[0], "seconds": predict_point(cost, point)}

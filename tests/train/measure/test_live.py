@@ -21,7 +21,15 @@ from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
 from hbp.parallel.mesh import make_mesh
 from hbp.train.measure import live as live_profile_module
-from hbp.train.measure.live import LiveProfile, cut_config, live_profile, load_stack, packs_to_measure, stack_heights
+from hbp.train.measure.live import (
+    LiveProfile,
+    cut_config,
+    in_its_nodes,
+    live_profile,
+    load_stack,
+    packs_to_measure,
+    stack_heights,
+)
 from hbp.train.model import CausalLMWithLoss, load_model, shard
 
 DEEP = {**LLAMA, "num_hidden_layers": 6}
@@ -158,3 +166,12 @@ def test_small_models_are_measured_whole() -> None:
     assert stack_heights(10**6, 32) == ()
     assert stack_heights(8 * 10**9, 32) == (2, 4)
     assert stack_heights(8 * 10**9, 4) == ()
+
+
+@pytest.mark.parametrize(("here", "expected"), [("4", 4), ("16", 8), (None, 8)])
+def test_a_node_has_as_many_devices_as_its_launcher_has_ranks(monkeypatch, here, expected):
+    """But where all ranks are in one node, it may have more devices than them."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert in_its_nodes(CLUSTERS["h100-nvlink"], 16).devices_per_node == expected

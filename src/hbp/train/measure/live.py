@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hbp.cost.cluster import ClusterSpec
 from hbp.cost.fit import Collective, Fit, Point, fit_cluster, grid, predict_bytes, predict_point
 from hbp.cost.predict import CostModel
 from hbp.errors import HbpError
@@ -110,7 +112,7 @@ def live_profile(
         limit_s: packs that would end later are left out, but for the first of each stack, which has its share of it.
     """
     began, points, skipped = time.monotonic(), list[Point](), 0
-
+    cost = replace(cost, cluster=in_its_nodes(cost.cluster, cost.world_size))
     collectives = measure_collectives({p[1] for every in packs.values() for p in every}, device)
     total = sum(map(len, packs.values()))
     with Progress("profile", total) as progress:
@@ -141,6 +143,12 @@ def live_profile(
     if skipped:
         say(f"{skipped} micro-batches were left out: they would have ended after {limit_s:.0f} s, or did not fit")
     return LiveProfile(fit, tuple(points), tuple(collectives), time.monotonic() - began, skipped)
+
+
+def in_its_nodes(cluster: ClusterSpec, world_size: int) -> ClusterSpec:
+    """A cluster with as many devices a node as this job's launcher has ranks here, if that is fewer than all."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return replace(cluster, devices_per_node=here) if here < world_size else cluster
 
 
 WHOLE_MODEL_PARAMETERS = 300e6
