@@ -153,3 +153,17 @@ def test_unknown_orders_and_those_of_several_settings_are_refused() -> None:
         make_plan(LENGTHS, COST, order="balance")
     with pytest.raises(HbpError, match="leave --order out"):
         one_setting_plan(LENGTHS, COST, order="random")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_small_global_batch_is_no_slower_than_with_one_setting(order: str) -> None:
+    """2,000 tokens a GPU and step, where micro-steps of alike packs are of other sizes than a step."""
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(20, 600, 900), rng.integers(3000, 9000, 12)]).astype(np.int32)
+    rng.shuffle(lengths)
+    cost = CostModel.of("llama-3.1-8b", "h100-nvlink", 8)
+    ours = make_plan(lengths, cost, order=order, global_batch_tokens=16_000)
+    validate(ours)
+    static = [make_plan(lengths, cost, strategy=name, global_batch_tokens=16_000) for name in ("concat", "bfd", "isf")]
+    assert {plan.n_steps for plan in static} == {ours.n_steps}
+    assert ours.info.metrics["predicted_s"] < min(plan.info.metrics["predicted_s"] for plan in static)

@@ -1,17 +1,19 @@
 """`plan.order`: how much of the speed is given up for optimizer steps that hold the data's own mix.
 
 ``fastest``: micro-steps of packs that are alike, dealt to steps as they come (:mod:`hbp.planning.mixed.windows`). With
-a global batch of one or two micro-steps, a step is of one kind.
+a global batch of one or two micro-steps, a step is of one kind. Where the global batch asked for is so small that such
+steps are far from the bound (:data:`EFFICIENT`), steps that are packed apart, as below, are tried too.
 
 ``random``: a step holds what a shuffle puts there, as with naive packing; only inside the step are samples free to be
 packed, at the degrees and in the micro-steps that finish soonest.
 
 ``balanced``: the plan whose steps are nearest to the data's own mix among those of these that are at most
-:data:`PRICE` slower than the fastest, which is one of them; of plans that are as near as each other the fastest:
+:data:`PRICE` slower than the fastest of all; of plans that are as near as each other the fastest:
 
 - samples are dealt to steps by length and each step is packed apart (:mod:`hbp.planning.ordered.draw`,
   :mod:`hbp.planning.ordered.step_packing`). The long samples of a step are of like length, for steps of several
   micro-steps, or as different as they come, which suits steps of one micro-step: both are tried;
+- micro-steps as ``fastest`` deals them;
 - micro-steps of long packs as ``fastest`` makes them, which cost nothing, are dealt evenly over the steps, and so are
   all other samples as the steps have room for them.
 
@@ -31,10 +33,11 @@ import numpy as np
 
 from hbp.plan import Group, close, wanted_steps
 from hbp.planning.kernels import counting_sort, shuffled
+from hbp.planning.lower_bound import lower_bound
 from hbp.planning.mixed.packing import pack_histogram
 from hbp.planning.mixed.windows import windowed_schedule
 from hbp.planning.ordered.draw import cut_shuffle, deal_evenly
-from hbp.planning.ordered.lay_out import Laid, joined, outcome_of, pack_steps, travel, worth
+from hbp.planning.ordered.lay_out import Laid, Worth, joined, outcome_of, pack_steps, travel, worth
 from hbp.planning.ordered.step_packing import StepCosts
 from hbp.planning.packs import Int, PackCosts
 from hbp.planning.paper.curriculum import default_short_steps
@@ -45,6 +48,8 @@ PRICE = 0.05
 """Share of the fastest plan's predicted time that `balanced` may take longer."""
 AS_NEAR = 0.01
 """Drift by which one plan has to be nearer to the data's mix than another for that to be worth seconds."""
+EFFICIENT = 0.95
+"""Share of the best possible speed from which `fastest` is taken as it is."""
 ALIKE = 1 / 2
 """Of a rank's tokens of a step: samples over this are dealt in company of like length."""
 
@@ -87,50 +92,85 @@ def draw(problem: Problem, groups: Sequence[Group]) -> Drawn:
     return Drawn(shuffle, shuffle[early], shuffle[~early], early_steps, n_steps - early_steps, asked)
 
 
+def fastest(problem: Problem, groups: Sequence[Group]) -> Outcome:
+    """The least predicted time (module docstring)."""
+    windowed = _windowed(problem, groups)
+    if _is_settled(problem) or _is_efficient(problem, known := worth(problem, windowed)):
+        return windowed
+    drawn, kept = _kept(problem, groups, known, windowed)
+    _, best = min(kept, key=lambda one: one[0].seconds)
+    return best if best is windowed else _detailed(best, travel(problem, best, drawn.shuffle))
+
+
+def _is_settled(problem: Problem) -> bool:
+    """Whether steps are as large as alike packs want them, or these were asked for."""
+    return not problem.batch_given or problem.windows is not None
+
+
+def _is_efficient(problem: Problem, known: Worth) -> bool:
+    bound = lower_bound(problem.own_lengths, problem.cost, steps=known.n_steps, max_length=problem.longest)
+    return bound >= EFFICIENT * known.seconds
+
+
 def random(problem: Problem, groups: Sequence[Group]) -> Outcome:
     """The shuffle cut into steps, each packed apart."""
-    fastest = _fastest(problem, groups)
+    quickest = worth(problem, fastest(_again(problem), groups)).seconds
     drawn, own = draw(problem, groups), problem.own_lengths
     step = np.empty(len(own), np.int64)
     step[drawn.early] = cut_shuffle(own[drawn.early], drawn.early_steps)
     step[drawn.rest] = cut_shuffle(own[drawn.rest], drawn.rest_steps) + drawn.early_steps
     laid = pack_steps(own, step, StepCosts(problem.cost, int(own.max()), problem.longest))
     outcome = outcome_of(problem, laid, groups, drawn.short_steps)
-    return _priced(problem, outcome, worth(problem, fastest).seconds, drawn.shuffle)
+    return _detailed(
+        outcome,
+        {**travel(problem, outcome, drawn.shuffle), **_price(worth(problem, outcome).seconds, quickest)},
+    )
 
 
 def balanced(problem: Problem, groups: Sequence[Group]) -> Outcome:
     """The least drift at a price of :data:`PRICE` at most (module docstring)."""
-    fastest = _fastest(problem, groups)
-    known = worth(problem, fastest)
+    windowed = _windowed(problem, groups)
+    known = worth(problem, windowed)
+    drawn, kept = _kept(problem, groups, known, windowed)
+    taken = _is_settled(problem) or _is_efficient(problem, known)  # by `fastest`
+    quickest = known if taken else min((own for own, _ in kept), key=lambda own: own.seconds)
+    found = [(own, outcome) for own, outcome in kept if own.seconds <= quickest.seconds * (1 + PRICE)]
+    near = min(min(own.drift for own, _ in found) + AS_NEAR, quickest.drift)
+    own, best = min((one for one in found if one[0].drift <= near), key=lambda one: one[0].seconds)
+    if best is windowed:
+        return _detailed(best, {"price": own.seconds / quickest.seconds - 1})
+    return _detailed(best, {**travel(problem, best, drawn.shuffle), **_price(own.seconds, quickest.seconds)})
+
+
+def _kept(
+    problem: Problem, groups: Sequence[Group], known: Worth, windowed: Outcome
+) -> tuple[Drawn, list[tuple[Worth, Outcome]]]:
+    """Of this plan and all that are made step by step, those with as many steps as they should have."""
     drawn, wanted = draw(problem, groups), wanted_steps(_tokens(problem), problem.global_batch_tokens)
-    found = [(known, fastest)]
-    for outcome in _candidates(problem, groups, drawn):
-        own = worth(problem, outcome)
-        keeps = close(own.n_steps, wanted) or own.n_steps == known.n_steps
-        if keeps and own.seconds <= known.seconds * (1 + PRICE) and own.drift <= known.drift:
-            found.append((own, outcome))
-    least = min(own.drift for own, _ in found)
-    _, best = min(((own.seconds, i) for i, (own, _) in enumerate(found) if own.drift <= least + AS_NEAR))
-    if best == 0:
-        return replace(fastest, details={**fastest.details, "price": 0.0})
-    return _priced(problem, found[best][1], known.seconds, drawn.shuffle)
+    each = [(worth(problem, outcome), outcome) for outcome in _candidates(problem, groups, drawn)]
+    kept = [(own, outcome) for own, outcome in each if close(own.n_steps, wanted) or own.n_steps == known.n_steps]
+    return drawn, [(known, windowed), *kept]
 
 
 def _tokens(problem: Problem) -> int:
     return int(problem.own_lengths.sum(dtype=np.int64))
 
 
-def _fastest(problem: Problem, groups: Sequence[Group]) -> Outcome:
-    """The plan of order `fastest`, as it would be made of the same problem."""
-    return windowed_schedule(replace(problem, rng=copy.deepcopy(problem.rng)), groups)
+def _again(problem: Problem) -> Problem:
+    """The same problem, for a plan that draws nothing from this one's random choices."""
+    return replace(problem, rng=copy.deepcopy(problem.rng))
 
 
-def _priced(problem: Problem, outcome: Outcome, fastest_s: float, shuffle: Int) -> Outcome:
-    own = worth(problem, outcome).seconds
-    details = {**travel(problem, outcome, shuffle), "price": own / fastest_s - 1}
-    details["speed_given_up"] = max(0.0, 1 - fastest_s / own)
-    return replace(outcome, details={**outcome.details, **details})
+def _windowed(problem: Problem, groups: Sequence[Group]) -> Outcome:
+    return windowed_schedule(_again(problem), groups)
+
+
+def _price(seconds: float, quickest: float) -> dict[str, float]:
+    return {"price": seconds / quickest - 1, "speed_given_up": max(0.0, 1 - quickest / seconds)}
+
+
+def _detailed(outcome: Outcome, more: Mapping[str, float]) -> Outcome:
+    return replace(outcome, details={**outcome.details, **more})
 
 
 def _candidates(problem: Problem, groups: Sequence[Group], drawn: Drawn) -> Iterator[Outcome]:
@@ -221,7 +261,7 @@ def _deal_micro_steps(micro: Int, lengths: Int, n_steps: int, rng: np.random.Gen
 
 
 ORDERED: Mapping[str, Callable[[Problem, Sequence[Group]], Outcome]] = {
-    "fastest": windowed_schedule,
+    "fastest": fastest,
     "balanced": balanced,
     "random": random,
 }

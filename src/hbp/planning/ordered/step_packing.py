@@ -11,10 +11,10 @@ shelf (E. Coffman et al., 1980; J. Turek et al., 1992), a shelf being a micro-st
    recomputes as many layers as it has to.
 3. What fits no more is left to the next shelf.
 
-Targets tried: what the longest sample takes at each degree, an even share of all that is left, and the time of packs
-full to a few numbers of recomputed layers; each also a little longer. The shelf with the most work for its time is
-kept, once as it is and once with a premium on being the last one (:data:`PREMIUMS`), and of the two sequences the
-faster.
+Targets tried: what the longest sample takes at each degree, an even share of all that is left, what FSDP's traffic
+hides, and the time of packs full to a few numbers of recomputed layers; each also a little longer. The shelf with the
+most work for its time is kept, once as it is and once with a premium on being the last one (:data:`PREMIUMS`), and of
+the two sequences the faster.
 
 What it trades: nothing waits for another step, so a step of few samples is not perfectly balanced. Complexity:
 O(samples · log packs) a target and micro-step.
@@ -154,7 +154,8 @@ def _best_shelf(
     for length in lengths:
         total += weight[length]
         tokens += length
-    targets = _targets(lengths[0], total, tokens, len(lengths), pairs_of, parts, rooms, world)
+    hidden = traffic[0] / traffic[1] if traffic[1] > 0.0 else traffic[0]
+    targets = _targets(lengths[0], total, tokens, len(lengths), pairs_of, parts, rooms, world, hidden)
     best, best_s = -1.0, 0.0
     best_of, best_kinds = np.empty(0, np.int64), np.empty(0, np.int64)
     for target in targets:
@@ -174,12 +175,24 @@ def _best_shelf(
 
 @njit(cache=True)
 def _targets(
-    longest: int, total: float, tokens: float, n: int, pairs_of: Float, parts: Float, rooms: Int, world: int
+    longest: int,
+    total: float,
+    tokens: float,
+    n: int,
+    pairs_of: Float,
+    parts: Float,
+    rooms: Int,
+    world: int,
+    hidden: float,
 ) -> Float:
-    """Seconds worth trying for a shelf that holds a sample of `longest` tokens; rising, never none."""
+    """Seconds worth trying for a shelf that holds a sample of `longest` tokens; rising, never none.
+
+    A micro-step waits for FSDP's traffic however little it computes, so all that is `hidden` behind that is as good as
+    an even share: lower degrees, and fewer micro-steps.
+    """
     found, least = [0.0], np.inf
     even = parts[0, 0, 0] + total / world
-    bases = [even, even / 2]
+    bases, most = [even, even / 2, hidden], max(even, hidden)
     for g in range(len(parts)):
         alone = _busy(parts[g], rooms[g], 1.0, longest, pairs_of[longest])
         if alone < np.inf:
@@ -189,7 +202,7 @@ def _targets(
         bases.append(_busy(parts[0], rooms[0], n * rooms[0, k] / tokens, rooms[0, k], 0.0) * 1.02)  # noqa: PERF401
     for base in bases:
         for slack in SLACKS:
-            if least <= base * slack <= max(least, even) * SLACKS[-1]:
+            if least <= base * slack <= max(least, most) * SLACKS[-1]:
                 found.append(base * slack)  # noqa: PERF401 (numba)
     found[0] = least
     rising = np.unique(np.array(found))
