@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -504,6 +505,34 @@ def soak() -> str:
     return table(header, cells) + "\n" + source + picture
 
 
+def trainers() -> str:
+    data = json.loads((RESULTS / "trainers.json").read_text())
+    runs: dict[tuple[str, str], list[Any]] = {}
+    for row in data["rows"]:
+        runs.setdefault((row["setting"], row["attention"]), []).append(row)
+    cells = [
+        (
+            setting,
+            attention,
+            f"{own[0]['steps']}",
+            f"{statistics.median(row['tokens_per_s'] for row in own):,.0f}",
+            f"{statistics.median(row['tokens_per_busy_s'] for row in own):,.0f}",
+            f"{data['summary']['loss_at'][f'{setting} ({attention})']['100%']:.2f}",
+        )
+        for (setting, attention), own in runs.items()
+    ]
+    header = ("setting", "attention", "steps", "tokens/s", "tokens a processor second", "loss at the end")
+    ratios = data["summary"]["tokens_per_s"]
+    said = (
+        f"Following the plan is {ratios['over_best_stock']:.2f}× the best stock setting as it comes, "
+        f"{ratios['plan_alone']:.2f}× the best with our attention. Of that the way of the integration (a loss in chunks, "
+        f"no figures that need logits) is {ratios['plan_bfd_over_packing_bfd']:.2f}×, by a plan of TRL's own kind of packs "
+        f"over TRL's, and {ratios['over_plan_bfd']:.2f}× is our packs over those.\n\n"
+    )
+    source = f"*`python benchmarks/trainers.py`, {data['device']}, {data['date']}; {data['samples']} samples, "
+    return said + table(header, cells) + f"\n{source}{data['tokens']:,} tokens, medians of two runs.*\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "packing-fitting": packing_fitting,
     "packing-plans": packing_plans,
@@ -527,6 +556,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "faults": faults,
     "faults-phases": faults_phases,
     "soak": soak,
+    "trainers": trainers,
 }
 
 
