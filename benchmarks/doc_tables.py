@@ -525,9 +525,9 @@ def trainers() -> str:
     ratios = data["summary"]["tokens_per_s"]
     said = (
         f"Following the plan is {ratios['over_best_stock']:.2f}× the best stock setting as it comes, "
-        f"{ratios['plan_alone']:.2f}× the best with our attention. Of that the way of the integration (a loss in chunks, "
-        f"no figures that need logits) is {ratios['plan_bfd_over_packing_bfd']:.2f}×, by a plan of TRL's own kind of packs "
-        f"over TRL's, and {ratios['over_plan_bfd']:.2f}× is our packs over those.\n\n"
+        f"{ratios['plan_alone']:.2f}× the best with our attention. Of that the way of the integration (a loss in "
+        f"chunks, no figures that need logits) is {ratios['plan_bfd_over_packing_bfd']:.2f}×, by a plan of TRL's own "
+        f"kind of packs over TRL's, and {ratios['over_plan_bfd']:.2f}× is our packs over those.\n\n"
     )
     source = f"*`python benchmarks/trainers.py`, {data['device']}, {data['date']}; {data['samples']} samples, "
     return said + table(header, cells) + f"\n{source}{data['tokens']:,} tokens, medians of two runs.*\n"
