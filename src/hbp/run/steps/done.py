@@ -82,7 +82,7 @@ def _mended(
     groups = groups_of_steps(plan)
     began = 0.0
     for step in range(count):
-        if step in lost:
+        if step not in known:
             problem = _skipped(folder, here, step, run_step + step + 1)
             known[step] = StepRecord(
                 step=step,
