@@ -35,18 +35,24 @@ def test_bytes_by_hand() -> None:
     root = SMALL.parameters() - 6 * layer
     always = SMALL.parameters() * 16 / 4 + 1e6 + root * 4
     end = always + root * (4 + 4)
-    assert cost.bytes(0, 1, 0) == max(always + head + layer * (4 + 2 * 4 + 4), end)
+    reduced, message = layer * 4, layer * 4
+    assert cost.bytes(0, 1, 0) == max(always + head + layer * (2 * 4 + 4) + reduced, end)  # all of a layer's gradients
     saved, kept = SMALL.layer_activation_bytes(0, 4, 2), 256 * 4
+    mlp, down = 4 * SMALL.intermediate * 4, 256 * SMALL.intermediate
     for gc_layers, whole in ((0, 6), (2, 4), (6, 0)):
         for tokens, in_chunk in ((1000, 500), (8000, 2048)):
-            mine = tokens / 2
-            loss = always + head + 1.5 * mine * (whole * saved + gc_layers * kept) + mine * 256 * 4 * 4
-            loss += in_chunk * 1000 * 2 * 4  # logits, and their gradients
-            at_work = always + head + layer * (4 + 2 * 4) + mine * 4 * (2 * SMALL.intermediate + 2 * 256)
-            first = at_work + 1.5 * mine * (max(whole, 1) * saved + gc_layers * kept)  # recomputed one at a time
-            later = at_work + 1.5 * mine * (max(whole - 1, 1) * saved + gc_layers * kept)
-            later += layer * 4  # the gradients of the layer before are being reduced
-            assert cost.bytes(tokens, 2, gc_layers) == pytest.approx(max(loss, first, later, end))
+            mine, every = tokens / 2, [end]
+            loss = always + head + message + 1.5 * mine * (whole * saved + gc_layers * kept) + mine * 256 * 4 * 4
+            every.append(loss + in_chunk * 1000 * 2 * 4)  # logits, and their gradients
+            # The first layer in backward, then the next, while the gradients of the first are being reduced; a
+            # recomputed one, of which there is one at a time, needs its input no more when it is done.
+            first = max(whole, 1) * saved + gc_layers * kept, 0
+            later = max(whole - 1, 1) * saved + (gc_layers - (whole == 0)) * kept, reduced
+            for waiting, reducing in (first, later):
+                at_work = always + head + layer * 2 * 4 + reducing + 1.5 * mine * waiting + mine * 256 * 4
+                every.append(at_work + down * 4 + mine * 2 * SMALL.intermediate * 4)
+                every.append(at_work + layer * 4 + mine * (256 * 4 - 1.5 * mlp))
+            assert cost.bytes(tokens, 2, gc_layers) == pytest.approx(max(every))
 
 
 some = st.just(0.0) | st.floats(1e-3, 1e6)
@@ -180,8 +186,9 @@ def test_offloaded_activations_by_hand() -> None:
     always = model.parameters() * 16 / 32 + root
     small = ((model.n_layers - gc_layers) * SAVED_TENSORS + gc_layers) * 2**20
     loss = always + head + tokens * (model.hidden * (4 + 2) + 2 * hidden) + 1024 * model.vocab * 4 * 3 + small
-    one_layer = tokens * (model.layer_activation_bytes(0, 2, 1) + 2 * model.intermediate * 2 + 2 * hidden)
-    backward = always + head + layer * (2 + 2 * 2 + 4) + one_layer + small
+    one_layer = tokens * (model.layer_activation_bytes(0, 2, 1) + 2 * model.intermediate * 2 + hidden)
+    down = model.hidden * model.intermediate * 2
+    backward = always + head + down + layer * (2 * 2 + 4) + one_layer + small
     assert cost.bytes(tokens, 1, gc_layers) == pytest.approx(max(loss, backward))
 
 

@@ -3,17 +3,18 @@
 Always there: parameters, gradients and AdamW's two moments in float32, sharded over all ranks, and what the embedding,
 the head and the last norm take while they are gathered. On top of that, per token of the rank:
 
-- *loss*: everything that the layers keep (an ordinary layer what autograd saves, a recomputed one its input), the last
-  norm, the float32 sum of the head's gradient, and for a chunk of tokens the logits in float32 and their gradients; at
-  its *end*, instead of those, the head's gradient in the compute dtype;
+- *loss*: everything that the layers keep (an ordinary layer what autograd saves, a recomputed one its input), the
+  message that the last layer came in, the last norm, the float32 sum of the head's gradient, and for a chunk of tokens
+  the logits in float32 and their gradients; at its *end*, instead of those, the head's gradient in the compute dtype;
 - *backward*: what the layers keep, at least one whole layer (recomputation runs one at a time, after the ordinary
-  layers' backward has freed theirs), two gradients inside one layer's MLP, two gathered layers, one layer's gradients
-  and the message that reduces those of the layer before it. Where a layer has experts, instead of its own gradients
-  those of the experts' outputs, before they are weighted (:meth:`~hbp.cost.model_spec.ModelSpec.combining_bytes`);
+  layers' backward has freed theirs), two gathered layers, the message that reduces the gradients of the layer before,
+  and either two gradients inside one layer's MLP and that of its last matrix, or, the MLP's activations being freed,
+  all gradients of the layer. With experts all of them, or those of the experts' outputs, before they are weighted
+  (:meth:`~hbp.cost.model_spec.ModelSpec.combining_bytes`);
 - *end*: nothing per token, but the gradients of embedding and head before and during their reduction.
 
-A model that is gathered in one piece holds all of its parameters throughout and all gradients at the end; and until the
-loss is taken, once more, in the message that they came in.
+A model that is gathered in one piece holds all of its parameters throughout and all gradients at the end; the message
+that it came in is there until the loss is taken.
 
 Where low-rank adapters are trained in place of the model, only they have gradients and moments. What the layers keep is
 counted as without adapters: an adapter's input is that of the projection that it adapts, and frozen projections without
@@ -109,12 +110,19 @@ def moments(
         Moment(held.states + held.loss_end, here + last_norm + hidden, 0.0, *stay),
         Moment(held.states + held.end),
     ]
-    for layers, reducing in ((max(whole, 1), 0.0), (max(whole - 1, 1), held.reduced * (m.n_layers > 1))):
-        on_device = saved if cluster.offload_activations else layers * saved + kept
-        alive = cluster.activation_scale * on_device + 2 * hidden
+    inputs = m.checkpoint_bytes_per_token(b)
+    for layers, inputs_kept, reducing in (
+        (max(whole, 1), kept, 0.0),
+        (max(whole - 1, 1), kept - inputs * (not whole), held.reduced * (m.n_layers > 1)),
+    ):
+        on_device = saved if cluster.offload_activations else layers * saved + inputs_kept
+        alive = cluster.activation_scale * on_device + hidden
         constant = held.states + held.backward + reducing
-        every.append(Moment(constant + held.gradients, alive + 2 * m.widest_mlp * b, 0.0, *stay))
-        combining = m.combining_bytes(b) if m.n_moe_layers else 0.0  # as many moments for every model: fits stack them
+        every.append(Moment(constant + held.first_gradient, alive + 2 * m.widest_mlp * b, 0.0, *stay))
+        # As many moments for every model: fits stack them.
+        done = 0.0 if m.n_moe_layers else cluster.activation_scale * (m.mlp_matrices + 1) * m.intermediate * b
+        every.append(Moment(constant + held.gradients, alive - done + hidden, 0.0, *stay))
+        combining = m.combining_bytes(b) + hidden if m.n_moe_layers else 0.0
         every.append(Moment(constant, alive + combining, 0.0, *stay))
     return tuple(every)
 
@@ -134,8 +142,10 @@ class _Held:
     loss_end: float
     backward: float
     """While any layer is at work,"""
+    first_gradient: float
+    """once it has that of its last matrix, the MLP's way down (of a layer with experts, any),"""
     gradients: float
-    """once it has gradients,"""
+    """or all of its gradients,"""
     reduced: float
     """and those of the layer before it, in the message that reduces them."""
     end: float
@@ -157,12 +167,14 @@ def _constants(m: ModelSpec, cluster: ClusterSpec, world_size: int) -> _Held:
     else:
         sharded = float(total * STATE_BYTES_PER_PARAMETER)
         head, trained, trained_root = m.vocab * m.hidden, largest, root
-    gathered_twice = 0 if m.sharded_by_layer or world_size == 1 else root * b
+    last = m.layer_parameters(m.n_layers - 1) if m.sharded_by_layer else root
+    message = last * b * (world_size > 1)
     return _Held(
         states=sharded / world_size + cluster.fixed_bytes + root * b,
-        loss=head * FLOAT32 + gathered_twice,
-        loss_end=head * (FLOAT32 + b * (b != FLOAT32)) + gathered_twice,
+        loss=head * FLOAT32 + message,
+        loss_end=head * (FLOAT32 + b * (b != FLOAT32)) + message,
         backward=head * b + largest * 2 * b * m.sharded_by_layer,
+        first_gradient=(trained if m.adapter_parameters or m.n_moe_layers else m.hidden * m.intermediate) * b,
         gradients=trained * b,
         reduced=trained * REDUCE_BYTES * m.sharded_by_layer,
         end=trained_root * (b + REDUCE_BYTES),
