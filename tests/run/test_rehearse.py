@@ -76,6 +76,16 @@ def test_every_rank_of_every_micro_step_at_the_true_world_size(tmp_path: Path) -
         assert all(states <= row.peak_bytes < states + 3e7 for row in found.rows)
 
 
+def test_what_disturbs_the_machine_for_a_while_makes_no_pack_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank's repeats lie as far apart as a round over everything."""
+    clock = iter([2.0] * 4 + [1.0] * 8)
+    monkeypatch.setattr("hbp.run.rehearse._seconds", lambda *_: next(clock))
+    found = rehearse([planned(4)], write_config(tmp_path, LLAMA), CPU, micro_steps=1, repeats=3)[0]
+    assert [row.measured_s for row in found.rows] == [1.0] * 4
+
+
 def test_chosen_ranks_hold_the_one_with_most_to_compute(tmp_path: Path) -> None:
     plan = planned(8)
     model = write_config(tmp_path, LLAMA)

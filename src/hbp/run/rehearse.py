@@ -12,10 +12,11 @@ estimator; W. G. Cochran, *Sampling Techniques*, chapter 6); the interval is Stu
 rehearsed in turn, micro-step by micro-step, so that what disturbs the machine disturbs them alike.
 
 Each pack is run once to warm up, which is when its memory is measured, and then `repeats` times of which the fastest
-counts. On a CPU seconds are processor time on one thread, which other programs disturb less than wall time; on CUDA
-wall time between synchronizations. The noise that is left is stated: how far the repeats of a pack are apart. It does
-not make ranks look unequal: which is the slowest and how long that takes are read off different repeats
-(:func:`slowest_seconds`).
+counts. Repeats are rounds over everything that is rehearsed: what disturbs the machine lasts for seconds, so that two
+runs of a pack in a row would both be slow, and a pack runs after others as it does in training. On a CPU seconds are
+processor time on one thread, which other programs disturb less than wall time; on CUDA wall time between
+synchronizations. The noise that is left is stated: how far the repeats of a pack are apart. It does not make ranks look
+unequal: which is the slowest and how long that takes are read off different repeats (:func:`slowest_seconds`).
 """
 
 from __future__ import annotations
@@ -185,7 +186,10 @@ class _Measured:
     chosen: npt.NDArray[np.int64]
     """Micro-steps, counted over the plan."""
     samples: RandomTokens
-    rows: list[RehearsedRank] = field(default_factory=list)
+    peaks: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Bytes of each rank (micro-step, rank) over the states."""
+    seconds: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    """One a round."""
 
 
 def rehearse(
@@ -210,7 +214,7 @@ def rehearse(
         device: this process's.
         micro_steps: of each plan to run; None: all.
         ranks: of each micro-step to run, the one with the longest predicted compute among them; None: all.
-        repeats: timed runs of a pack, of which the fastest counts.
+        repeats: timed rounds over everything; of a pack's runs the fastest counts.
         compute_dtype: of activations and gathered parameters.
         attention: kernel, as ``model.attention`` of a run.
         compiled: layers are compiled, as ``model.compile`` of a run.
@@ -241,14 +245,17 @@ def rehearse(
             _Measured(plan, prediction, _sample(prediction, micro_steps, seed), RandomTokens.of(plan, vocab))
             for plan, prediction in zip(plans, predictions, strict=True)
         ]
-        with Progress("rehearse", sum(len(work.chosen) for work in works)) as progress:
-            for work, micro in _in_turn(works):
-                work.rows += _micro_step(work, micro, ranks, repeats, lm, mesh, device, state_bytes)
-                progress.advance(f"micro-step {micro + 1} of {len(work.prediction.micro_compute_s)}")
+        rounds = 1 + repeats  # the first to warm up
+        with Progress("rehearse", rounds * sum(len(work.chosen) for work in works)) as progress:
+            for number in range(rounds):
+                for work, micro in _in_turn(works):
+                    _run_micro_step(work, micro, ranks, lm, mesh, device, timed=number > 0)
+                    count = len(work.prediction.micro_compute_s)
+                    progress.advance(f"round {number + 1} of {rounds}, micro-step {micro + 1} of {count}")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         del own, lm
         gc.collect()
-    return [_result(work, ranks, name) for work in works]
+    return [_result(work, ranks, name, state_bytes) for work in works]
 
 
 def rehearsed_model(
@@ -306,41 +313,51 @@ def _in_turn(works: Sequence[_Measured]) -> Iterator[tuple[_Measured, int]]:
                 yield work, int(work.chosen[number])
 
 
-def _micro_step(
+def _run_micro_step(
     work: _Measured,
     micro: int,
     ranks: int | None,
-    repeats: int,
     lm: CausalLMWithLoss,
     mesh: ParallelMesh,
     device: torch.device,
-    state_bytes: int,
-) -> list[RehearsedRank]:
-    """Every chosen rank of a micro-step, or those with most to compute."""
+    timed: bool,
+) -> None:
+    """Every chosen rank of a micro-step, or those with most to compute: its memory, or once that is known its time."""
+    row_of = _rows_of_ranks(work, micro)
+    for rank in _ranks_to_run(row_of, work.prediction.compute_s, ranks):
+        batch = make_micro_batch(work.plan, int(row_of[rank]), work.samples, mesh, rank, device)
+        if not timed:
+            work.peaks[micro, rank] = run_once(lm, batch, device)
+        elif math.isfinite(work.peaks[micro, rank]):
+            work.seconds.setdefault((micro, rank), []).append(_seconds(lm, batch, device))
+
+
+def _rows_of_ranks(work: _Measured, micro: int) -> npt.NDArray[np.int64]:
+    """The row of the plan that each rank runs in a micro-step ``[world]``, or IDLE."""
+    plan, row_of = work.plan, np.full(work.plan.info.world_size, IDLE)
+    for row in np.flatnonzero(work.prediction.micro_of_row == micro).tolist():
+        row_of[plan.rank_start[row] : plan.rank_start[row] + plan.sp_degree[row]] = row
+    return row_of
+
+
+def _rows(work: _Measured, state_bytes: int) -> Iterator[RehearsedRank]:
+    """What was measured, beside what was predicted."""
     plan, predicted = work.plan, work.prediction
-    own = np.flatnonzero(predicted.micro_of_row == micro)
-    row_of = np.full(plan.info.world_size, IDLE)
-    for mine in own.tolist():
-        row_of[plan.rank_start[mine] : plan.rank_start[mine] + plan.sp_degree[mine]] = mine
-    found = []
-    for rank in _ranks_to_run(row_of, predicted.compute_s, ranks):
-        row = int(row_of[rank])
-        batch = make_micro_batch(plan, row, work.samples, mesh, rank, device)
-        seconds, peak = _run(lm, batch, device, repeats)
-        found.append(
-            RehearsedRank(
-                step=int(plan.step[own[0]]),
-                micro_step=int(plan.micro_step[own[0]]),
-                rank=rank,
-                measured_s=min(seconds),
-                predicted_s=0.0 if row == IDLE else float(predicted.compute_s[row]),
-                communication_s=0.0 if row == IDLE else float(predicted.communication_s[row]),
-                peak_bytes=peak + state_bytes,
-                predicted_bytes=predicted.idle_bytes if row == IDLE else float(predicted.bytes[row]),
-                halves_s=(min(seconds[::2]), min(seconds[1::2] or seconds)),
-            )
+    for micro, rank in work.peaks:
+        row = int(_rows_of_ranks(work, micro)[rank])
+        at = int(np.flatnonzero(predicted.micro_of_row == micro)[0])
+        seconds = work.seconds.get((micro, rank), [math.inf])
+        yield RehearsedRank(
+            step=int(plan.step[at]),
+            micro_step=int(plan.micro_step[at]),
+            rank=rank,
+            measured_s=min(seconds),
+            predicted_s=0.0 if row == IDLE else float(predicted.compute_s[row]),
+            communication_s=0.0 if row == IDLE else float(predicted.communication_s[row]),
+            peak_bytes=work.peaks[micro, rank] + state_bytes,
+            predicted_bytes=predicted.idle_bytes if row == IDLE else float(predicted.bytes[row]),
+            halves_s=(min(seconds[::2]), min(seconds[1::2] or seconds)),
         )
-    return found
 
 
 def _ranks_to_run(row_of: npt.NDArray[np.int64], compute_s: Float, ranks: int | None) -> list[int]:
@@ -351,12 +368,6 @@ def _ranks_to_run(row_of: npt.NDArray[np.int64], compute_s: Float, ranks: int | 
     busy = np.where(row_of == IDLE, 0.0, compute_s[row_of])
     order = np.argsort(-busy, kind="stable")
     return sorted(order[np.arange(ranks) * n // ranks].tolist())
-
-
-def _run(lm: CausalLMWithLoss, batch: MicroBatch, device: torch.device, repeats: int) -> tuple[list[float], float]:
-    """Seconds of each timed run and peak bytes over the states; infinite where memory runs out."""
-    peak = run_once(lm, batch, device)
-    return ([_seconds(lm, batch, device) for _ in range(repeats)] if math.isfinite(peak) else [math.inf]), peak
 
 
 def run_once(lm: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> float:
@@ -384,8 +395,8 @@ def _seconds(lm: CausalLMWithLoss, batch: MicroBatch, device: torch.device) -> f
     return time.process_time() - start
 
 
-def _result(work: _Measured, ranks: int | None, device: str) -> Rehearsal:
-    plan, predicted, rows = work.plan, work.prediction, work.rows
+def _result(work: _Measured, ranks: int | None, device: str, state_bytes: int) -> Rehearsal:
+    plan, predicted, rows = work.plan, work.prediction, list(_rows(work, state_bytes))
     key = np.array([(row.step, row.micro_step) for row in rows])
     _, of = np.unique(key, axis=0, return_inverse=True)
     of, n = of.ravel(), len(work.chosen)
