@@ -94,7 +94,7 @@ def write_job(folder: Path, samples: int = SAMPLES, **train: Any) -> Path:
         "model": {"path": str(folder / "model")},
         "cluster": {"profile": False},
         "plan": {"strategy": "hbp", "global_batch_tokens": 300},
-        "train": {"lr": 1e-2, "epochs": EPOCHS, "save_steps": 2, "eval_steps": 5, **train},
+        "train": {"lr": 1e-2, "epochs": EPOCHS, "save_steps": 2, "eval_steps": 5, "hang_minutes": 1, **train},
     }
     (folder / "cfg.yaml").write_text(yaml.safe_dump(sections))
     return folder / "cfg.yaml"

@@ -302,8 +302,8 @@ class TrainConfig(_Section):
     hang_minutes: float | None = Field(
         8.0,
         gt=0,
-        description="end the run when a rank has kept the others waiting in a step for so long, and for ten times what "
-        "the slowest step before would have it take; none: only where collectives give up",
+        description="end the run when a rank has kept the others waiting for so long at the start or in a step, there "
+        "ten times what the slowest step before would have it take; none: only where collectives give up",
         json_schema_extra=FREE,
     )
     trace_steps: tuple[int, int] | None = Field(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -49,6 +50,20 @@ def job(tmp_path_factory) -> Path:
     }
     (folder / "cfg.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_without_a_launcher_wait_for_each_other_no_longer_than_asked(job, rank, tmp_path, monkeypatch) -> None:
+    """Rank 0, in which the others meet, may have been killed before they came; torch would wait for half an hour."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    done = hbp_here("train", str(job / "cfg.yaml"), f"run_dir={tmp_path / 'run'}", "train.hang_minutes=0.02")
+    assert done.returncode == 1
+    assert f"rank {rank} of 2 waited 1 s for the others at 127.0.0.1:{port} (train.hang_minutes)" in done.stderr
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> list[str]:

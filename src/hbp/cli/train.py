@@ -87,7 +87,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         from hbp.run.job import run_job
 
-        with launch.process_group() as device:
+        with launch.process_group(config.train.hang_minutes) as device:
             summary = run_job(config, device)
             if not launch.reports_here():
                 return None
@@ -144,7 +144,7 @@ def _profile_here(config: Config, out: Path, layers: int | None) -> bool:
     from hbp.train import launch
     from hbp.train.watch import watch_others
 
-    with launch.process_group() as device, watch_others():
+    with launch.process_group(config.train.hang_minutes) as device, watch_others():
         heights = None if layers is None else (layers, 2 * layers)
         profile_cluster(make_engine(config, device), out, heights)
         return launch.reports_here()

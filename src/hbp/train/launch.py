@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from hbp.disk import is_disk_fault
 from hbp.errors import ERROR_FILE, HbpError, OutOfMemory, RankFailed, Stopped, report_to_parent, reported_by_rank
@@ -253,19 +254,27 @@ def raise_open_files() -> None:
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Join the job's processes; yields this rank's device."""
+def process_group(meet_minutes: float | None = None) -> Iterator[torch.device]:
+    """Join the job's processes; yields this rank's device.
+
+    Args:
+        meet_minutes: how long to wait for the others; None: as long as torch's collectives do.
+
+    Raises:
+        RankFailed: not all ranks came. Without a launcher they meet in rank 0, and whether that one is late or dead
+            the others cannot tell.
+    """
     raise_open_files()
     for name, value in CUDA_ENVIRONMENT.items():  # read when the allocator first allocates
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("cuda:nccl,cpu:gloo", device_id=device)
+        _join("cuda:nccl,cpu:gloo", meet_minutes, device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        dist.init_process_group("gloo")
+        _join("gloo", meet_minutes)
     try:
         yield device
     except Exception as error:  # said before the others see that this rank is gone, and fail for that
@@ -275,6 +284,24 @@ def process_group() -> Iterator[torch.device]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, meet_minutes: float | None, device: torch.device | None = None) -> None:
+    """torch's own way through the environment, but that meeting has a limit apart from that of collectives."""
+    within = dist.default_pg_timeout if meet_minutes is None else timedelta(minutes=meet_minutes)
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=within))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        if "timed out" not in str(error).lower():
+            raise
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankFailed(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited {within.total_seconds():.0f} s for the "
+            f"others at {place} (train.hang_minutes): one of them has ended or cannot reach it; its own output says why"
+        ) from None
+    store.set_timeout(dist.default_pg_timeout)
+    met = PrefixStore("default_pg", store)
+    dist.init_process_group(backend, store=met, rank=rank, world_size=world, device_id=device)
 
 
 @contextmanager
