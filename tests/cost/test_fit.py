@@ -113,6 +113,23 @@ def test_what_is_kept_of_the_base_and_what_is_said() -> None:
     assert fit.cluster.fsdp_overlap == 0.8
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("world", [1, 4])
+def test_what_recomputing_takes_comes_back(scale: float, world: int) -> None:
+    truth = true_cluster(**TRUTHS["slow links"], recompute_scale=scale)
+    cost = CostModel(MODEL, truth, world)
+    fit = fit_cluster(BASE, MODEL, world, measure(cost, packs(cost, 0), exact), "here")
+    assert fit.cluster.recompute_scale == scale
+    assert fit.cluster.linear_flops_per_s == pytest.approx(20e9, rel=1e-4)
+
+
+def test_without_recomputed_layers_nothing_is_said_of_them() -> None:
+    base = dataclasses.replace(BASE, recompute_scale=1.3)
+    cost = CostModel(MODEL, base, 1)
+    points = measure(cost, [pack for pack in packs(cost, 0) if pack[2] == 0], exact)
+    assert fit_cluster(base, MODEL, 1, points, "here").cluster.recompute_scale == 1.3
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.8])
 def test_overlap_of_fsdp_traffic_comes_back(overlap: float) -> None:
     """The longest packs hide the traffic, the shortest do not: that tells the share."""

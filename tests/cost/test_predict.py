@@ -78,6 +78,11 @@ def test_seconds_by_hand() -> None:
     more = alone + 40 * flops * (3 + again) / 2
     assert seconds(CostModel(SMALL, few_rows, 1), lengths, 1, 2) == pytest.approx(more)
 
+    slow_again = dataclasses.replace(few_rows, recompute_scale=1.5)
+    half = (30 + 40) * 2 / 6 * flops / 2 - 30 * last * 2 / 6 / 2 + (55 + 210) * 2 * layers * 12 * 64 * 2 / 6 / 3
+    half = (half + layers * 2 / 6 * (5 + 2 * 7)) / 2
+    assert seconds(CostModel(SMALL, slow_again, 1), lengths, 1, 2) == pytest.approx(more + half)
+
     # On four ranks: each has a quarter of the tokens and pairs, three quarters of the heads' bytes travel, twice a
     # layer and pass; FSDP gathers layers twice, the rest once, and reduces all once.
     sent = 30 / 4 * layers * (32 * 4 * 2 * (12 + 4)) * 3 / 4 * (2 + again) / 11
@@ -86,6 +91,10 @@ def test_seconds_by_hand() -> None:
     fsdp = (SMALL.parameters() * (4 + 4) + twice * 4) * 3 / 4 / 11 + (3 * layers + 2) * 13
     busy = (linear + attention) / 4 + launches + sent + latency
     assert seconds(CostModel(SMALL, cluster, 4), lengths, 4, 2) == pytest.approx(busy + fsdp)
+    more = dataclasses.replace(cluster, recompute_scale=2.0)  # of compute alone: what travels again is the same
+    repeated = seconds(CostModel(SMALL, more, 4), lengths, 4, 2) - busy - fsdp
+    local = (30 * (flops - last) / 2 + (55 + 210) * 2 * layers * 12 * 64 / 3) / 4 + layers * (5 + 2 * 7)
+    assert repeated == pytest.approx(local * 2 / 6)
     for overlap in (0.25, 1.0):
         hiding = dataclasses.replace(cluster, fsdp_overlap=overlap)
         expected = busy + max(0.0, fsdp - overlap * busy)

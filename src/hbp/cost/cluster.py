@@ -56,6 +56,8 @@ class ClusterSpec:
     """Rows with which a matrix product reaches half of ``linear_flops_per_s``."""
     node_latency_s: float = 0.0
     """Added to ``collective_latency_s`` by a collective that leaves its node."""
+    recompute_scale: float = 1.0
+    """Computing a layer again, over its forward pass as a third of all; saving through checkpoint's hooks is slower."""
     origin: str = "analytic, published figures"
     offload_activations: bool = False
     """Whether what waits for the backward pass is kept in host memory (``model.offload_activations``)."""
@@ -77,10 +79,11 @@ class ClusterSpec:
         return self.collective_latency_s + (self.node_latency_s if ranks > self.devices_per_node else 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for ``plan.json`` and profile files; offloading is named where there is any."""
+        """Plain data, for ``plan.json`` and profile files; what came later is named where it differs from before."""
         data = dataclasses.asdict(self)
-        if not self.offload_activations:
-            del data["offload_activations"]
+        for name, before in (("offload_activations", False), ("recompute_scale", 1.0)):
+            if data[name] == before:
+                del data[name]
         return data
 
 

@@ -3,9 +3,10 @@
 Predicted seconds are linear in the reciprocal rates and the overheads, but for the FSDP traffic that hides behind
 compute: given which micro-batches hide theirs, a fit is one non-negative least squares problem, weighted to count
 relative errors. Who hides it follows from the fit, so both are found in turn, for each of a few shares of compute that
-can hide anything (``fsdp_overlap``), and the share that explains the points best is kept. The columns come from the
-cost model itself: the seconds it predicts when one constant is 1 and the others are nothing. So there is no second copy
-of the formulas to keep in step.
+can hide anything (``fsdp_overlap``), and the share that explains the points best is kept. What recomputing takes over
+a forward pass (``recompute_scale``) multiplies the rates and is found like the overlap, from a few candidates. The
+columns come from the cost model itself: the seconds it predicts when one constant is 1 and the others are nothing. So
+there is no second copy of the formulas to keep in step.
 
 Measured collectives are further rows: bytes over the link's rate plus its latency. They hold the link's constants where
 the micro-batches barely depend on them, and they are all there is to say of degrees that the machine cannot run. What
@@ -17,12 +18,13 @@ out the same, and a model too large for the machine is fitted from stacks of a f
 Memory has one scale (measured over modelled activation bytes) and one constant: of those that predict no measured point
 too small, the closest to all.
 
-Complexity: points × (overlaps × a few least squares problems of points × constants), for the leave-one-out errors.
+Complexity: points × (overlaps × scales × a few least squares problems of points × constants), for the held-out errors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +45,9 @@ RATES = ("linear_flops_per_s", "attention_flops_per_s", "link_bytes_per_s", "nod
 OVERHEADS = ("layer_overhead_s", "document_overhead_s", "collective_latency_s", "node_latency_s")
 CONSTANTS = (*RATES, *OVERHEADS)
 OVERLAPS = tuple(i / 10 for i in range(11))
+RECOMPUTE_SCALES = tuple(1 + i / 10 for i in range(11))
 WORTH = 0.95
-"""A larger overlap must bring the squared error below this share of a smaller one's."""
+"""A larger overlap or scale must bring the squared error below this share of a smaller one's."""
 SCALES = np.linspace(0.2, 3.0, 561)
 """Candidates for measured over modelled activation bytes."""
 
@@ -90,16 +93,26 @@ class Fit:
 class _Rows:
     """Seconds per unit of each constant. ``P`` points and collectives, ``C`` constants."""
 
-    busy: Float  # [P, C]
+    busy: Float  # [P, C] where recomputing a layer takes as long as its forward pass
+    again: Float  # [P, C] more, for each 1 of the scale over that
     fsdp: Float  # [P, C] traffic that may hide behind it
     seconds: Float  # [P]
 
     def __getitem__(self, index: npt.NDArray[np.bool_]) -> _Rows:
-        return _Rows(self.busy[index], self.fsdp[index], self.seconds[index])
+        return _Rows(self.busy[index], self.again[index], self.fsdp[index], self.seconds[index])
 
-    def predict(self, constants: Float, overlap: float) -> Float:
-        busy = self.busy @ constants
-        return np.asarray(busy + np.maximum(0.0, self.fsdp @ constants - overlap * busy))
+    def predict(self, found: _Solution) -> Float:
+        busy = (self.busy + (found.recompute_scale - 1) * self.again) @ found.constants
+        return np.asarray(busy + np.maximum(0.0, self.fsdp @ found.constants - found.overlap * busy))
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """What explains rows."""
+
+    constants: Float  # [C] reciprocals of the rates
+    overlap: float
+    recompute_scale: float
 
 
 class _Apart(ClusterSpec):
@@ -172,14 +185,15 @@ def _explained(
     device: str,
 ) -> ClusterSpec:
     """The cluster whose constants explain the rows, and the measured peaks."""
-    constants, overlap = _solve(rows)
+    found = _solve(rows)
     used = (rows.busy + rows.fsdp).max(axis=0) > 0
     return dataclasses.replace(
         _with_memory(base, world_size, measured),
         device=device,
-        fsdp_overlap=overlap if rows.fsdp.any() else base.fsdp_overlap,
+        fsdp_overlap=found.overlap if rows.fsdp.any() else base.fsdp_overlap,
+        recompute_scale=found.recompute_scale if rows.again.any() else base.recompute_scale,
         origin=f"profiled on {device}",
-        **_named(base, constants, used),
+        **_named(base, found.constants, used),
     )
 
 
@@ -249,43 +263,47 @@ def _rows(
         **dict.fromkeys(RATES, NEVER),
         **dict.fromkeys(OVERHEADS, 0.0),
     }
-    busy, fsdp = [], []
+    busy, again, fsdp = [], [], []
     for name in CONSTANTS:
-        cluster = _Apart(**{**vars(base), **nothing, name: 1.0})
-        cost = CostModel(model, cluster, world_size)
-        parts = [_parts(_of_stack(cost, p), p) for p in points]
-        sent = [predict_collective(cluster, c) if name in LINKS else 0.0 for c in collectives]
+        once, twice = (_Apart(**{**vars(base), **nothing, name: 1.0, "recompute_scale": scale}) for scale in (1.0, 2.0))
+        parts, more = (
+            [_parts(_of_stack(CostModel(model, cluster, world_size), p), p) for p in points]
+            for cluster in (once, twice)
+        )
+        sent = [predict_collective(once, c) if name in LINKS else 0.0 for c in collectives]
         busy.append([part[0] for part in parts] + sent)
+        again.append([b[0] - a[0] for a, b in zip(parts, more, strict=True)] + [0.0] * len(collectives))
         fsdp.append([part[1] for part in parts] + [0.0] * len(collectives))
     seconds = [p.seconds for p in points] + [c.seconds for c in collectives]
     # What is left of the rates that cost nothing.
-    tidy = [np.where(x < 1e-6, 0.0, x) for x in (np.array(busy).T, np.array(fsdp).T)]
-    return _Rows(tidy[0], tidy[1], np.array(seconds))
+    tidy = [np.where(x < 1e-6, 0.0, x) for x in (np.array(each).T for each in (busy, again, fsdp))]
+    return _Rows(tidy[0], tidy[1], tidy[2], np.array(seconds))
 
 
-def _solve(rows: _Rows) -> tuple[Float, float]:
-    """The constants, and the overlap of the smallest error."""
-    best = _solve_at(rows, 0.0)
-    overlap = 0.0
-    for candidate in OVERLAPS[1:] if rows.fsdp.any() else ():
-        found = _solve_at(rows, candidate)
-        if found[1] < WORTH * best[1]:
-            best, overlap = found, candidate
-    return best[0], overlap
+def _solve(rows: _Rows) -> _Solution:
+    """The constants, and the overlap and the scale of recomputation of the smallest error."""
+    overlaps = OVERLAPS if rows.fsdp.any() else OVERLAPS[:1]
+    scales = RECOMPUTE_SCALES if rows.again.any() else RECOMPUTE_SCALES[:1]
+    best, error = _solve_at(rows, overlaps[0], scales[0])
+    for overlap, scale in sorted(itertools.product(overlaps, scales), key=sum)[1:]:  # one may be taken for the other
+        found, own = _solve_at(rows, overlap, scale)
+        if own < WORTH * error:
+            best, error = found, own
+    return best
 
 
-def _solve_at(rows: _Rows, overlap: float) -> tuple[Float, float]:
-    """Constants for an overlap, and their squared relative error."""
+def _solve_at(rows: _Rows, overlap: float, recompute_scale: float) -> tuple[_Solution, float]:
+    """Constants for an overlap and a scale, and their squared relative error."""
+    compute = rows.busy + (recompute_scale - 1) * rows.again
     shown: npt.NDArray[np.bool_] = np.asarray(rows.fsdp.any(axis=1))  # whose traffic is too long to hide
     for _ in range(len(OVERLAPS)):
-        constants = _least_squares(
-            rows.busy * (1 - overlap * shown)[:, None] + rows.fsdp * shown[:, None], rows.seconds
-        )
-        now = rows.fsdp @ constants > overlap * (rows.busy @ constants)
+        constants = _least_squares(compute * (1 - overlap * shown)[:, None] + rows.fsdp * shown[:, None], rows.seconds)
+        now = rows.fsdp @ constants > overlap * (compute @ constants)
         if (now == shown).all():
             break
         shown = now
-    return constants, float(np.square(rows.predict(constants, overlap) / rows.seconds - 1).sum())
+    found = _Solution(constants, overlap, recompute_scale)
+    return found, float(np.square(rows.predict(found) / rows.seconds - 1).sum())
 
 
 def _least_squares(features: Float, seconds: Float) -> Float:
@@ -300,7 +318,7 @@ def _held_out(rows: _Rows, n_points: int) -> Float:
     for i in range(n_points):
         others = np.arange(len(rows.seconds)) != i
         if others.any():
-            predicted.append(rows[~others].predict(*_solve(rows[others]))[0])
+            predicted.append(rows[~others].predict(_solve(rows[others]))[0])
     return np.array(predicted)
 
 

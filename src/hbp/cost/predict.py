@@ -12,6 +12,7 @@ Per rank, for a pack of ``S`` tokens at degree ``d`` with ``k`` of ``n`` layers 
   large ones: a product of ``r`` rows runs at ``r / (r + h)`` of it (``h`` is
   :attr:`~hbp.cost.cluster.ClusterSpec.half_rate_tokens`), which is the time of ``h`` more rows, whatever ``r``: a fixed
   part. With experts each has its own ``h``, so few tokens an expert are slow;
+- recomputed layers, k/n above, take :attr:`~hbp.cost.cluster.ClusterSpec.recompute_scale` times as long;
 - attention: pairs/d × FLOPs × (1 + backward + k/n), flash attention's backward being 2.5 forwards, over heads of the
   size that it pads keys and values to;
 - all-to-all, twice a layer and pass: the bytes of queries, keys, values and outputs; beyond the heads, gathered keys
@@ -165,7 +166,8 @@ class CostModel:
 
     def _find_seconds(self, sp_degree: int, gc_layers: int) -> Seconds:
         m, c, d = self.model, self.cluster, sp_degree
-        again = gc_layers / m.n_layers
+        recomputed = gc_layers / m.n_layers
+        again = recomputed * c.recompute_scale
         linear = 3 * m.linear_flops_per_token() + again * m.recomputed_flops_per_token()
         linear += m.head_flops_per_token() * HEAD_PASSES
         pair = m.attention_kernel_flops_per_pair() * (1 + again + FLASH_BACKWARD)
@@ -173,9 +175,9 @@ class CostModel:
         sent, waiting = self._sp_seconds(d)
         passes = m.n_layers * (3 + again)
         return Seconds(
-            fixed=passes * c.layer_overhead_s + few / c.linear_flops_per_s + waiting * m.n_layers * (2 + again),
+            fixed=passes * c.layer_overhead_s + few / c.linear_flops_per_s + waiting * m.n_layers * (2 + recomputed),
             per_document=passes * c.document_overhead_s,
-            per_token=(linear / c.linear_flops_per_s + sent * m.n_layers * (2 + again)) / d,
+            per_token=(linear / c.linear_flops_per_s + sent * m.n_layers * (2 + recomputed)) / d,
             per_pair=pair / c.attention_flops_per_s / d,
             fsdp=self._fsdp_seconds(),
             overlap=c.fsdp_overlap,
