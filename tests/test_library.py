@@ -15,7 +15,7 @@ from plans import tiny_cost
 import hbp
 
 PLANNING = ("CostModel", "HbpError", "Plan", "StreamPlanner", "lower_bound", "make_plan", "open_store", "simulate")
-TRAINING = ("make_mesh", "register_attention", "set_gc_layers", "steps")
+TRAINING = ("describe_model", "make_mesh", "register_attention", "set_gc_layers", "steps")
 
 
 def test_import_is_light_and_planning_needs_no_torch() -> None:

@@ -4,7 +4,7 @@ The library's names, each fetched from its module when it is first asked for, so
 planning never imports torch (docs/library.md has an example of each):
 
 - planning: :class:`CostModel`, :func:`make_plan`, :class:`Plan`, :func:`simulate`, :func:`lower_bound`,
-  :class:`StreamPlanner`;
+  :class:`StreamPlanner`; :func:`describe_model`, which alone needs transformers, for families that nothing here knows;
 - training: :func:`steps`, :func:`make_mesh`, :func:`register_attention`, :func:`set_gc_layers`, :func:`open_store`;
 - wrong input: :class:`HbpError`.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hbp.planning.planner import make_plan as make_plan
     from hbp.simulator import simulate as simulate
     from hbp.train.batch import steps as steps
+    from hbp.train.check.describe import describe_model as describe_model
     from hbp.train.model import set_gc_layers as set_gc_layers
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOMES = {
     "HbpError": "hbp.errors",
     "Plan": "hbp.plan",
     "StreamPlanner": "hbp.planning.mixed.stream",
+    "describe_model": "hbp.train.check.describe",
     "lower_bound": "hbp.planning.lower_bound",
     "make_mesh": "hbp.parallel.mesh",
     "make_plan": "hbp.planning.planner",

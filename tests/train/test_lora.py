@@ -97,6 +97,13 @@ ADAPTED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a tied head": ("llama-3.2-1b", {}, {"targets": ("lm_head", "q_proj")}),
     "a scaled embedding": ("gemma-2-2b", {}, {"targets": ("embed_tokens", "v_proj")}),
     "a head trained whole": ("llama-3.1-8b", {}, {"targets": ("q_proj",), "modules_to_save": ("lm_head",)}),
+    "a tied head trained whole": ("llama-3.2-1b", {}, {"targets": ("q_proj",), "modules_to_save": ("lm_head",)}),
+    "both of a tied pair trained whole": (
+        "llama-3.2-1b",
+        {},
+        {"targets": ("q_proj",), "modules_to_save": ("lm_head", "embed_tokens")},
+    ),
+    "DoRA on a tied head": ("llama-3.2-1b", {}, {"targets": ("lm_head", "q_proj"), "dora": True}),
     "all biases, rsLoRA": ("qwen2.5-7b", {}, {"targets": ("q_proj",), "bias": "all", "rslora": True}),
     "biases of adapted layers": ("qwen2.5-7b", {}, {"targets": ("q_proj",), "bias": "lora_only"}),
     "DoRA": ("llama-3.1-8b", {}, {"dora": True}),

@@ -191,7 +191,8 @@ def run_compare(args: argparse.Namespace) -> dict[str, Any]:
     """`hbp compare`."""
     check_numbers(args, LEAST)
     sizes, asked = parse_counts(args.gpus), _asked_for(args.strategies)
-    costs = [_cost(args, gpus) for gpus in sizes]
+    first = _cost(args, sizes[0])
+    costs = [dataclasses.replace(first, world_size=gpus) for gpus in sizes]
     lengths, pair = _samples(args)
     rows = compare_rows(lengths, costs, asked or _quick_enough(len(lengths)), _shape(args), pair)
     planned = [row for row in rows if "error" not in row]

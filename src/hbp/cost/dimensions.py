@@ -147,17 +147,29 @@ DEFAULT_MAX_WINDOW_LAYERS = 28
 DEFAULT_DENSE_LAYERS = {"deepseek_v2": 0, "deepseek_v3": 3}
 
 
-def read_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
+def known_family(config: Mapping[str, Any]) -> str | None:
+    """The family of a configuration, or of its text part, if it is known here."""
+    name = (config["text_config"] if isinstance(config.get("text_config"), Mapping) else config).get("model_type")
+    return name if isinstance(name, str) and name in FAMILIES else None
+
+
+def read_dimensions(config: Mapping[str, Any], like: str | None = None) -> dict[str, Any]:
     """The fields of :class:`hbp.cost.model_spec.ModelSpec`, all but its name.
+
+    Args:
+        config: contents of a ``config.json``.
+        like: the family to read it as, in place of its own.
 
     Raises:
         HbpError: an unknown family, or a key that is missing or makes no sense.
     """
     if isinstance(config.get("text_config"), Mapping):  # of a model that sees pictures too
         config = config["text_config"]
-    name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise HbpError(f"model_type {name!r} is not known to the cost model; known are {', '.join(FAMILIES)}")
+    name = like or known_family(config)
+    if name is None:
+        raise HbpError(
+            f"model_type {config.get('model_type')!r} is not known to the cost model; known are {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[name]
     layers, hidden = _int(config, "num_hidden_layers"), _int(config, "hidden_size")
     heads, latent = _int(config, "num_attention_heads"), None
@@ -170,12 +182,12 @@ def read_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
         qk_dim = v_dim = _head_dim(config, family, hidden, heads)
     if heads % kv_heads:
         raise HbpError(
-            f"the {name} configuration has {heads} num_attention_heads, which its {kv_heads} "
+            f"the {config.get('model_type')} configuration has {heads} num_attention_heads, which its {kv_heads} "
             "num_key_value_heads do not divide; give the model's whole config.json"
         )
     given = config.get(family.attention_bias, family.bias_default) if family.attention_bias else family.bias_default
     return {
-        "model_type": name,
+        "model_type": config.get("model_type"),
         "n_layers": layers,
         "hidden": hidden,
         "heads": heads,
@@ -211,7 +223,7 @@ def guess_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     plain = {key: value for key, value in config.items() if not key.endswith("_bias")}
     plain["intermediate_size"] = config.get("intermediate_size") or 4 * _int(config, "hidden_size")
-    dimensions = {**read_dimensions({**plain, "model_type": "llama"}), "model_type": config.get("model_type")}
+    dimensions = read_dimensions(plain, like="llama")
     dimensions["experts"] = _guess_experts(config)
     kinds, window = config.get("layer_types") or [], config.get("sliding_window")
     if window and any("sliding" in str(kind) for kind in kinds):

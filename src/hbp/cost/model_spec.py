@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,14 +38,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbp.cost.dimensions import FAMILIES, Experts, LatentAttention, guess_dimensions, read_dimensions
+import hbp
+from hbp.cost.dimensions import FAMILIES, Experts, LatentAttention, known_family, read_dimensions
 from hbp.cost.known_models import load_config
 from hbp.errors import HbpError
+from hbp.progress import say
 
 FLOAT32 = 4
 """Bytes."""
-GUESSED_WITHIN = 0.2
-"""Of a model's parameters, what may be unexplained where its family is not known."""
 SMALL_LAYER_PARAMETERS = 1_000_000
 """Gathering fewer takes latency rather than bandwidth, on any link."""
 
@@ -440,13 +440,29 @@ class ModelSpec:
 
 
 def load_model_spec(name_or_path: str) -> ModelSpec:
-    """A built-in model by name, or the ``config.json`` of a folder (or the file itself).
+    """A built-in model by name, or the ``config.json`` of a folder (or the file itself), or of a hub name.
+
+    A family that is not known here is taken for a plain decoder, as `hbp train` takes it; that needs transformers.
 
     Raises:
-        HbpError: no such name or file, not a transformers configuration, or of an unknown family.
+        HbpError: no such name or file, not a transformers configuration, or of a family that cannot be trained.
     """
     config, name = load_config(name_or_path)
-    return spec_from_config(config, name)
+    family = config.get("model_type")
+    if known_family(config) or not isinstance(family, str):
+        return spec_from_config(config, name)
+    try:
+        spec = hbp.describe_model(name_or_path, name=name)  # of the training half, which is fetched for this alone
+    except ImportError as error:
+        raise HbpError(
+            f"model_type {family!r} is not known to the cost model, which can plan it as a plain decoder after `pip "
+            f"install 'hierarchical-balance-packing[train]'` ({error.name} is missing); known are {', '.join(FAMILIES)}"
+        ) from None
+    say(
+        f"{family} models are unproven and planned as a plain decoder of {spec.parameters():,} parameters; "
+        f"`hbp check {name_or_path}` says whether they train here"
+    )
+    return spec
 
 
 def spec_from_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
@@ -461,32 +477,3 @@ def spec_from_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:
     """
     dimensions = read_dimensions(config)
     return ModelSpec(name=name or dimensions["model_type"], **dimensions)
-
-
-def spec_of_any(config: Mapping[str, Any], parameters: Callable[[], int], name: str = "") -> ModelSpec:
-    """The same, of a family that need not be known here.
-
-    Of an unknown family the MLP is taken to have three matrices or two, whichever comes nearer to the model's number of
-    parameters; what is left of these is spread over the layers.
-
-    Args:
-        config: ``config.to_dict()``.
-        parameters: counts those of the model; asked where the family is not known.
-        name: as for :func:`spec_from_config`.
-
-    Raises:
-        HbpError: a key is missing or makes no sense, or the model is no plain decoder.
-    """
-    family = config.get("model_type")
-    if family in FAMILIES:
-        return spec_from_config(config, name)
-    dimensions, count = guess_dimensions(config), parameters()
-    specs = [ModelSpec(name=name or str(family), **dimensions, mlp_matrices=matrices) for matrices in (2, 3)]
-    nearest = min(specs, key=lambda spec: abs(count - spec.parameters()))
-    rest = count - nearest.parameters()
-    if abs(rest) > count * GUESSED_WITHIN:
-        raise HbpError(
-            f"model_type {family!r} is not known to the cost model, and {count:,} parameters do not look like those "
-            "of a plain decoder with its dimensions; train a model of a known family"
-        )
-    return dataclasses.replace(nearest, other_parameters=max(0, rest) // nearest.n_layers)

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from hbp.config import Config
 from hbp.cost.cluster import GIB, ClusterSpec, load_cluster
-from hbp.cost.model_spec import spec_of_any
 from hbp.cost.predict import CostModel
 from hbp.cost.profile_file import profile_json
 from hbp.data.samples import Samples
@@ -28,10 +27,11 @@ from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.progress import say
 from hbp.run.data import check_model, choose, prepare
+from hbp.train.check.describe import describe_model
 from hbp.train.launch import compiles, rank_zero_first
 from hbp.train.lora import adapter_parameters, add_adapters
 from hbp.train.measure.live import live_profile, load_stack, packs_to_measure, stack_heights
-from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, meta_model, read_config, shard
+from hbp.train.model import CausalLMWithLoss, is_configuration_alone, load_sharded, shard
 from hbp.train.weights.nf4 import pack_base
 
 GPUS = ("NVIDIA", "Instinct")
@@ -123,12 +123,9 @@ def make_engine(config: Config, device: torch.device) -> Engine:
         raise HbpError(f"{config.model.path} holds no weights for adapters to add to; give model.path one that does")
     if is_configuration_alone(config.model.path):
         say(f"{config.model.path} holds no weights: the model starts from a fresh initialisation")
-    path, vocab = config.model.path, store.vocab_size
-    spec = spec_of_any(
-        read_config(path, vocab).to_dict(), lambda: meta_model(path, vocab_size=vocab).lm.num_parameters()
-    )
+    spec = describe_model(config.model.path, store.vocab_size)
     if config.lora.rank:
-        adapters, packed = adapter_parameters(config.lora, path, config.model.quantize)
+        adapters, packed = adapter_parameters(config.lora, config.model.path, config.model.quantize)
         spec = dataclasses.replace(spec, adapter_parameters=adapters, packed_parameters=packed)
     cluster = dataclasses.replace(cluster, offload_activations=config.model.offload_activations)
     cost = CostModel(spec, cluster, world_size)

@@ -34,7 +34,7 @@ import numpy.typing as npt
 import torch
 from scipy import stats
 
-from hbp.cost.model_spec import GUESSED_WITHIN
+from hbp.cost.guess import GUESSED_WITHIN
 from hbp.errors import HbpError
 from hbp.parallel.mesh import ParallelMesh, make_mesh
 from hbp.plan import Plan

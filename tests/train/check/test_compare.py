@@ -11,12 +11,13 @@ import torch
 from jobs import config_of, hbp, write_job
 from workers import write_config
 
+import hbp as hbp_library
 from hbp.errors import HbpError
 from hbp.run.job import check_ready
 from hbp.train.check import compare
 from hbp.train.check.compare import TOLERANCE, findings, model_config, require_checked
 from hbp.train.check.properties import NAMES, NEIGHBOUR, PROPERTIES, RankRun, documents
-from hbp.train.check.reference import alone, rounded_away, worst
+from hbp.train.check.reference import alone, draws_at_random, rounded_away, worst
 from hbp.train.check.tiny import tiny_config, write_tiny
 
 STARCODER = {  # no gate in its MLP, layer norms with biases, a family that nothing here knows
@@ -113,6 +114,33 @@ def test_a_layout_that_is_lost_on_the_way_is_said_in_plain_words(tiny):
     ]
 
 
+def test_what_differs_document_by_document_is_no_fault_of_packs(tiny):
+    folder, split = tiny
+    wrong = split(1.5, "model.layers.1.mlp.up_proj.weight")
+    changes = {"alone": wrong, "packed": wrong, "SP 4": ["ValueError: no such mask"] * 4, f"{NEIGHBOUR} 1": wrong}
+    whys = {each.property: each.why for each in findings("m", (folder, folder), runs_of(split, changes)) if each.why}
+    assert whys.keys() == {"alone", "packed", "SP 4", NEIGHBOUR}
+    assert whys["alone"].startswith("even single documents come out otherwise")
+    assert (whys["packed"], whys["SP 4"]) == ("'alone' does not hold", "ValueError: no such mask")
+    assert whys[NEIGHBOUR].startswith("documents of a pack are not told apart")
+
+
+def test_a_family_that_draws_random_numbers_in_training_is_told_so(tmp_path, tiny):
+    """PhiMoE samples a token's experts while it is trained: nothing that it does is the same twice."""
+    folder = tiny[0]
+    moe = model_config(write_config(tmp_path / "moe", {"model_type": "phimoe"}))
+    drawn = write_tiny(tmp_path / "tiny", tiny_config(moe))
+    assert draws_at_random(drawn, documents()[0])
+    assert not draws_at_random(folder, documents()[0])
+    loss, gradients = alone(drawn, documents())
+    other = [(loss / 4, {key: (0, 2 * x.chunk(4)[0]) for key, x in gradients.items()}) for _ in range(4)]
+    runs = runs_of(lambda *_: other, {f"{NEIGHBOUR} 1": [(2 * loss, grads) for loss, grads in other]})
+    found = [each for each in findings("m", (drawn, drawn), runs) if not each.holds]
+    assert found[0].property == "alone"
+    assert found[0].why.startswith("in training the family draws random numbers of its own")
+    assert {each.why for each in found[1:]} == {"'alone' does not hold"}
+
+
 def test_what_plain_transformers_cannot_run_is_said_in_a_line(tmp_path, tiny):
     with pytest.raises(HbpError, match=r"a tiny model like m does not run in plain transformers: [^\n]*\Z"):
         findings("m", (str(tmp_path), str(tmp_path)), runs_of(tiny[1], {}))
@@ -186,3 +214,6 @@ def test_a_family_that_nothing_here_knows_is_checked_and_trained(tmp_path):
     assert [each["property"] for each in record["properties"]] == list(NAMES)
     assert len(json.loads(done.stdout)["results"][0]["parts"]) == 1
     assert (job / "run" / "hbp" / "model" / "model.safetensors").is_file()
+    planned = json.loads(next(Path(job, "run").glob("**/plan.json")).read_text())["model"]
+    spec = hbp_library.CostModel.of(job / "model").model  # as `hbp plan --model` has it
+    assert planned | {"name": spec.name, "vocab": spec.vocab} == json.loads(json.dumps(spec.to_json()))

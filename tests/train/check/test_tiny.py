@@ -13,7 +13,7 @@ from hbp.errors import HbpError
 from hbp.train.check.compare import model_config
 from hbp.train.check.tiny import VOCAB, WINDOW, head_dim, tiny_config, write_tiny
 
-pytest.importorskip("transformers")
+AutoConfig = pytest.importorskip("transformers").AutoConfig
 
 
 @pytest.mark.parametrize("few_heads", [False, True])
@@ -53,6 +53,16 @@ def test_every_kind_of_layer_once_in_order():
     mixed = model_config("qwen3-30b-a3b")
     mixed.mlp_only_layers = [0, 7]
     assert tiny_config(mixed)["mlp_only_layers"] == [0]
+
+
+def test_what_shows_beyond_a_length_shows_within_the_documents():
+    tiny = tiny_config(AutoConfig.for_model("llama4_text"))
+    assert (tiny["floor_scale"], tiny["attention_chunk_size"], tiny["intermediate_size_mlp"]) == (WINDOW, WINDOW, 56)
+    assert (tiny["no_rope_layers"], tiny["moe_layers"]) == ([1, 0], [0, 1])
+    alternating = tiny_config(AutoConfig.for_model("llama4_text", interleave_moe_layer_step=2))
+    assert (alternating["no_rope_layers"], alternating["moe_layers"]) == ([1, 1, 0], [1, 2])
+    bert = tiny_config(AutoConfig.for_model("ernie", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))
+    assert (bert["hidden_dropout_prob"], bert["attention_probs_dropout_prob"]) == (0.0, 0.0)
 
 
 def test_what_cannot_be_made_small(tmp_path):

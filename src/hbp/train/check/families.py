@@ -53,6 +53,7 @@ def check_trainable(config: Any) -> None:
                 f"{config.model_type} models have {kind} layers, whose state would run from one document of a pack "
                 "into the next and is not carried from rank to rank; train a model whose layers all attend"
             )
+    _check_chunks(config)
     if not _attention_is_looked_up(config):
         raise HbpError(
             f"{config.model_type} models compute attention in their own code and not through transformers' attention "
@@ -77,6 +78,21 @@ def check_trainable(config: Any) -> None:
     for name in ("attention_dropout", "attn_pdrop", "attn_dropout"):
         if getattr(config, name, 0):
             raise HbpError(f"the model's {name} is {getattr(config, name)}; set it to 0 in its config.json")
+
+
+def _check_chunks(config: Any) -> None:
+    """Refuse what goes by a token's place in the pack, or is cut by a mask alone (Llama 4)."""
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise HbpError(
+            f"{config.model_type} models have chunked_attention layers, which a mask cuts and not the attention "
+            f"interface; where no document is longer than {config.attention_chunk_size} tokens, set "
+            "attention_chunk_size to null and leave out layer_types in its config.json"
+        )
+    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
+        raise HbpError(
+            f"{config.model_type} models scale queries by their place in the pack (attn_temperature_tuning); where no "
+            f"document is longer than {config.floor_scale - 1} tokens, set it to false in its config.json"
+        )
 
 
 def _attention_is_looked_up(config: Any) -> bool:

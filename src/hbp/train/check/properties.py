@@ -61,7 +61,8 @@ PROPERTIES = (
     Property(
         "alone",
         [[(rank, 1, 0, [4 * step + rank]) for rank in range(min(4, 10 - 4 * step))] for step in range(3)],
-        "the loss is computed otherwise than by a projection of the last hidden states",
+        "even single documents come out otherwise: the loss is more than a projection of the last hidden states, or a "
+        "mask is made elsewhere than in the attention interface",
     ),
     Property(
         "packed",

@@ -54,6 +54,18 @@ def alone(folder: str, documents: Sequence[Document], dtype: torch.dtype = torch
     return total.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def draws_at_random(folder: str, document: Document) -> bool:
+    """Whether the plain model draws random numbers in training though its dropout is off: noise, sampled experts."""
+    from transformers import AutoModelForCausalLM
+
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager).train()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = torch.get_rng_state()
+        model(torch.from_numpy(document[0]).long()[None], use_cache=False)
+        return not torch.equal(before, torch.get_rng_state())
+
+
 def deepseek_balance(logits: Tensor, choice: Tensor) -> Tensor:
     """DeepSeek-V2's balance loss of a sequence and layer, without its factor (its ``seq_aux``).
 

@@ -33,6 +33,7 @@ MOST_PARAMETERS = 5_000_000
 SIZES = {
     "vocab_size": VOCAB,
     "intermediate_size": 48,
+    "intermediate_size_mlp": 56,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
     "max_position_embeddings": 512,
@@ -43,11 +44,14 @@ SIZES = {
     "n_shared_experts": 2,
     "sliding_window": WINDOW,
     "attention_chunk_size": WINDOW,
+    "floor_scale": WINDOW,
     "original_max_position_embeddings": 24,
 }
 """At most, where the configuration has a number"""
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+NUMBERS_OF_LAYERS = "mlp_only_layers", "moe_layers"
+"""Lists of layers' numbers: of dense ones, of those with experts"""
 N_EXPERTS, CHOSEN = 8, 3
 GROUPS = {"n_group": 4, "topk_group": 2}
 
@@ -77,7 +81,7 @@ def tiny_config(config: Any, few_heads: bool = False) -> dict[str, Any]:
     _experts(tiny, given)
     _layers(tiny, given)
     _rope(tiny, given)
-    tiny |= {key: 0.0 for key in given if key.endswith(("dropout", "pdrop")) and _is_number(given[key])}
+    tiny |= {key: 0.0 for key in given if "drop" in key and _is_number(given[key])}
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     tiny |= {key: token for key, token in tokens.items() if given.get(key) is not None}
     return tiny | {"use_cache": False, "dtype": "float32"}
@@ -136,11 +140,17 @@ def _experts(tiny: dict[str, Any], given: Mapping[str, Any]) -> None:
 def _layers(tiny: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Choose layers: the first of each kind, in their order, and repeat the kinds up to the least number."""
     count = given["num_hidden_layers"]
-    lists = {key: value for key, value in given.items() if isinstance(value, (list, tuple)) and len(value) == count > 1}
-    step, only, first = given.get("decoder_sparse_step"), given.get("mlp_only_layers"), "first_k_dense_replace"
+    lists = {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, (list, tuple)) and len(value) == count > 1 and key not in NUMBERS_OF_LAYERS
+    }
+    step, first = given.get("decoder_sparse_step"), "first_k_dense_replace"
+    only, sparse = (given.get(key) for key in NUMBERS_OF_LAYERS)
 
     def dense(layer: int) -> bool:
-        skipped = layer in (only or ()) or (step is not None and (layer + 1) % max(step, 1) != 0)
+        skipped = layer in (only or ()) or (sparse is not None and layer not in sparse)
+        skipped = skipped or (step is not None and (layer + 1) % max(step, 1) != 0)
         return skipped or layer < (given.get(first) or 0)
 
     kinds = [(dense(i), *(json.dumps(value[i]) for value in lists.values())) for i in range(count)]
@@ -153,6 +163,8 @@ def _layers(tiny: dict[str, Any], given: Mapping[str, Any]) -> None:
         tiny["decoder_sparse_step"] = 1
     if only is not None or step is not None:
         tiny["mlp_only_layers"] = [at for at, i in enumerate(chosen) if dense(i)]
+    if sparse is not None:
+        tiny["moe_layers"] = [at for at, i in enumerate(chosen) if not dense(i)]
     if given.get(first) is not None:
         tiny[first] = sum(map(dense, chosen))
 

@@ -100,8 +100,13 @@ def load_shards(lm: Any, folder: Path, device: torch.device, seed: int = 0) -> N
     sources, unused = find_sources(lm, stored, wanted)
     _name_unused(folder, unused)
 
+    ties = dict(getattr(lm, "all_tied_weights_keys", None) or {})
+    ties |= {source: target for target, source in ties.items()}
+
     def read(aliases: list[str]) -> Part:
-        for name in map(plain_name, aliases):
+        plain = [plain_name(name) for name in aliases]
+        # What `peft` copies or wraps of a tied pair is no longer the same parameter, but begins with the same values.
+        for name in [*plain, *(ties[name] for name in plain if name in ties)]:
             if name in sources:
                 return _part_of(lm, name, sources[name], stored, folder, wanted[name].shape)
         raise HbpError(f"the checkpoint {folder} has no tensor {plain_name(aliases[0])}; is it of another model?")
