@@ -419,6 +419,36 @@ def models_refused() -> str:
     return "\n".join(lines) + "\n"
 
 
+def data() -> str:
+    cells, said = [], ""
+    for name in ("data", "data-10gib"):
+        kept = json.loads((RESULTS / f"{name}.json").read_text())
+        for side in dict.fromkeys(run["side"] for run in kept["runs"]):
+            own = [run for run in kept["runs"] if run["side"] == side]
+            seconds, busy = (statistics.median(run[key] for run in own) for key in ("seconds", "processor_s"))
+            cells.append(
+                (
+                    f"{kept['gib']:.3g} GiB" + (f", median of {len(own)}" if len(own) > 1 else ""),
+                    f"`{side.replace(' ', '.', 1)}`" if side != "hbp" else "`hbp`",
+                    f"{own[0]['samples']:,}",
+                    f"{own[0]['samples'] / seconds:,.0f}",
+                    f"{seconds:,.0f}",
+                    f"{busy:,.0f}",
+                    f"{max(run['peak_rss_gib'] for run in own):.2f} GiB",
+                )
+            )
+        if kept["ratio_to_datasets_map"]:
+            said = (
+                f"\nSo `hbp` is {kept['ratio_to_datasets_map']:.2f} times as fast as `datasets.map` by the clock and "
+                f"{kept['ratio_in_processor_time']:.2f} times in processor time; tokens and masks are "
+                f"{'those' if kept['masks_equal'] else '**not** those'} of {kept['reference']}.\n"
+            )
+    header = ("data", "", "samples", "samples/s", "seconds", "processor seconds", "memory")
+    where = f"\n*{kept['processes']} processes on {kept['cpus']} cores, {kept['device']}, {kept['date']}; raw "
+    where += "output in `benchmarks/results/data.json` and `data-10gib.json`.*\n"
+    return table(header, cells) + said + where
+
+
 def models_time() -> str:
     data = json.loads((RESULTS / "models-time.json").read_text())
     rows = [row for row in data["rows"] if row["properties"]]
@@ -557,6 +587,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "faults-phases": faults_phases,
     "soak": soak,
     "trainers": trainers,
+    "data": data,
 }
 
 
