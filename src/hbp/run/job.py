@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from hbp.config import Config
-from hbp.disk import write_whole
+from hbp.disk import is_disk_fault, write_whole
 from hbp.errors import HbpError
 from hbp.plan import read_info, read_plan
 from hbp.planning.planner import STRATEGIES
@@ -53,6 +53,7 @@ from hbp.run.steps.odd import FOLDER as ODD
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord, read_log
 from hbp.train.check.compare import require_checked
+from hbp.train.checkpoint import Position
 from hbp.train.hub import check_hub
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
@@ -163,8 +164,9 @@ def _part_of(found: Found, engine: Engine, folder: Path) -> Part:
     or another strategy.
     """
     assert found.checkpoint is not None
-    position = found.checkpoint.position
-    part = resume.read_part(folder, position, engine.samples)
+    position, seed = found.checkpoint.position, None if own_plans(engine.config) else engine.config.seed
+    _mend_plan(position, engine, folder, seed)
+    part = resume.read_part(folder, position, engine.samples, seed)
     if part.epoch >= engine.config.train.epochs:
         raise HbpError(
             f"train.epochs={engine.config.train.epochs} but the run in {folder} is in epoch {part.epoch + 1}; give "
@@ -182,6 +184,63 @@ def _part_of(found: Found, engine: Engine, folder: Path) -> Part:
     if _turn_after(part, engine.config) is None:
         return part
     return _next_part(part, _profiled(engine, folder), folder, changed=True) or part
+
+
+def _mend_plan(position: Position, engine: Engine, folder: Path, seed: int | None) -> None:
+    """Make a damaged plan again: it follows from data, options and seed, and the checkpoint knows it by a hash.
+
+    A collective.
+
+    Raises:
+        HbpError: what is made is another plan; the damaged one is back in its place.
+    """
+    here, damage = part_folder(folder, position.part) / "plan", list[str | None]([None])
+    with rank_zero_first() as first:
+        if first:
+            damage = [_damage_of(here)]
+            if damage[0] is not None:
+                say(f"{damage[0]}; it is made again")
+    dist.broadcast_object_list(damage)
+    if damage[0] is None:
+        return
+    aside = here.with_name("plan.damaged")
+    with rank_zero_first() as first:
+        if first and here.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            here.rename(aside)
+    why = f"{damage[0].partition(';')[0]}, and"
+    try:
+        if position.part == 0:
+            part: Part | None = _first_part(engine, folder)
+        else:
+            before = part_folder(folder, position.part - 1)
+            plan, run_step = read_plan(before / "plan"), position.run_step - position.step
+            at = Position(position.part - 1, plan.n_steps, run_step, 0, 0, resume.fingerprint(plan), 0)
+            part = _next_part(resume.read_part(folder, at, engine.samples, seed), as_planned(engine, plan), folder)
+    except HbpError as error:
+        part, why = None, f"{why} it cannot be made again ({error})"
+    if part is not None and resume.fingerprint(part.plan) == position.plan:
+        return
+    with rank_zero_first() as first:
+        if first and aside.exists():
+            shutil.rmtree(here, ignore_errors=True)
+            aside.rename(here)
+    why = why if part is None else f"{why} what is made now is another one"
+    raise HbpError(
+        f"{why}; put a copy back, or run once with the options and the {position.world_size} ranks of before, or use "
+        "train.resume=never to start anew"
+    )
+
+
+def _damage_of(folder: Path) -> str | None:
+    """What is wrong with a plan's files, in a line; None where they can be read."""
+    try:
+        read_plan(folder)
+    except HbpError as error:
+        if is_disk_fault(error):
+            raise
+        return str(error)
+    return None
 
 
 def _turn_after(last: Part, config: Config) -> tuple[int, int] | None:
