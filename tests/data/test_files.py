@@ -177,6 +177,14 @@ def test_a_small_file_that_unpacks_to_much_is_never_in_memory(
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("a.jsonl", [RECORDS[0]]), ("a.jsonl", RECORDS[0]), ("a.json", RECORDS[0])]
+)
+def test_indented_json_where_lines_are_records_says_what_to_do(name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(value, indent=1))
+    assert "one record a line, or a JSON array in a file whose name ends in .json" in refusal(tmp_path / name)
+
+
 def test_what_is_not_json_or_not_text_says_so() -> None:
     for raw, said in (
         (b"{'a': 1}", "is not JSON (Expecting property name enclosed in double quotes at column 2)"),

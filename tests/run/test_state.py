@@ -203,6 +203,18 @@ def test_the_plan_of_a_later_epoch_is_made_again(job: Path, finished: Path) -> N
     assert len(summary["results"][0]["parts"]) == 3
 
 
+def test_plans_of_a_finished_run_and_of_epochs_that_are_done_are_made_again(job: Path, finished: Path) -> None:
+    plan = finished / "hbp" / "plan" / "plan.parquet"
+    was = plan.read_bytes()
+    cut_short(plan)
+    _, said = train(job, finished.name)
+    assert "holds this run, finished" in said and "the plan is made again" in said and plan.read_bytes() == was
+    train(job, finished.name, "train.epochs=2")
+    cut_short(finished / "hbp" / "plan" / "plan.json")
+    _, said = train(job, finished.name, "train.epochs=3")
+    assert "the plan is made again" in said and plan.read_bytes() == was
+
+
 def test_a_plan_that_cannot_be_made_again_is_refused_and_stays(job: Path, stopped: Path) -> None:
     path = stopped / "hbp" / "plan" / "plan.json"
     cut_short(path)

@@ -188,6 +188,11 @@ def parsed(record: Any) -> Any:
     try:
         return DECODER.decode(record.decode())
     except json.JSONDecodeError as error:
+        if record.strip() in (b"{", b"[", b"[{"):
+            raise HbpError(
+                "is not JSON: what it begins goes on over more lines; write one record a line, or a JSON array in a "
+                "file whose name ends in .json"
+            ) from None
         raise HbpError(f"is not JSON ({error.msg} at column {error.colno}); mend or remove it") from None
     except UnicodeDecodeError as error:
         raise HbpError(f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None

@@ -316,8 +316,17 @@ def part_folder(strategy_folder: Path, number: int) -> Path:
 def write_part(part: Part) -> None:
     """Keep what a part needs beside its plan, which is there already. Rank 0."""
     write_array(part.folder / "samples.npy", part.samples.ids)
-    more = {"epoch": part.epoch, "piece": part.piece, "peak_bytes": part.peak_bytes}
+    more = {"epoch": part.epoch, "piece": part.piece, "peak_bytes": part.peak_bytes, "plan": fingerprint(part.plan)}
     write_whole(part.folder / PART, json.dumps(more) + "\n")
+
+
+def kept_plan(folder: Path) -> str | None:
+    """Fingerprint of the plan of the part in a folder; None where that is not known (an earlier version's)."""
+    try:
+        more = json.loads(patiently((folder / PART).read_text))
+        return None if more.get("plan") is None else str(more["plan"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return None
 
 
 def read_turn(folder: Path) -> tuple[int, int]:
