@@ -216,3 +216,15 @@ def test_wrong_sources_are_named(section: dict[str, object], said: str, tmp_path
     with pytest.raises(HbpError) as caught:
         load_config(tmp_path / "run.yaml")
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_home_is_meant_wherever_a_path_may_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run_dir: ~/runs` made a folder of the name ``~`` in the working folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    text = "run_dir: ~/runs\nmodel: {path: ~/model}\ndata: {sources: [{path: ~/a.jsonl}], cache: ~/cache}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    config = load_config(tmp_path / "c.yaml", ["plan.path=~/plan", "train.resume=~/step-1"])
+    home = str(tmp_path / "me")
+    assert (config.run_dir, config.model.path, config.data.cache) == (f"{home}/runs", f"{home}/model", f"{home}/cache")
+    assert config.data.sources[0].path == f"{home}/a.jsonl"
+    assert (config.plan.path, config.train.resume) == (f"{home}/plan", f"{home}/step-1")

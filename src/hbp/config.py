@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
+from hbp.disk import at_home
 from hbp.errors import HbpError, did_you_mean
 
 Strategy = Literal["concat", "ffd", "bfd", "isf", "sorted", "lb", "dcp", "hbp", "hbp-mixed"]
@@ -397,7 +398,7 @@ def validated(data: dict[str, Any], overrides: Sequence[str], name: str) -> Conf
     for override in overrides:
         _apply(data, override)
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(at_home(data))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -407,13 +408,7 @@ def validated(data: dict[str, Any], overrides: Sequence[str], name: str) -> Conf
         raise HbpError(f"{name}: {key}: {first['msg']}{value}; see `hbp train --help`") from None
 
 
-PATHS = (
-    ("data", "source"),
-    ("data", "eval_source"),
-    ("data", "tokenizer"),
-    ("data", "chat_template"),
-    ("model", "path"),
-)
+PATHS = (*(("data", key) for key in ("source", "eval_source", "tokenizer", "chat_template")), ("model", "path"))
 
 
 def _from_folder(data: dict[str, Any], folder: Path) -> None:

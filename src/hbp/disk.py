@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hbp import __version__
 
@@ -105,6 +105,18 @@ def is_disk_fault(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def at_home(value: Any) -> Any:
+    """A value, or lists and objects of them, with the user's folder where a text begins with ``~/``.
+
+    No shell sees what stands in a file or behind a ``=``, and a folder of the name ``~`` is never meant.
+    """
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+    if isinstance(value, dict):
+        return {key: at_home(one) for key, one in value.items()}
+    return [at_home(one) for one in value] if isinstance(value, list) else value
 
 
 def free_name(path: Path) -> Path:

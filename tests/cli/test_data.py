@@ -139,6 +139,16 @@ def test_preference_pairs_are_planned_side_by_side(
     assert json.loads(capsys.readouterr().out)["samples"] == 80
     ids = read_plan(plan).sample_ids.reshape(-1, 2)
     assert (ids[:, 1] == ids[:, 0] + 1).all() and (ids[:, 0] % 2 == 0).all()
+    more = ["--model", "llama-3.1-8b", "--gpus", "4", "--max-length", "30", "--out", str(plan) + "2", "--json"]
+    assert main(["plan", *data, *more]) == 0
+    dropped = {sample for sample, _ in read_plan(Path(str(plan) + "2")).info.dropped}
+    capsys.readouterr()
+    assert 0 < len(dropped) < 80 and main(["data", *data[1:], "--max-length", "30", "--limit", "80", "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)  # a pair goes as a whole here too
+    assert {sample["id"] for sample in seen["samples"]} == set(range(80)) - dropped
+    assert (seen["counts"]["samples"], seen["counts"]["dropped"]) == (80 - len(dropped), len(dropped))
+    assert main(["data", *data[1:], "--max-length", "30", "--set", "too_long=split"]) == 2
+    assert "would part preference pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate", "split"])

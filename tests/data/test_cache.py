@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from hbp.data.cache import STORES, cache_folder, clean, share, trim
+from hbp.data.cache import STORES, cache_folder, clean, is_off, share, trim
 from hbp.data.store import PARTIAL, SHARDS
 
 
@@ -61,3 +61,14 @@ def test_where_it_is(monkeypatch, tmp_path: Path) -> None:  # type: ignore[no-un
     assert cache_folder() == tmp_path / "hbp"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "hbp"
+    monkeypatch.setenv("HBP_CACHE", "~/mine")
+    assert cache_folder() == Path.home() / "mine"
+
+
+def test_off_is_no_folder(monkeypatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """``HBP_CACHE=off`` made a folder of that name where the command was given."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HBP_CACHE", "off")
+    assert is_off() and cache_folder() == tmp_path / "hbp"  # where what is planned alone lies, as with data.cache=off
+    monkeypatch.setenv("HBP_CACHE", str(tmp_path / "off"))
+    assert not is_off()

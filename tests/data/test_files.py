@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbp.data import files
-from hbp.data.files import content_of, line_number, parsed, piece_bytes, pieces_of, records_of
+from hbp.data.files import content_of, has_records, line_number, parsed, piece_bytes, pieces_of, records_of
 from hbp.errors import HbpError
 
 RECORDS: list[Any] = [{"text": f"Grüße {i} 😀", "n": [{"i": i, "a": None}]} for i in range(40)]
@@ -85,6 +85,13 @@ def test_every_kind_of_text_gives_the_records(name: str, size: int | None, tmp_p
     assert sum(piece.progress for piece in pieces) == (tmp_path / name).stat().st_size
     if "json" in name and "array" not in name and name not in ("marked.json", "tight.json"):
         assert numbered(tmp_path / name, size) == list(range(1, 41))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_names_in_capitals_are_the_same_names(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name.upper()
+    path.write_bytes(WRITERS[name](RECORDS))
+    assert has_records(path) and read(path) == RECORDS
 
 
 def test_elements_of_an_array_are_numbered_by_the_line_they_begin_on(tmp_path: Path) -> None:
@@ -168,6 +175,14 @@ def test_a_small_file_that_unpacks_to_much_is_never_in_memory(
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("a.jsonl", [RECORDS[0]]), ("a.jsonl", RECORDS[0]), ("a.json", RECORDS[0])]
+)
+def test_indented_json_where_lines_are_records_says_what_to_do(name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(value, indent=1))
+    assert "one record a line, or a JSON array in a file whose name ends in .json" in refusal(tmp_path / name)
 
 
 def test_what_is_not_json_or_not_text_says_so() -> None:

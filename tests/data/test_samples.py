@@ -78,6 +78,16 @@ def test_weights_share_out_as_many_samples_as_there_are(tmp_path: Path) -> None:
     assert count[:10].tolist() == [3] * 10 and count[10:].sum() == 10 and count[10:].max() == 1
 
 
+def test_weights_share_out_what_is_trained_on(tmp_path: Path) -> None:
+    """Samples too long to be trained on took their part of a source's share with them."""
+    a, b = SourceEntry("a", weight=1.0), SourceEntry("b", weight=1.0)
+    store = store_of(tmp_path, {a: 10, b: 10}, [1] * 5 + [9] * 5 + [2] * 10)
+    train, _ = split(store, eval_samples=0, max_length=8)
+    used = [i for i in train if store.lengths[i] <= 8]
+    assert np.bincount(np.array(used) // 10).tolist() == [8, 8]  # halves of the 15 that there are, rounded
+    assert [i for i in train if store.lengths[i] > 8] == [5, 6, 7, 8, 9]  # to be dropped by name
+
+
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.1, 5)), min_size=1, max_size=4), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_each_sample_as_often_as_its_source_says(drawn: list[tuple[int, float]], weighted: bool) -> None:

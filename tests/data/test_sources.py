@@ -51,7 +51,7 @@ def test_files_that_are_left_out_of_a_folder_are_said(tmp_path: Path, capsys: py
     (tmp_path / "README.md").write_text("not data")
     assert read(Source(str(tmp_path))) == RECORDS
     assert "left out" not in capsys.readouterr().err
-    for name in ("more.JSONL", "b.csv", "deep/c.jsonl.zip"):
+    for name in ("more.jsonlines", "b.csv", "deep/c.jsonl.zip"):
         write(tmp_path / name, RECORDS)
     assert read(Source(str(tmp_path))) == RECORDS
     assert "left out: 3 files that hold no records by their names, the first: b.csv" in capsys.readouterr().err
@@ -152,8 +152,18 @@ def test_sources_that_say_two_things(tmp_path: Path) -> None:
         ([Source(path, "a"), Source(path, "a")], "two sources are named a"),
         ([Source(path, "a", weight=1.0, repeat=2.0)], "a has both weight and repeat"),
         ([Source(path, "a", weight=1.0), Source(path, "b")], "b has no weight while others have"),
+        ([Source(path, "a"), Source(path, "b", repeat=3.0, held_out=True)], "b has a weight or repeat"),
+        ([Source(path, "a"), Source(path, "b", weight=1.0, held_out=True)], "b has a weight or repeat"),
         ([Source(path, "a"), Source(path + "x", "b")], f"no file or folder {path}x"),
     ):
         with pytest.raises(HbpError, match=said):
             check_sources(sources)
     check_sources([Source(path, "a", weight=1.0), Source(path, "b", held_out=True)])
+
+
+def test_what_datasets_says_of_a_folder_is_no_data(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "B.JSONL", "dataset_infos.json", "sub/dataset_info.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, RECORDS)
+    files = files_of(Source(str(tmp_path)))
+    assert [path.name for path in files or ()] == ["B.JSONL", "a.jsonl"]

@@ -184,3 +184,11 @@ def test_no_cache_as_yaml_reads_it(tmp_path: Path) -> None:
     assert _cache(load_config(tmp_path / "run.yaml", []).data) is None
     assert _cache(load_config(tmp_path / "run.yaml", ["data.cache=here"]).data) == Path("here")
     assert _cache(DataConfig(cache="off")) is None
+
+
+def test_no_cache_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hbp.run.data import _cache
+
+    monkeypatch.setenv("HBP_CACHE", "off")
+    assert _cache(DataConfig()) is None
+    assert _cache(DataConfig(cache="here")) == Path("here")  # a run's own word goes before

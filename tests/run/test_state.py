@@ -173,6 +173,62 @@ def test_an_emptied_run_json_is_told_by_the_newest_checkpoint(job: Path, stopped
     assert again is not None and whose is not None and again.id == whose.id
 
 
+def cut_short(path: Path, *, gone: bool = False) -> None:
+    path.unlink() if gone else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["plan/plan.json", "plan/plan.parquet", "samples.npy", "part.json"])
+def test_what_follows_from_data_options_and_seed_is_made_again(
+    job: Path, stopped: Path, finished_once: Path, name: str
+) -> None:
+    """They were refused with advice (make the plan again) that nobody with a run could follow."""
+    plan = stopped / "hbp" / "plan" / "plan.parquet"
+    was = plan.read_bytes()
+    cut_short(stopped / "hbp" / name, gone=name == "samples.npy")
+    summary, said = train(job, stopped.name)
+    assert "step 5, " in said and (plan.read_bytes() == was)
+    whole = json.loads((finished_once / "summary.json").read_text())["results"][0]
+    assert summary["results"][0]["final_train_loss"] == whole["final_train_loss"]
+    assert summary["results"][0]["steps"] == whole["steps"]
+
+
+def test_the_plan_of_a_later_epoch_is_made_again(job: Path, finished: Path) -> None:
+    train(job, finished.name, "train.epochs=2", "train.save_steps=1")
+    plan = finished / "hbp" / "part-1" / "plan" / "plan.parquet"
+    was = plan.read_bytes()
+    for name in ("plan/plan.json", "samples.npy", "part.json"):
+        cut_short(finished / "hbp" / "part-1" / name)
+    summary, said = train(job, finished.name, "train.epochs=3")
+    assert "by its plan's seed the part is of epoch 2" in said and plan.read_bytes() == was
+    assert len(summary["results"][0]["parts"]) == 3
+
+
+def test_plans_of_a_finished_run_and_of_epochs_that_are_done_are_made_again(job: Path, finished: Path) -> None:
+    plan = finished / "hbp" / "plan" / "plan.parquet"
+    was = plan.read_bytes()
+    cut_short(plan)
+    _, said = train(job, finished.name)
+    assert "holds this run, finished" in said and "the plan is made again" in said and plan.read_bytes() == was
+    train(job, finished.name, "train.epochs=2")
+    cut_short(finished / "hbp" / "plan" / "plan.json")
+    _, said = train(job, finished.name, "train.epochs=3")
+    assert "the plan is made again" in said and plan.read_bytes() == was
+
+
+def test_a_plan_that_cannot_be_made_again_is_refused_and_stays(job: Path, stopped: Path) -> None:
+    path = stopped / "hbp" / "plan" / "plan.json"
+    cut_short(path)
+    was = contents(stopped)
+    refused, _ = train(job, stopped.name, "plan.strategy=bfd")
+    assert "make the plan again" not in refused and "what is made now is another one" in refused
+    assert "run once with the options and the 1 ranks of before" in refused
+    assert {name: contents(stopped)[name] for name in was if name != "run.json"} == {
+        name: was[name] for name in was if name != "run.json"
+    }
+    _, said = train(job, stopped.name)  # as it advises
+    assert "step 5, " in said and json.loads(path.read_text())
+
+
 @pytest.mark.parametrize(
     ("change", "said", "strategy"),
     [

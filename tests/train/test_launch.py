@@ -20,10 +20,10 @@ from plans import plan_of
 from workers import LLAMA, run_ranks, write_config
 
 from hbp.data.stdlib_sft import train_tokenizer
-from hbp.errors import HbpError
+from hbp.errors import HbpError, Stopped
 from hbp.plan import write_plan
 from hbp.train import launch
-from hbp.train.launch import rank_zero_first
+from hbp.train.launch import handed_on, rank_zero_first, stop_signals, stopped_by_signals
 
 WORLD = 2
 
@@ -172,3 +172,31 @@ def test_layers_are_compiled_on_cuda_where_a_compiler_is(monkeypatch):
     monkeypatch.setattr(launch.shutil, "which", lambda name: None)
     assert not launch.compiles(None, cuda)
     assert launch.compiles(True, cuda)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_while_data_are_prepared_is_stopped_not_killed(number: signal.Signals) -> None:
+    """The process died of it (143 for SIGTERM), which no scheduler takes for a run to be continued."""
+    before = signal.getsignal(number)
+    said = f"{number.name}: stopped before there was anything new to save"
+    with pytest.raises(Stopped, match=said), stopped_by_signals():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except Exception as error:  # as a record's errors are caught
+            raise AssertionError("taken for an error of a record") from error
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_is_obeyed() -> None:
+    """torchrun's known trap: its launcher and its ranks ended when the terminal closed, nohup or not."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as received, stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+        assert received() == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert "SIGHUP" not in handed_on("SIGTERM,SIGHUP") and "SIGTERM" in handed_on()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "SIGHUP" in handed_on()

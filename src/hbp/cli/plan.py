@@ -299,10 +299,6 @@ def _samples(args: argparse.Namespace) -> tuple[Lengths, Pairs]:
     if args.too_long != "drop":
         from hbp.data.samples import cut_to
 
-        if (store.part == CHOSEN).any():
-            raise HbpError(
-                f"--too-long {args.too_long} would part preference pairs; leave it out: long ones are dropped"
-            )
         store = cut_to(store, args.max_length, args.too_long)
     return store.lengths, store.part == CHOSEN
 

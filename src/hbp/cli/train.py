@@ -81,7 +81,8 @@ def run_train(args: argparse.Namespace) -> dict[str, Any] | None:
         check_strategies(config)  # what needs no run_dir is refused before there is one
         check_ready(config)
         with owning(run, launcher=True):
-            check_before_launch(config)
+            with launch.stopped_by_signals():  # tokenizing may take hours
+                check_before_launch(config)
             launch.launch_local(["train", str(args.config), *args.overrides], config.cluster.processes)
         summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     else:

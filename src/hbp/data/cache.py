@@ -18,6 +18,7 @@ from pathlib import Path
 from hbp.data.store import PARTIAL, SHARDS
 
 STORES = "stores"
+OFF = "off"
 ABANDONED_S = 24 * 3600.0
 """Age at which another machine's half-written file is taken to be nobody's."""
 
@@ -72,7 +73,14 @@ def trim(cache: Path, most_bytes: float) -> None:
         total -= sum(size for inode, size in mine.items() if not names[inode])
 
 
+def is_off() -> bool:
+    """Whether ``$HBP_CACHE`` says that there is none, as ``data.cache: off`` does."""
+    return os.environ.get("HBP_CACHE") == OFF
+
+
 def cache_folder() -> Path:
     """Where the cache is if nothing else is said: ``$HBP_CACHE``, or ``hbp`` in the user's cache folder."""
     own, users = os.environ.get("HBP_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(users) if users else Path.home() / ".cache") / "hbp"
+    if own and not is_off():
+        return Path(own).expanduser()
+    return (Path(users) if users else Path.home() / ".cache") / "hbp"

@@ -66,7 +66,12 @@ class Piece:
 
 def has_records(path: Path) -> bool:
     """Whether a file's name says that it holds records."""
-    return path.name.endswith(SUFFIXES) and path.is_file()
+    return path.name.lower().endswith(SUFFIXES) and path.is_file()
+
+
+def _suffix(path: Path) -> str:
+    """Of a file's name, in small letters: ``A.JSONL`` and ``a.jsonl`` are alike."""
+    return path.suffix.lower()
 
 
 def piece_bytes(file_bytes: int) -> int:
@@ -88,14 +93,14 @@ def pieces_of(path: Path, size: int | None = None) -> Iterator[Piece]:
         HbpError: not such a file, damaged, or with a line over :data:`LINE_BYTES`; names the file and the line.
     """
     size = size or piece_bytes(path.stat().st_size)
-    if path.suffix == ".parquet":
+    if _suffix(path) == ".parquet":
         yield from _row_groups(path, size)
-    elif path.suffix == ".arrow":
+    elif _suffix(path) == ".arrow":
         try:
             yield from _record_batches(path, size)
         except (OSError, pa.ArrowException) as error:
             raise HbpError(_cannot_read(str(path), error)) from None
-    elif path.suffix in COMPRESSED or _is_array(path):
+    elif _suffix(path) in COMPRESSED or _is_array(path):
         yield from in_pieces(numbered_lines(path), str(path), size, path.stat().st_size)
     else:
         yield from _byte_ranges(path, size)
@@ -183,6 +188,11 @@ def parsed(record: Any) -> Any:
     try:
         return DECODER.decode(record.decode())
     except json.JSONDecodeError as error:
+        if record.strip() in (b"{", b"[", b"[{"):
+            raise HbpError(
+                "is not JSON: what it begins goes on over more lines; write one record a line, or a JSON array in a "
+                "file whose name ends in .json"
+            ) from None
         raise HbpError(f"is not JSON ({error.msg} at column {error.colno}); mend or remove it") from None
     except UnicodeDecodeError as error:
         raise HbpError(f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
@@ -217,7 +227,7 @@ def _is_array(path: Path) -> bool:
         start = file.read(4096)
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise HbpError(f"{path} is UTF-16 text; save it as UTF-8")
-        return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[") and path.suffix == ".json"
+        return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[") and _suffix(path) == ".json"
 
 
 def _without_mark(text: bytes, piece: Piece) -> bytes:
@@ -273,11 +283,11 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """
     try:
         with path.open("rb") as raw:
-            if path.suffix in COMPRESSED and not path.stat().st_size:
+            if _suffix(path) in COMPRESSED and not path.stat().st_size:
                 raise EOFError("it is empty, which no compressed file is")
-            stream = _unpacked(raw, path.suffix)
+            stream = _unpacked(raw, _suffix(path))
             start = stream.read(READ_BYTES).removeprefix(codecs.BOM_UTF8)
-            is_array = start.lstrip().startswith(b"[") and ".json" in path.suffixes
+            is_array = start.lstrip().startswith(b"[") and ".json" in map(str.lower, path.suffixes)
             rest = iter(lambda: stream.read(READ_BYTES), b"")
             split = _elements if is_array else _lines
             for number, line in split(str(path), start, rest):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hbp.data.samples import cut_to, planned_lengths
 from hbp.data.store import TokenStore, read_details
 
 
@@ -49,15 +50,14 @@ def count(store: TokenStore, max_length: int | None = None, too_long: str = "dro
         too_long: ``drop``, ``truncate`` or ``split`` longer ones.
     """
     lengths, targets = store.lengths, store.loss_tokens
+    limited = planned_lengths(store)
     if max_length is not None and too_long != "drop":
-        from hbp.data.samples import cut_to
-
         store = cut_to(store, max_length, too_long)
     by_source = {}
     for number, source in enumerate(store.sources):
         whole = lengths if len(store.sources) == 1 else lengths[_of(store, number, cut=False)]
         if store.cut is None:
-            used = (lengths <= (max_length or np.inf)) & (_of(store, number) if len(store.sources) > 1 else True)
+            used = (limited <= (max_length or np.inf)) & (_of(store, number) if len(store.sources) > 1 else True)
             ids, own, learnt = np.flatnonzero(used), lengths[used], targets[used]
         else:
             ids = np.flatnonzero(_of(store, number))
@@ -157,7 +157,7 @@ def sample_json(store: TokenStore, index: int, tokenizer: Any) -> dict[str, Any]
 
 def spread(store: TokenStore, limit: int, max_length: int | None = None) -> Sequence[int]:
     """Which samples to show: of those used the first of each source, as many of each as the limit allows."""
-    used = np.flatnonzero(store.lengths <= (max_length or np.inf))
+    used = np.flatnonzero(planned_lengths(store) <= (max_length or np.inf))
     if len(store.sources) == 1 or not limit:
         return used[:limit].tolist()
     source = store.source[used]

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from hbp.data.store import Cut, TokenStore
+from hbp.data.store import ALONE, REJECTED, Cut, TokenStore
 from hbp.errors import HbpError
 
 Ids = npt.NDArray[np.int64]
@@ -54,7 +54,12 @@ def cut_to(store: TokenStore, max_length: int, too_long: str) -> TokenStore:
         store: not cut yet.
         max_length: tokens.
         too_long: ``truncate``: their start alone; ``split``: every piece is a sample.
+
+    Raises:
+        HbpError: preference pairs are among them, which are never cut.
     """
+    if (store.part != ALONE).any():
+        raise HbpError(f"too_long {too_long} would part preference pairs; leave it out: long ones are dropped whole")
     long = np.flatnonzero(store.lengths > max_length)
     if not len(long):
         return store
@@ -73,6 +78,15 @@ def cut_to(store: TokenStore, max_length: int, too_long: str) -> TokenStore:
         a = int(begin[piece])
         loss_tokens[piece] = np.count_nonzero(mask[a + 1 : a + int(lengths[piece])])
     return replace(store, lengths=lengths, loss_tokens=loss_tokens, cut=Cut(sample, begin), opened={})
+
+
+def planned_lengths(store: TokenStore) -> npt.NDArray[np.int64]:
+    """Tokens of what each sample is planned as: its own, or those of both sides of its pair, which is one pack's."""
+    begins = store.part != REJECTED  # a chosen one stands right before its rejected one
+    unit = np.cumsum(begins) - 1
+    together = np.zeros(int(begins.sum()), np.int64)
+    np.add.at(together, unit, store.lengths)
+    return together[unit]
 
 
 def times_seen(counts: Sequence[int], weights: Sequence[float | None], repeats: Sequence[float | None]) -> list[float]:
@@ -131,11 +145,14 @@ def split_samples(store: TokenStore, *, seed: int, eval_samples: int, max_length
         train_ids, eval_ids = _held_out(store.lengths, seed, eval_samples, limit, max_length)
     if all(source.times == 1.0 for source in store.sources):
         return train_ids, eval_ids
+    fits = store.lengths[train_ids] <= limit
+    too_long, train_ids = train_ids[~fits], train_ids[fits]  # the planner drops them by name: once each will do
     source, trained = store.source[train_ids], [n for n in range(len(store.sources)) if n not in for_evaluation]
     counts = [int(np.count_nonzero(source == n)) for n in trained]
     weights, repeats = ([getattr(store.sources[n], name) for n in trained] for name in ("weight", "times"))
     times = dict(zip(trained, times_seen(counts, weights, repeats), strict=True))
     train_ids = draw_epoch(train_ids, source, times, np.random.default_rng([seed, 1]))
+    train_ids = np.sort(np.concatenate([train_ids, too_long]))
     if not len(train_ids):
         raise HbpError("data.sources leave no samples to train on; raise a weight, repeat or max_samples")
     return train_ids, eval_ids

@@ -26,6 +26,8 @@ SPLIT_IN_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=$|[-_.
 
 PROSE = re.compile(r"^(README|LICENSE|NOTICE|CITATION)|\.(md|html|py|sh|ya?ml|lock|png|svg|jpe?g|pdf)$", re.IGNORECASE)
 """Files beside data that nobody takes for records."""
+ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""Files of `datasets` that say what the others hold."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def hub_name(path: str) -> str | None:
     """The name of a hub set that a path stands for; None for what should be on this machine."""
     if path.startswith(HUB):
         return path.removeprefix(HUB)
-    local = path.endswith(SUFFIXES) or Path(path).exists() or Path(path.split("/")[0]).is_dir()
+    local = path.lower().endswith(SUFFIXES) or Path(path).exists() or Path(path.split("/")[0]).is_dir()
     return None if local or not HUB_NAME.fullmatch(path) else path
 
 
@@ -98,6 +100,7 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    shown = [path for path in shown if path.name not in ABOUT]
     files = [path for path in shown if has_records(path)]
     if not files:
         raise HbpError(f"{folder} has no {', '.join(SUFFIXES)} files; give a folder of them")
@@ -182,6 +185,8 @@ def check_sources(sources: Sequence[Source]) -> None:
             raise HbpError(f"data.sources: {source.name} has both weight and repeat; give one")
         if names.count(source.name) > 1:
             raise HbpError(f"data.sources: two sources are named {source.name}; give each a name of its own")
+        if source.held_out and (source.weight is not None or source.repeat is not None):
+            raise HbpError(f"data.eval_source: {source.name} has a weight or repeat; evaluation takes each sample once")
         files_of(source)
     trained = [source for source in sources if not source.held_out]
     weighted = [source for source in trained if source.weight is not None]

@@ -18,7 +18,7 @@ import numpy as np
 from hbp.config import Config, DataConfig, SourceConfig
 from hbp.cost.cluster import GIB
 from hbp.data.build import Recipe, build_store, recipe_of
-from hbp.data.cache import STORES, cache_folder
+from hbp.data.cache import OFF, STORES, cache_folder, is_off
 from hbp.data.look import count, summary
 from hbp.data.record import Reading
 from hbp.data.samples import Samples, cut_to, split_samples
@@ -107,7 +107,7 @@ def _build(folder: Path, sources: Sequence[Source], recipe: Recipe, data: DataCo
 
 
 def _cache(data: DataConfig) -> Path | None:
-    if data.cache in ("off", False):
+    if data.cache in (OFF, False) or (not data.cache and is_off()):
         return None
     return Path(data.cache).expanduser() if data.cache else cache_folder()
 
@@ -138,13 +138,13 @@ def choose(config: Config, store: TokenStore) -> tuple[Samples, Samples]:
         HbpError: none is left, preference pairs, or nothing to learn.
     """
     data = config.data
-    if data.max_length is not None and data.too_long != "drop":
-        store = cut_to(store, data.max_length, data.too_long)
     if (store.part != ALONE).any():
         raise HbpError(
             f"{store.place(int((store.part != ALONE).argmax()))} is a preference pair, which `hbp train` has no loss "
             "for yet; plan them with `hbp plan --data` and follow the plan with your own trainer"
         )
+    if data.max_length is not None and data.too_long != "drop":
+        store = cut_to(store, data.max_length, data.too_long)
     train_ids, eval_ids = split_samples(
         store, seed=config.seed, eval_samples=data.eval_samples, max_length=data.max_length
     )

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from hbp.config import Config
-from hbp.disk import write_whole
+from hbp.cost.cluster import load_cluster
+from hbp.disk import is_disk_fault, write_whole
 from hbp.errors import HbpError
 from hbp.plan import read_info, read_plan
 from hbp.planning.planner import STRATEGIES
@@ -53,6 +54,7 @@ from hbp.run.steps.odd import FOLDER as ODD
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord, read_log
 from hbp.train.check.compare import require_checked
+from hbp.train.checkpoint import Position, list_checkpoints, read_position
 from hbp.train.hub import check_hub
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
@@ -85,6 +87,9 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
             summary = _train(engine, run, found)
         elif config.plan.baseline in (None, *(r["strategy"] for r in summary["results"])):
             say(f"{run} holds this run, finished; set train.resume=never to run it again")
+        if found.kind == "finished" and (saved := list_checkpoints(run / found.record.folder / resume.CHECKPOINTS)):
+            folder = run / found.record.folder  # the page and the baseline read the plans
+            _mend_plans(read_position(saved[0]), engine, folder, _planned_with(config))
         return _with_baseline(engine, run, run / found.record.folder, summary)
 
 
@@ -163,8 +168,9 @@ def _part_of(found: Found, engine: Engine, folder: Path) -> Part:
     or another strategy.
     """
     assert found.checkpoint is not None
-    position = found.checkpoint.position
-    part = resume.read_part(folder, position, engine.samples)
+    position, seed = found.checkpoint.position, _planned_with(engine.config)
+    _mend_plans(position, engine, folder, seed)
+    part = resume.read_part(folder, position, engine.samples, seed)
     if part.epoch >= engine.config.train.epochs:
         raise HbpError(
             f"train.epochs={engine.config.train.epochs} but the run in {folder} is in epoch {part.epoch + 1}; give "
@@ -182,6 +188,91 @@ def _part_of(found: Found, engine: Engine, folder: Path) -> Part:
     if _turn_after(part, engine.config) is None:
         return part
     return _next_part(part, _profiled(engine, folder), folder, changed=True) or part
+
+
+def _mend_plans(position: Position, engine: Engine, folder: Path, seed: int | None) -> None:
+    """Make a run's damaged plans again: they follow from data, options and seed, and are known by a hash. A collective.
+
+    Raises:
+        HbpError: what is made is another plan; the damaged one is back in its place.
+    """
+    for number in range(position.part + 1):
+        here, damage = part_folder(folder, number) / "plan", list[Any]([None])
+        with rank_zero_first() as first:
+            if first:
+                kept = position.plan if number == position.part else resume.kept_plan(here.parent)
+                damage = [(_damage_of(here), kept)]
+        dist.broadcast_object_list(damage)
+        what, wanted = damage[0]
+        if what is not None and wanted is not None:
+            _mend_plan(number, what, wanted, position, engine, folder, seed)
+
+
+def _mend_plan(
+    number: int, what: str, wanted: str, position: Position, engine: Engine, folder: Path, seed: int | None
+) -> None:
+    """One part's, which has to be the plan of the fingerprint `wanted`; `what` is wrong with the one there."""
+    here, first = part_folder(folder, number) / "plan", dist.get_rank() == 0
+    aside, what = here.with_name("plan.damaged"), what.partition(";")[0]
+    say(f"{what}; the plan is made again")
+    if first and here.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        here.rename(aside)
+    dist.barrier()
+    try:
+        part = _made_again(number, position, _as_profiled(engine, folder), folder, seed)
+    except HbpError as error:
+        part, why = None, f"it cannot be made again ({error})"
+    else:
+        why = "what is made now is another one"
+    if part is not None and resume.fingerprint(part.plan) == wanted:
+        return
+    dist.barrier()
+    if first and aside.exists():
+        shutil.rmtree(here, ignore_errors=True)
+        aside.rename(here)
+    raise HbpError(
+        f"{what}, and {why}; put a copy back, or run once with the options and the {position.world_size} ranks of "
+        "before, or use train.resume=never to start anew"
+    )
+
+
+def _made_again(number: int, position: Position, engine: Engine, folder: Path, seed: int | None) -> Part | None:
+    """A part as it is planned where nothing was changed."""
+    if number == 0:
+        return _first_part(engine, folder)
+    plans = [read_plan(part_folder(folder, before) / "plan") for before in range(number)]
+    last, run_step = plans[-1], position.run_step - position.step
+    if number < position.part:
+        run_step = sum(plan.n_steps for plan in plans)
+    at = Position(number - 1, last.n_steps, run_step, 0, 0, resume.fingerprint(last), last.info.world_size)
+    return _next_part(resume.read_part(folder, at, engine.samples, seed), as_planned(engine, last), folder)
+
+
+def _as_profiled(engine: Engine, folder: Path) -> Engine:
+    """With the cluster as it was measured for the run: measured again it would never come out the same."""
+    config = engine.config
+    if not config.cluster.profile:
+        return engine
+    cluster = load_cluster(str(folder.parent / "profile.json"))
+    still = config.model_copy(update={"cluster": config.cluster.model_copy(update={"profile": False})})
+    return dataclasses.replace(engine, config=still, cost=dataclasses.replace(engine.cost, cluster=cluster))
+
+
+def _planned_with(config: Config) -> int | None:
+    """The seed of a run's plans; None where they are the user's own."""
+    return None if own_plans(config) else config.seed
+
+
+def _damage_of(folder: Path) -> str | None:
+    """What is wrong with a plan's files, in a line; None where they can be read."""
+    try:
+        read_plan(folder)
+    except HbpError as error:
+        if is_disk_fault(error):
+            raise
+        return str(error)
+    return None
 
 
 def _turn_after(last: Part, config: Config) -> tuple[int, int] | None:

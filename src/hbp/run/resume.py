@@ -33,7 +33,7 @@ from hbp.config import Config, kinds
 from hbp.data.samples import Samples
 from hbp.disk import let_faults_through, patiently, write_whole
 from hbp.errors import HbpError
-from hbp.plan import JSON_NAME, Plan, read_plan
+from hbp.plan import JSON_NAME, Plan, hash_lengths, read_plan
 from hbp.progress import say
 from hbp.run.fit_memory import own_plans
 from hbp.run.identity import RUN, Record, compare, identity, read_record, versions, write_record
@@ -316,8 +316,17 @@ def part_folder(strategy_folder: Path, number: int) -> Path:
 def write_part(part: Part) -> None:
     """Keep what a part needs beside its plan, which is there already. Rank 0."""
     write_array(part.folder / "samples.npy", part.samples.ids)
-    more = {"epoch": part.epoch, "piece": part.piece, "peak_bytes": part.peak_bytes}
+    more = {"epoch": part.epoch, "piece": part.piece, "peak_bytes": part.peak_bytes, "plan": fingerprint(part.plan)}
     write_whole(part.folder / PART, json.dumps(more) + "\n")
+
+
+def kept_plan(folder: Path) -> str | None:
+    """Fingerprint of the plan of the part in a folder; None where that is not known (an earlier version's)."""
+    try:
+        more = json.loads(patiently((folder / PART).read_text))
+        return None if more.get("plan") is None else str(more["plan"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return None
 
 
 def read_turn(folder: Path) -> tuple[int, int]:
@@ -333,21 +342,29 @@ def write_array(path: Path, array: np.ndarray) -> None:
     write_whole(path, data.getvalue())
 
 
-def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Part:
+def read_part(strategy_folder: Path, position: Position, samples: Samples, seed: int | None = None) -> Part:
     """The part that a checkpoint belongs to.
+
+    Args:
+        strategy_folder: of the run.
+        position: of the checkpoint.
+        samples: of an epoch; what a part of all of them lacks is told by its plan.
+        seed: of the run, if its plans are made here.
 
     Raises:
         HbpError: its files are missing, or its plan is not the one that the checkpoint was made under.
     """
     folder = part_folder(strategy_folder, position.part)
+    plan = read_plan(folder / "plan")
     try:
-        ids = patiently(lambda: np.load(folder / "samples.npy", allow_pickle=False))
-        more = json.loads(patiently((folder / PART).read_text))
-        epoch, peak_bytes, piece = int(more["epoch"]), float(more.get("peak_bytes", 0.0)), int(more.get("piece", 0))
+        ids = _read_ids(folder, plan, samples)
+        epoch, peak_bytes, piece = _read_more(folder, plan, seed)
     except (OSError, ValueError, KeyError, TypeError) as error:
         let_faults_through(error)
-        raise HbpError(f"{folder} lacks what its checkpoint needs; use train.resume=never to start anew") from None
-    plan = read_plan(folder / "plan")
+        raise HbpError(
+            f"{folder} lacks what its checkpoint needs (samples.npy, {PART}), and the plan does not tell it; put a "
+            "copy back, or use train.resume=never to start anew"
+        ) from None
     if fingerprint(plan) != position.plan:
         raise HbpError(
             f"the plan in {folder / 'plan'} has changed since the checkpoint of step {position.run_step}; "
@@ -355,6 +372,33 @@ def read_part(strategy_folder: Path, position: Position, samples: Samples) -> Pa
         )
     before = position.run_step - position.step
     return Part(position.part, epoch, Samples(samples.store, ids), plan, folder, peak_bytes, piece, before)
+
+
+def _read_ids(folder: Path, plan: Plan, samples: Samples) -> np.ndarray:
+    """What a plan's sample ids mean: as it was kept; where that is damaged, all samples if the plan is of them."""
+    try:
+        ids: np.ndarray = patiently(lambda: np.load(folder / "samples.npy", allow_pickle=False))
+        return ids
+    except (OSError, ValueError) as error:
+        let_faults_through(error)
+        if plan.info.lengths_sha256 != hash_lengths(samples.lengths):
+            raise
+    say(f"{folder / 'samples.npy'} is missing or damaged; the plan there is of all samples of an epoch, so it is they")
+    return samples.ids
+
+
+def _read_more(folder: Path, plan: Plan, seed: int | None) -> tuple[int, float, int]:
+    """Epoch, peak bytes and piece of a part: as kept; where that is damaged, by the seed of its plan."""
+    try:
+        more = json.loads(patiently((folder / PART).read_text))
+        return int(more["epoch"]), float(more.get("peak_bytes", 0.0)), int(more.get("piece", 0))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        let_faults_through(error)
+        if seed is None or plan.info.seed < seed:
+            raise
+    epoch = plan.info.seed - seed  # each epoch's is one more
+    say(f"{folder / PART} is missing or damaged; by its plan's seed the part is of epoch {epoch + 1}")
+    return epoch, 0.0, 0
 
 
 def remaining(part: Part, step: int) -> Samples:

@@ -107,11 +107,22 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
             max_restarts=0,
             monitor_interval=0.2,
             logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=Std.NONE),
-            signals_to_handle=HANDED_ON,
+            signals_to_handle=handed_on(),
         )
         elastic_launch(config, sys.executable)("-m", "hbp", *arguments)
 
     again_with_less_memory(launch)
+
+
+def handed_on(others: str = HANDED_ON) -> str:
+    """Signals that the launcher hands on, and `others`; under nohup, which ignores SIGHUP, that stays ignored."""
+    names = dict.fromkeys([*others.split(","), *HANDED_ON.split(",")])
+    return ",".join(name for name in names if name != "SIGHUP" or not hangup_ignored())
+
+
+def hangup_ignored() -> bool:
+    """Whether whoever started this process wants it to outlive its terminal, as nohup does."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def meet_on_loopback() -> None:
@@ -164,7 +175,7 @@ def launch_torchrun(arguments: Sequence[str]) -> None:
 
     given = parse_args(list(arguments))
     if hasattr(given, "signals_to_handle"):
-        given.signals_to_handle = ",".join(dict.fromkeys([*given.signals_to_handle.split(","), *HANDED_ON.split(",")]))
+        given.signals_to_handle = handed_on(given.signals_to_handle)
     os.environ[RANKS_PRINT] = "1"
     alone = str(given.nnodes).rpartition(":")[2] == "1"  # launchers of several nodes would have to agree
     again_with_less_memory(lambda scratch: run(given), REPLANS if alone else 0)
@@ -403,9 +414,39 @@ class Received:
 def stop_signals() -> Iterator[Received]:
     """Note :data:`STOPPING` signals while the body runs instead of dying of them."""
     received = Received()
-    before = {number: signal.signal(number, received.note) for number in STOPPING}
-    try:
+    with _handled_by(received.note, STOPPING):
         yield received
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """End the body, in which nothing is trained yet, at a signal of a scheduler.
+
+    Raises:
+        Stopped: at SIGTERM, SIGUSR1 or SIGHUP; Ctrl-C stays what it is.
+    """
+    received = Received()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        received.number = number
+        raise KeyboardInterrupt  # which nobody takes for an error of a record
+
+    try:
+        with _handled_by(end, tuple(number for number in STOPPING if number != signal.SIGINT)):
+            yield
+    except BaseException:
+        if not received.number:
+            raise
+        raise Stopped(f"{signal.Signals(received.number).name}: {NOTHING_NEW}") from None
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Signals, but for a SIGHUP that is to be ignored, handled so while the body runs."""
+    numbers = [number for number in numbers if number != signal.SIGHUP or not hangup_ignored()]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
