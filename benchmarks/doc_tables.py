@@ -392,6 +392,25 @@ def rehearse() -> str:
     )
 
 
+def rehearse_readme() -> str:
+    data = json.loads((RESULTS / "rehearse.json").read_text())
+    worlds = sorted({row["ranks"] for row in data["rows"]})
+    of = {(row["ranks"], row["strategy"]): row for row in data["rows"]}
+    cells = []
+    for strategy in dict.fromkeys(row["strategy"] for row in data["rows"] if not row["strategy"].endswith("again")):
+        rows = [of[world, strategy] for world in worlds]
+        each = [(f"{r['speedup']:.2f}×", f"{r['predicted_speedup']:.2f}×", f"{max(0.0, r['idle']):.0%}") for r in rows]
+        name = f"`{strategy}`" if strategy.startswith("hbp") else strategy
+        cells.append((name, *(cell for own in each for cell in own)))
+    header = ("strategy", *(name for world in worlds for name in (f"{world} ranks", "predicted", "idle")))
+    worst = max(abs(row["ratio_error"]) for row in data["rows"])
+    return table(header, cells) + (
+        f"\nPredicted and measured speed-ups differ by {worst:.1%} at most, and against two real processes rehearsed "
+        f"compute by {abs(data['validation']['compute_error']):.1%}. *`{data['command']}`, {data['device']}, "
+        f"{data['date']}, raw rows in `benchmarks/results/rehearse.json`.*\n"
+    )
+
+
 def models() -> str:
     data = json.loads((RESULTS / "models.json").read_text())
     names = [each["property"] for each in data["rows"][0]["properties"]]
@@ -578,6 +597,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": train,
     "cost-model": cost_model,
     "rehearse": rehearse,
+    "rehearse-readme": rehearse_readme,
     "models": models,
     "models-refused": models_refused,
     "models-time": models_time,
