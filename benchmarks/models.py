@@ -46,7 +46,7 @@ MODELS = (
     "deepseek-v3-671b",
     "phi-4-mini",
 )
-BY_DEFAULTS = ("glm", "gemma3", "qwen3_next")
+BY_DEFAULTS = ("glm", "gemma3", "qwen3_next", "llama4_text")
 """Families of which no size is known by name: the configuration that transformers has by default"""
 UNPROVEN = ("starcoder2", "cohere2", "olmo3")
 """Families that `hbp train` checks by itself, for example"""
