@@ -60,6 +60,16 @@ def test_room_knows_only_its_floor_and_below(room: str) -> None:
                 assert module != name and not module.startswith(name + "."), f"{file.name} imports {module}"
 
 
+def test_nothing_is_fetched_through_the_library() -> None:
+    """Whose names are of all floors, fetched when they are asked for: a way around the floors."""
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert "hbp" not in [alias.name for alias in node.names], file
+            elif isinstance(node, ast.ImportFrom) and node.module == "hbp":
+                assert {alias.name for alias in node.names} <= {"__version__"}, file
+
+
 def test_every_module_stands_on_a_floor() -> None:
     known = {"__init__", "__main__", *(room for floor in FLOORS for room in floor)}
     assert {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()} <= known

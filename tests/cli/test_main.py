@@ -422,6 +422,15 @@ def test_ranks_of_torchrun_are_refused_in_one_line(
     ]
 
 
+def test_home_behind_an_equals_sign(lengths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no shell expands: a folder of the name ``~`` was made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    asked = ("--lengths", str(lengths), "--model", "llama-3.1-8b", "--gpus", "8")
+    assert main(["plan", *asked, "--strategy", "ffd", "--out=~/plan"]) == 0
+    assert (tmp_path / "me" / "plan" / "plan.json").is_file() and not (tmp_path / "~").exists()
+
+
 def test_a_fault_of_the_disk_is_no_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where it was told as something that cannot be read."""
 

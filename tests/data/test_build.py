@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,22 @@ def test_shards_are_shared_through_the_cache(source: Path, recipe: Recipe, tmp_p
     assert not list((cache / SHARDS).iterdir()) and contents(third) == contents(first)  # what leaves is not missed
     (tmp_path / "file").touch()
     build_store(tmp_path / "four", sources, recipe, cache=tmp_path / "file" / "cache")  # cannot be written
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_the_whole_process_group_ends_workers_without_a_word(number: signal.Signals) -> None:
+    """They had the handler of the process that forked them, and wrote a traceback each."""
+
+    def own(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, own)
+    try:
+        child = os.fork()
+        if not child:
+            build._start_worker()
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == number
+    finally:
+        signal.signal(number, before)

@@ -187,6 +187,7 @@ def test_what_follows_from_data_options_and_seed_is_made_again(
     cut_short(stopped / "hbp" / name, gone=name == "samples.npy")
     summary, said = train(job, stopped.name)
     assert "step 5, " in said and (plan.read_bytes() == was)
+    assert not (stopped / "hbp" / "plan.damaged").exists()
     whole = json.loads((finished_once / "summary.json").read_text())["results"][0]
     assert summary["results"][0]["final_train_loss"] == whole["final_train_loss"]
     assert summary["results"][0]["steps"] == whole["steps"]
@@ -215,18 +216,64 @@ def test_plans_of_a_finished_run_and_of_epochs_that_are_done_are_made_again(job:
     assert "the plan is made again" in said and plan.read_bytes() == was
 
 
+def test_a_plan_of_a_part_that_is_done_is_made_again_by_the_options_of_then(job: Path, stopped: Path) -> None:
+    change = "plan.strategy=bfd"
+    train(job, stopped.name, change, "train.save_steps=1", stop=2)
+    path = stopped / "hbp" / "plan" / "plan.json"
+    was = path.read_bytes()
+    cut_short(path)
+    refused, _ = train(job, stopped.name, change)
+    assert "run once with the options and ranks that it was planned for" in refused and path.read_bytes() != was
+    train(job, stopped.name, "train.save_steps=1", stop=1)  # as it advises
+    assert path.read_bytes() == was
+    summary, _ = train(job, stopped.name, change)
+    assert len(summary["results"][0]["parts"]) == 4 and [epoch.holds for epoch in audit_run(stopped)] == [True]
+
+
+def test_a_finished_run_needs_no_checkpoint(job: Path, finished: Path) -> None:
+    for saved in list_checkpoints(finished / "hbp" / "checkpoints"):
+        (saved / "position.json").write_text("{")
+    summary, said = train(job, finished.name)
+    assert "holds this run, finished" in said
+    assert summary == json.loads((finished / "summary.json").read_text())
+
+
 def test_a_plan_that_cannot_be_made_again_is_refused_and_stays(job: Path, stopped: Path) -> None:
     path = stopped / "hbp" / "plan" / "plan.json"
     cut_short(path)
     was = contents(stopped)
     refused, _ = train(job, stopped.name, "plan.strategy=bfd")
     assert "make the plan again" not in refused and "what is made now is another one" in refused
-    assert "run once with the options and the 1 ranks of before" in refused
+    assert "run once with the options and the 1 ranks that it was planned for" in refused
     assert {name: contents(stopped)[name] for name in was if name != "run.json"} == {
         name: was[name] for name in was if name != "run.json"
     }
     _, said = train(job, stopped.name)  # as it advises
     assert "step 5, " in said and json.loads(path.read_text())
+
+
+def test_a_missing_plan_that_cannot_be_made_again_is_missing_still(job: Path, stopped: Path) -> None:
+    """What was made in vain stayed there, and then the options of before, as advised, were refused: it had changed."""
+    plan = stopped / "hbp" / "plan"
+    was = (plan / "plan.parquet").read_bytes()
+    shutil.rmtree(plan)
+    refused, _ = train(job, stopped.name, "plan.strategy=bfd")
+    assert "what is made now is another one" in refused and not plan.exists()
+    _, said = train(job, stopped.name)
+    assert "step 5, " in said and (plan / "plan.parquet").read_bytes() == was
+
+
+def test_a_kill_while_a_plan_is_made_again_leaves_it_damaged(job: Path, stopped: Path) -> None:
+    plan = stopped / "hbp" / "plan"
+    was = (plan / "plan.parquet").read_bytes()
+    other = job / f"other-of-{stopped.name}"
+    train(job, other.name, "plan.strategy=bfd", "train.save_steps=null", stop=1)
+    cut_short(plan / "plan.parquet")
+    plan.rename(stopped / "hbp" / "plan.damaged")
+    shutil.copytree(other / "bfd" / "plan", plan)
+    _, said = train(job, stopped.name)
+    assert "the plan is made again" in said and (plan / "plan.parquet").read_bytes() == was
+    assert not (stopped / "hbp" / "plan.damaged").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,18 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from jobs import hbp, hbp_here, ranks_of, start
 from plans import plan_of
+from torch.distributed import TCPStore
 from workers import LLAMA, run_ranks, write_config
 
 from hbp.data.stdlib_sft import train_tokenizer
@@ -64,6 +68,31 @@ def test_ranks_without_a_launcher_wait_for_each_other_no_longer_than_asked(job, 
     done = hbp_here("train", str(job / "cfg.yaml"), f"run_dir={tmp_path / 'run'}", "train.hang_minutes=0.02")
     assert done.returncode == 1
     assert f"rank {rank} of 2 waited 1 s for the others at 127.0.0.1:{port} (train.hang_minutes)" in done.stderr
+
+
+def test_a_rank_that_ends_before_it_is_connected_is_waited_for_no_longer_either(job, tmp_path, monkeypatch) -> None:
+    """It has met the others, but they do not know yet where it listens; gloo would wait for half an hour."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    other = Thread(target=TCPStore, args=("127.0.0.1", port, 2, False))  # all that the other rank does
+    other.start()
+    done = hbp_here("train", str(job / "cfg.yaml"), f"run_dir={tmp_path / 'run'}", "train.hang_minutes=0.05")
+    other.join()
+    assert done.returncode == 1
+    assert f"rank 0 of 2 waited 3 s for the others at 127.0.0.1:{port} (train.hang_minutes)" in done.stderr
+
+
+def test_collectives_keep_their_own_limit(monkeypatch) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with launch.process_group(0.05) as device:
+        backend = dist.group.WORLD._get_backend(device)
+        assert backend.options._timeout == dist.default_pg_timeout
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -186,6 +215,12 @@ def test_a_signal_while_data_are_prepared_is_stopped_not_killed(number: signal.S
         except Exception as error:  # as a record's errors are caught
             raise AssertionError("taken for an error of a record") from error
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_was_taken_for_something_else_is_not_lost() -> None:
+    with pytest.raises(Stopped, match="SIGTERM"), stopped_by_signals(), suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
 
 
 def test_nohup_is_obeyed() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from hbp import __version__
 from hbp.cli import audit, check, data, export, plan, rehearse, report, simulate, train
 from hbp.cli.usage import SHELLS, Parser, check_words, completion
-from hbp.disk import FAULTS, is_disk_fault
+from hbp.disk import FAULTS, at_home, is_disk_fault
 from hbp.errors import ERROR_FILE, HbpError, RankFailed, Stopped, report_to_parent, said_by_another_rank
 
 COMMANDS = (data, check, plan, rehearse, train, simulate, export, report, audit)
@@ -109,6 +109,7 @@ def _run(words: list[str]) -> int:
     if words[0] == "torchrun" and words[1:]:  # its words are torchrun's own
         train.run_torchrun(words[1:])
         return 0
+    words = ["=".join(map(at_home, word.split("=", 1))) for word in words]
     check_words(words, commands)
     args = parser.parse_args(words)
     if args.completion:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hbp.cost.model_spec import ModelSpec
     from hbp.cost.predict import CostModel
     from hbp.data.store import TokenStore
     from hbp.plan import Plan
@@ -324,7 +325,26 @@ def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
         raise HbpError(f"--gpus {gpus}: give at least 1")
     if args.memory_gib is not None and not 0 < args.memory_gib < 1e6:
         raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
-    return CostModel.of(args.model, args.cluster, gpus, memory_gib=args.memory_gib)
+    return CostModel.of(_model(args.model), args.cluster, gpus, memory_gib=args.memory_gib)
+
+
+def _model(name_or_folder: str) -> str | ModelSpec:
+    """The model; of a family that the cost model does not know as `hbp train` takes it, which needs transformers."""
+    from hbp.cost.dimensions import known_family
+    from hbp.cost.known_models import load_config
+
+    config, name = load_config(name_or_folder)
+    family = config.get("model_type")
+    if known_family(config) or not isinstance(family, str):
+        return name_or_folder
+    from hbp.train.check.describe import describe_model
+
+    spec = describe_model(name_or_folder, name=name)
+    say(
+        f"{family} models are unproven and planned as a plain decoder of {spec.parameters():,} parameters; "
+        f"`hbp check {name_or_folder}` says whether they train here"
+    )
+    return spec
 
 
 def _shape(args: argparse.Namespace) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def read_dimensions(config: Mapping[str, Any], like: str | None = None) -> dict[
     name = like or known_family(config)
     if name is None:
         raise HbpError(
-            f"model_type {config.get('model_type')!r} is not known to the cost model; known are {', '.join(FAMILIES)}"
+            f"model_type {config.get('model_type')!r} is not known to the cost model; known are {', '.join(FAMILIES)}; "
+            "of another give what hbp.describe_model makes of it"
         )
     family = FAMILIES[name]
     layers, hidden = _int(config, "num_hidden_layers"), _int(config, "hidden_size")

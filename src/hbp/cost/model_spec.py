@@ -38,11 +38,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import hbp
-from hbp.cost.dimensions import FAMILIES, Experts, LatentAttention, known_family, read_dimensions
+from hbp.cost.dimensions import Experts, LatentAttention, read_dimensions
 from hbp.cost.known_models import load_config
 from hbp.errors import HbpError
-from hbp.progress import say
 
 FLOAT32 = 4
 """Bytes."""
@@ -442,27 +440,11 @@ class ModelSpec:
 def load_model_spec(name_or_path: str) -> ModelSpec:
     """A built-in model by name, or the ``config.json`` of a folder (or the file itself), or of a hub name.
 
-    A family that is not known here is taken for a plain decoder, as `hbp train` takes it; that needs transformers.
-
     Raises:
-        HbpError: no such name or file, not a transformers configuration, or of a family that cannot be trained.
+        HbpError: no such name or file, not a transformers configuration, or of an unknown family.
     """
     config, name = load_config(name_or_path)
-    family = config.get("model_type")
-    if known_family(config) or not isinstance(family, str):
-        return spec_from_config(config, name)
-    try:
-        spec = hbp.describe_model(name_or_path, name=name)  # of the training half, which is fetched for this alone
-    except ImportError as error:
-        raise HbpError(
-            f"model_type {family!r} is not known to the cost model, which can plan it as a plain decoder after `pip "
-            f"install 'hierarchical-balance-packing[train]'` ({error.name} is missing); known are {', '.join(FAMILIES)}"
-        ) from None
-    say(
-        f"{family} models are unproven and planned as a plain decoder of {spec.parameters():,} parameters; "
-        f"`hbp check {name_or_path}` says whether they train here"
-    )
-    return spec
+    return spec_from_config(config, name)
 
 
 def spec_from_config(config: Mapping[str, Any], name: str = "") -> ModelSpec:

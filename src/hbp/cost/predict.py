@@ -98,12 +98,18 @@ class CostModel:
 
     @classmethod
     def of(
-        cls, model: str | Path, cluster: str | Path = "h100-nvlink", gpus: int = 8, *, memory_gib: float | None = None
+        cls,
+        model: str | Path | ModelSpec,
+        cluster: str | Path = "h100-nvlink",
+        gpus: int = 8,
+        *,
+        memory_gib: float | None = None,
     ) -> CostModel:
         """The cost model of a model on a cluster, as ``hbp plan --model --cluster --gpus --memory-gib`` has it.
 
         Args:
-            model: a built-in name (``llama-3.1-8b``), or a folder or file with a transformers configuration.
+            model: a built-in name (``llama-3.1-8b``), a folder or file with a transformers configuration, or what
+                ``hbp.describe_model`` gives of a family that is not known here.
             cluster: a built-in name (``h100-nvlink``), or a profile file that `hbp profile` wrote.
             gpus: ranks.
             memory_gib: memory budget of a device, GiB; None: the cluster's own.
@@ -118,7 +124,7 @@ class CostModel:
             if not 0 < memory_gib < 1e6:
                 raise HbpError(f"{memory_gib:g} GiB is no device's memory; give it in GiB, such as 80")
             spec = replace(spec, memory_bytes=memory_gib * GIB)
-        return cls(load_model_spec(str(model)), spec, gpus)
+        return cls(model if isinstance(model, ModelSpec) else load_model_spec(str(model)), spec, gpus)
 
     @classmethod
     def from_json(cls, model: Mapping[str, Any], cluster: Mapping[str, Any], world_size: int) -> CostModel | None:

@@ -447,4 +447,6 @@ def _chain(first: Iterable[Piece], rest: Iterator[Piece]) -> Iterator[Piece]:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # as under nohup
+            signal.signal(number, signal.SIG_DFL)  # of a whole process group's it ends without a word

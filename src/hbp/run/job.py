@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from hbp.config import Config
 from hbp.cost.cluster import load_cluster
-from hbp.disk import is_disk_fault, write_whole
+from hbp.disk import write_whole
 from hbp.errors import HbpError
 from hbp.plan import read_info, read_plan
 from hbp.planning.planner import STRATEGIES
@@ -54,7 +54,7 @@ from hbp.run.steps.odd import FOLDER as ODD
 from hbp.run.training import train_strategy
 from hbp.run_log import EvalRecord, StepRecord, read_log
 from hbp.train.check.compare import require_checked
-from hbp.train.checkpoint import Position, list_checkpoints, read_position
+from hbp.train.checkpoint import Position
 from hbp.train.hub import check_hub
 from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
@@ -87,10 +87,10 @@ def run_job(config: Config, device: torch.device) -> dict[str, Any]:
             summary = _train(engine, run, found)
         elif config.plan.baseline in (None, *(r["strategy"] for r in summary["results"])):
             say(f"{run} holds this run, finished; set train.resume=never to run it again")
-        if found.kind == "finished" and (saved := list_checkpoints(run / found.record.folder / resume.CHECKPOINTS)):
-            folder = run / found.record.folder  # the page and the baseline read the plans
-            _mend_plans(read_position(saved[0]), engine, folder, _planned_with(config))
-        return _with_baseline(engine, run, run / found.record.folder, summary)
+        folder = run / found.record.folder
+        if found.kind == "finished" and (last := resume.last_position(folder)) is not None:
+            _mend_plans(last, engine, folder, _planned_with(config))  # the page and the baseline read them
+        return _with_baseline(engine, run, folder, summary)
 
 
 def _train(engine: Engine, run: Path, found: Found) -> dict[str, Any]:
@@ -200,8 +200,9 @@ def _mend_plans(position: Position, engine: Engine, folder: Path, seed: int | No
         here, damage = part_folder(folder, number) / "plan", list[Any]([None])
         with rank_zero_first() as first:
             if first:
+                resume.put_back_damaged(here)  # where a kill came between
                 kept = position.plan if number == position.part else resume.kept_plan(here.parent)
-                damage = [(_damage_of(here), kept)]
+                damage = [(resume.damage_of_plan(here), kept)]
         dist.broadcast_object_list(damage)
         what, wanted = damage[0]
         if what is not None and wanted is not None:
@@ -213,10 +214,9 @@ def _mend_plan(
 ) -> None:
     """One part's, which has to be the plan of the fingerprint `wanted`; `what` is wrong with the one there."""
     here, first = part_folder(folder, number) / "plan", dist.get_rank() == 0
-    aside, what = here.with_name("plan.damaged"), what.partition(";")[0]
+    aside, what = resume.damaged_name(here), what.partition(";")[0]
     say(f"{what}; the plan is made again")
     if first and here.exists():
-        shutil.rmtree(aside, ignore_errors=True)
         here.rename(aside)
     dist.barrier()
     try:
@@ -225,15 +225,19 @@ def _mend_plan(
         part, why = None, f"it cannot be made again ({error})"
     else:
         why = "what is made now is another one"
-    if part is not None and resume.fingerprint(part.plan) == wanted:
-        return
-    dist.barrier()
-    if first and aside.exists():
+    made = part is not None and resume.fingerprint(part.plan) == wanted
+    dist.barrier()  # until all have read what is made
+    if first and made:
+        shutil.rmtree(aside, ignore_errors=True)
+    elif first:
         shutil.rmtree(here, ignore_errors=True)
-        aside.rename(here)
+        resume.put_back_damaged(here)
+    if made:
+        return
+    ranks = f"the {position.world_size} ranks" if number == position.part else "ranks"  # of an earlier part not known
     raise HbpError(
-        f"{what}, and {why}; put a copy back, or run once with the options and the {position.world_size} ranks of "
-        "before, or use train.resume=never to start anew"
+        f"{what}, and {why}; put a copy back, or run once with the options and {ranks} that it was planned for, or use "
+        "train.resume=never to start anew"
     )
 
 
@@ -262,17 +266,6 @@ def _as_profiled(engine: Engine, folder: Path) -> Engine:
 def _planned_with(config: Config) -> int | None:
     """The seed of a run's plans; None where they are the user's own."""
     return None if own_plans(config) else config.seed
-
-
-def _damage_of(folder: Path) -> str | None:
-    """What is wrong with a plan's files, in a line; None where they can be read."""
-    try:
-        read_plan(folder)
-    except HbpError as error:
-        if is_disk_fault(error):
-            raise
-        return str(error)
-    return None
 
 
 def _turn_after(last: Part, config: Config) -> tuple[int, int] | None:

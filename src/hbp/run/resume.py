@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from hbp.config import Config, kinds
 from hbp.data.samples import Samples
-from hbp.disk import let_faults_through, patiently, write_whole
+from hbp.disk import is_disk_fault, let_faults_through, patiently, write_whole
 from hbp.errors import HbpError
 from hbp.plan import JSON_NAME, Plan, hash_lengths, read_plan
 from hbp.progress import say
@@ -308,9 +308,42 @@ def read_summary(run: Path) -> dict[str, Any] | None:
         return None
 
 
+def last_position(strategy_folder: Path) -> Position | None:
+    """Of the newest checkpoint that can be read. A run that is finished needs none, so nothing is said of damage."""
+    for saved in list_checkpoints(strategy_folder / CHECKPOINTS):
+        try:
+            return read_position(saved)
+        except HbpError:
+            continue
+    return None
+
+
 def part_folder(strategy_folder: Path, number: int) -> Path:
     """Where a part is kept."""
     return strategy_folder if number == 0 else strategy_folder / f"part-{number}"
+
+
+def damaged_name(plan: Path) -> Path:
+    """Where a damaged plan waits until another has been made that is it."""
+    return plan.with_name(f"{plan.name}.damaged")
+
+
+def put_back_damaged(plan: Path) -> None:
+    """A damaged plan in its place again, in that of what was made. Rank 0."""
+    if damaged_name(plan).exists():
+        shutil.rmtree(plan, ignore_errors=True)
+        damaged_name(plan).rename(plan)
+
+
+def damage_of_plan(plan: Path) -> str | None:
+    """What is wrong with a plan's files, in a line; None where they can be read."""
+    try:
+        read_plan(plan)
+    except HbpError as error:
+        if is_disk_fault(error):
+            raise
+        return str(error)
+    return None
 
 
 def write_part(part: Part) -> None:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from hbp.disk import is_disk_fault
@@ -302,17 +303,19 @@ def _join(backend: str, meet_minutes: float | None, device: torch.device | None 
     within = dist.default_pg_timeout if meet_minutes is None else timedelta(minutes=meet_minutes)
     try:
         store, rank, world = next(rendezvous("env://", timeout=within))
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        if "timed out" not in str(error).lower():
+        store.set_timeout(dist.default_pg_timeout)
+        met = PrefixStore("default_pg", store)
+        # Connecting has the limit, too: one that came may end before the others know where it listens.
+        dist.init_process_group(backend, store=met, rank=rank, world_size=world, timeout=within, device_id=device)
+    except (dist.DistError, RuntimeError) as error:
+        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
             raise
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankFailed(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited {within.total_seconds():.0f} s for the "
             f"others at {place} (train.hang_minutes): one of them has ended or cannot reach it; its own output says why"
         ) from None
-    store.set_timeout(dist.default_pg_timeout)
-    met = PrefixStore("default_pg", store)
-    dist.init_process_group(backend, store=met, rank=rank, world_size=world, device_id=device)
+    _set_pg_timeout(dist.default_pg_timeout)
 
 
 @contextmanager
@@ -437,7 +440,8 @@ def stopped_by_signals() -> Iterator[None]:
     except BaseException:
         if not received.number:
             raise
-        raise Stopped(f"{signal.Signals(received.number).name}: {NOTHING_NEW}") from None
+    if received.number:  # also where the body took it for something else and went on
+        raise Stopped(f"{signal.Signals(received.number).name}: {NOTHING_NEW}")
 
 
 @contextmanager

@@ -215,5 +215,5 @@ def test_a_family_that_nothing_here_knows_is_checked_and_trained(tmp_path):
     assert len(json.loads(done.stdout)["results"][0]["parts"]) == 1
     assert (job / "run" / "hbp" / "model" / "model.safetensors").is_file()
     planned = json.loads(next(Path(job, "run").glob("**/plan.json")).read_text())["model"]
-    spec = hbp_library.CostModel.of(job / "model").model  # as `hbp plan --model` has it
+    spec = hbp_library.describe_model(str(job / "model"))  # as `hbp plan --model` has it
     assert planned | {"name": spec.name, "vocab": spec.vocab} == json.loads(json.dumps(spec.to_json()))
