@@ -123,6 +123,14 @@ def test_what_recomputing_takes_comes_back(scale: float, world: int) -> None:
     assert fit.cluster.linear_flops_per_s == pytest.approx(20e9, rel=1e-4)
 
 
+def test_the_only_point_with_recomputed_layers_can_be_left_out() -> None:
+    cost = CostModel(MODEL, true_cluster(**TRUTHS["slow links"], recompute_scale=1.8), 1)
+    chosen = packs(cost, 0)
+    only = [p for p in chosen if p[2] == 0] + [next(p for p in chosen if p[2] > 0 and sum(p[0]) > 1000)]
+    points = measure(cost, only, exact)
+    assert len(fit_cluster(BASE, MODEL, 1, points, "here").held_out_s) == len(points)
+
+
 def test_without_recomputed_layers_nothing_is_said_of_them() -> None:
     base = dataclasses.replace(BASE, recompute_scale=1.3)
     cost = CostModel(MODEL, base, 1)

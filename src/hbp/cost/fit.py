@@ -18,7 +18,8 @@ out the same, and a model too large for the machine is fitted from stacks of a f
 Memory has one scale (measured over modelled activation bytes) and one constant: of those that predict no measured point
 too small, the closest to all.
 
-Complexity: points × (overlaps × scales × a few least squares problems of points × constants), for the held-out errors.
+Complexity: (overlaps × scales + 9 points) × a few least squares problems of points × constants; the latter for the
+held-out errors, which look for the overlap and the scale beside those of all points.
 """
 
 from __future__ import annotations
@@ -280,16 +281,29 @@ def _rows(
     return _Rows(tidy[0], tidy[1], tidy[2], np.array(seconds))
 
 
-def _solve(rows: _Rows) -> _Solution:
-    """The constants, and the overlap and the scale of recomputation of the smallest error."""
+def _solve(rows: _Rows, near: _Solution | None = None) -> _Solution:
+    """The constants, and the overlap and the scale of recomputation of the smallest error.
+
+    Args:
+        rows: to explain.
+        near: of all but a row more; the overlap and the scale are looked for next to its own, if given.
+    """
     overlaps = OVERLAPS if rows.fsdp.any() else OVERLAPS[:1]
     scales = RECOMPUTE_SCALES if rows.again.any() else RECOMPUTE_SCALES[:1]
+    if near is not None:
+        overlaps = _beside(overlaps, near.overlap)
+        scales = _beside(scales, near.recompute_scale)
     best, error = _solve_at(rows, overlaps[0], scales[0])
     for overlap, scale in sorted(itertools.product(overlaps, scales), key=sum)[1:]:  # one may be taken for the other
         found, own = _solve_at(rows, overlap, scale)
         if own < WORTH * error:
             best, error = found, own
     return best
+
+
+def _beside(candidates: tuple[float, ...], value: float) -> tuple[float, ...]:
+    at = min(range(len(candidates)), key=lambda i: abs(candidates[i] - value))
+    return candidates[max(0, at - 1) : at + 2]
 
 
 def _solve_at(rows: _Rows, overlap: float, recompute_scale: float) -> tuple[_Solution, float]:
@@ -314,11 +328,11 @@ def _least_squares(features: Float, seconds: Float) -> Float:
 
 def _held_out(rows: _Rows, n_points: int) -> Float:
     """Each point's seconds from a fit to all other rows, ``[P]``; empty where there are none."""
-    predicted = []
+    predicted, whole = [], _solve(rows)
     for i in range(n_points):
         others = np.arange(len(rows.seconds)) != i
         if others.any():
-            predicted.append(rows[~others].predict(_solve(rows[others]))[0])
+            predicted.append(rows[~others].predict(_solve(rows[others], near=whole))[0])
     return np.array(predicted)
 
 
