@@ -221,6 +221,7 @@ def test_a_signal_as_slurm_sends_it(job, interfering):
     running = start(job, f"run_dir={run}", arguments=OURS)
     ranks = ranks_of(running, 2)
     wait_for(lambda: len(steps_of(run / "hbp")) >= 2)
+    assert listening_on([running.pid, *ranks]) == {"0100007F"}  # torchrun itself is heard on every network
     for process in (running.pid, *ranks):
         os.kill(process, signal.SIGUSR1)
     _, said = running.communicate(timeout=120)

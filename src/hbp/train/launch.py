@@ -91,11 +91,7 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if sys.platform == "linux":
-        for name, value in LOOPBACK.items():
-            os.environ.setdefault(name, value)
-
-    meet_on_loopback()
+    _only_here()
 
     def launch(scratch: str) -> None:
         config = LaunchConfig(
@@ -113,6 +109,14 @@ def launch_local(arguments: Sequence[str], processes: int) -> None:
         elastic_launch(config, sys.executable)("-m", "hbp", *arguments)
 
     again_with_less_memory(launch)
+
+
+def _only_here() -> None:
+    """Have ranks meet and talk on this machine alone."""
+    if sys.platform == "linux":
+        for name, value in LOOPBACK.items():
+            os.environ.setdefault(name, value)
+    meet_on_loopback()
 
 
 def handed_on(others: str = HANDED_ON) -> str:
@@ -179,6 +183,11 @@ def launch_torchrun(arguments: Sequence[str]) -> None:
         given.signals_to_handle = handed_on(given.signals_to_handle)
     os.environ[RANKS_PRINT] = "1"
     alone = str(given.nnodes).rpartition(":")[2] == "1"  # launchers of several nodes would have to agree
+    asked = given.rdzv_backend != "static" or given.rdzv_endpoint or given.master_port is not None
+    if alone and (given.standalone or not asked) and not given.max_restarts:  # a store here serves one start alone
+        _only_here()
+        given.standalone, given.rdzv_backend, given.rdzv_id = False, MEETS_HERE, uuid.uuid4().hex
+        given.local_addr = given.local_addr or LOOPBACK_ADDRESS
     again_with_less_memory(lambda scratch: run(given), REPLANS if alone else 0)
 
 
