@@ -324,10 +324,11 @@ def made(gain: dict[str, Any], paper: dict[str, Any]) -> str:
                 dates.setdefault(r.get("date", gain["date"]), {})[f"`{r['strategy']}`"] = None
         newest, *older = sorted(dates, reverse=True)
         words.append(f"{section} {newest}" + "".join(f" (of {', '.join(dates[d])} rows of {d})" for d in older))
+    older = sorted({r["date"] for r in paper["rows"]} - {paper["date"]})
     return (
         f"Planned by `{gain['command']}`, where nothing else is said for {gain['model']}: {', '.join(words)}. "
-        f"The paper's tables: `{paper['command']}`, {paper['date']}, rows with † "
-        f"{', '.join(sorted({r['date'] for r in paper['rows']} - {paper['date']})) or 'none'}."
+        f"The paper's tables: `{paper['command']}`, {paper['date']}"
+        f"{', rows with † ' + ', '.join(older) if older else ''}."
     )
 
 
