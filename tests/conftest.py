@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup are of runs that are not
 
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("more", max_examples=1000, derandomize=False, deadline=None, print_blob=True)

@@ -174,7 +174,8 @@ def test_another_tokenizer_template_or_way_of_reading_is_another_recipe(
 
 
 BAD = [
-    ("{\n", "line 46 is not JSON (Expecting property name"),
+    ("{\n", "line 46 is not JSON: what it begins goes on over more lines; write one record a line"),
+    ('{"messages": }\n', "line 46 is not JSON (Expecting value"),
     (
         '{"messages": [{"role": "user", "content": "cat \\ud83d"}, {"role": "assistant", "content": "mat"}]}\n',
         r"\ud83d",

@@ -319,10 +319,12 @@ def _store(args: argparse.Namespace) -> TokenStore:
 
 
 def _cost(args: argparse.Namespace, gpus: int) -> CostModel:
+    from hbp.cost.cluster import load_cluster
     from hbp.cost.predict import CostModel
 
     if gpus < 1:
         raise HbpError(f"--gpus {gpus}: give at least 1")
+    load_cluster(args.cluster)  # a name of which there is none is said before a model is looked for on a hub
     if args.memory_gib is not None and not 0 < args.memory_gib < 1e6:
         raise HbpError(f"--memory-gib {args.memory_gib:g}: give a device's memory in GiB, such as 80")
     return CostModel.of(_model(args.model), args.cluster, gpus, memory_gib=args.memory_gib)
