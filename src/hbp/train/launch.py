@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from hbp.disk import is_disk_fault
@@ -324,7 +323,10 @@ def _join(backend: str, meet_minutes: float | None, device: torch.device | None 
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited {within.total_seconds():.0f} s for the "
             f"others at {place} (train.hang_minutes): one of them has ended or cannot reach it; its own output says why"
         ) from None
-    _set_pg_timeout(dist.default_pg_timeout)
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(dist.default_pg_timeout)
+    else:  # before torch 2.14
+        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout)
 
 
 @contextmanager
