@@ -25,7 +25,7 @@ from hbp.run.job import check_ready
 from hbp.train.loop import Learner, train
 from hbp.train.lora import add_adapters
 from hbp.train.model import load_sharded, local_parameter_bytes, meta_model
-from hbp.train.weights.nf4 import LEVELS, PackedLinear, block_of, pack, pack_base, row_bytes, unpack
+from hbp.train.weights.nf4 import LEVELS, PackedLinear, block_of, pack, pack_base, row_bytes, shards_integers, unpack
 
 WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 SAMPLES = random_samples(np.random.default_rng(0).integers(3, 40, 16), LLAMA["vocab_size"])
@@ -115,6 +115,7 @@ def all_runs(rank: int, world: int, folder: str, dense: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.skipif(not shards_integers(), reason="this torch's FSDP does not take integers")
 def test_two_ranks_train_adapters_on_a_packed_base(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     folder = write_model(tmp_path / "model", WIDE)
@@ -135,6 +136,15 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
         pack_base(meta_model(write_model(tmp_path / "moe", QWEN3_MOE)).lm)
     with pytest.raises(HbpError, match="no frozen linear layer"):
         pack_base(meta_model(write_model(tmp_path / "dense", LLAMA)).lm)
+
+
+def test_a_torch_that_cannot_shard_integers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 makes parameters of them in a way that is for floating point alone."""
+    pytest.importorskip("peft")
+    job = config_of(write_job(tmp_path, samples=4), "model.quantize=nf4", "lora.rank=4")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(HbpError, match=r"model.quantize=nf4 needs torch 2.13 or newer; this is 2.11.0\+cu130"):
+        check_ready(job)
 
 
 def test_memory_counts_half_a_byte_a_packed_weight() -> None:

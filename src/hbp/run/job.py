@@ -60,6 +60,7 @@ from hbp.train.launch import rank_zero_first
 from hbp.train.logs import check_writers
 from hbp.train.model import CausalLMWithLoss, read_config
 from hbp.train.watch import watch_others
+from hbp.train.weights.nf4 import shards_integers
 
 RESERVED = ("store", "data", "trace", "aside", ".", "..")
 """Folders of a run that are no strategy's."""
@@ -406,6 +407,8 @@ def check_ready(config: Config, *, logs: bool = True) -> None:
     if config.model.quantize != "none" and (not config.lora.rank or config.lora.dora):
         why = "DoRA needs the norms of dense weights" if config.lora.rank else "what is trained is not packed"
         raise HbpError(f"model.quantize={config.model.quantize} takes lora.rank over 0 and lora.dora false: {why}")
+    if config.model.quantize != "none" and not shards_integers():
+        raise HbpError(f"model.quantize={config.model.quantize} needs torch 2.13 or newer; this is {torch.__version__}")
     if logs:
         check_writers(config.log)
         check_hub(config)

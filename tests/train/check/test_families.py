@@ -23,11 +23,12 @@ def test_attention_that_is_looked_up_is_not(family: str) -> None:
 
 def test_what_goes_by_a_tokens_place_in_the_pack_is_refused_by_its_setting() -> None:
     """With both settings off Llama 4 passes the check: documents are no longer than a chunk, and are what they were."""
-    with pytest.raises(HbpError, match=r"chunked_attention layers.* longer than 8192 tokens, set attention_chunk_size"):
+    with pytest.raises(HbpError, match=r"chunked_attention layers.* longer than 8192 tokens, set each of layer_types"):
         check_trainable(AutoConfig.for_model("llama4_text"))
     with pytest.raises(HbpError, match=r"place in the pack \(attn_temperature_tuning\);.* longer than 8191 tokens"):
-        check_trainable(AutoConfig.for_model("llama4_text", attention_chunk_size=None))
-    check_trainable(AutoConfig.for_model("llama4_text", attention_chunk_size=None, attn_temperature_tuning=False))
+        check_trainable(AutoConfig.for_model("llama4_text", layer_types=["full_attention"] * 48))
+    whole = {"layer_types": ["full_attention"] * 48, "attn_temperature_tuning": False}
+    check_trainable(AutoConfig.for_model("llama4_text", **whole))
 
 
 def test_a_decoder_that_the_family_does_not_name() -> None:

@@ -85,8 +85,8 @@ def _check_chunks(config: Any) -> None:
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise HbpError(
             f"{config.model_type} models have chunked_attention layers, which a mask cuts and not the attention "
-            f"interface; where no document is longer than {config.attention_chunk_size} tokens, set "
-            "attention_chunk_size to null and leave out layer_types in its config.json"
+            f"interface; where no document is longer than {config.attention_chunk_size} tokens, set each of "
+            "layer_types to full_attention in its config.json"
         )
     if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
         raise HbpError(

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from hbp.errors import HbpError
 from hbp.train.check.families import decoder_of
 
+SHARDS_INTEGERS = (2, 13)
+"""The first torch that was tried whose FSDP takes parameters of integers."""
 BLOCK = 64
 """Weights that share a magnitude; a row of fewer is one block."""
 LEVELS = (
@@ -119,6 +121,11 @@ class PackedLinear(nn.Linear):
     def dense_shape(self) -> torch.Size:
         """Of the weight as a checkpoint has it."""
         return torch.Size((self.out_features, self.in_features))
+
+
+def shards_integers() -> bool:
+    """Whether FSDP of this torch takes parameters of integers, as packed weights are; 2.11 does not."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= SHARDS_INTEGERS
 
 
 def pack_base(lm: Any) -> None:
