@@ -57,7 +57,7 @@ class ClusterSpec:
     node_latency_s: float = 0.0
     """Added to ``collective_latency_s`` by a collective that leaves its node."""
     recompute_scale: float = 1.0
-    """Computing a layer again, over a third of its forward and backward; fitted, for checkpointing takes time itself."""
+    """Computing a layer again, over a third of its forward and backward; checkpointing takes time itself."""
     origin: str = "analytic, published figures"
     offload_activations: bool = False
     """Whether what waits for the backward pass is kept in host memory (``model.offload_activations``)."""
